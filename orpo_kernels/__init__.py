@@ -1,0 +1,25 @@
+"""The ORPO loss of a causal language model from its last hidden states, without the tokens x vocabulary logits."""
+
+from . import dialects, reference
+from .loss import ORPOLoss, ORPOOutput, orpo_loss, orpo_loss_from_rows
+from .ops import backends
+from .plan import Plan, plan
+from .rows import Rows, rows_from_labels
+from .token_logps import token_logps
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ORPOLoss",
+    "ORPOOutput",
+    "Plan",
+    "Rows",
+    "backends",
+    "dialects",
+    "orpo_loss",
+    "orpo_loss_from_rows",
+    "plan",
+    "reference",
+    "rows_from_labels",
+    "token_logps",
+]

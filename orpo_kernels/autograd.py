@@ -1,0 +1,171 @@
+"""The two torch.autograd.Functions, and the one for groups of pairs.
+
+    hidden, weight, bias --TokenLogOdds--> m (R,) --PairLossFunction--> loss
+
+All that is vocabulary-sized is in the first, whose gradient is residual GEMMs (`schedules`); all that knows about
+pairs is in the second, whose gradient is a vector that its forward pass has already computed (`objective`).
+`GroupedLoss` runs both for a group of pairs at a time inside its forward pass, where the residual of all rows is too
+large to be kept until the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .objective import Denominators, pair_loss
+from .plan import accumulation_dtype
+from .projection import HeadOptions, Projection
+from .rows import Rows
+from .schedules import Gradients, resident, schedule_of
+
+
+class TokenLogOdds(torch.autograd.Function):
+    """(hidden (N, H), weight (V, H), bias (V,) or None, position (R,), target (R,), options) -> m (R,)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        position: Tensor,
+        target: Tensor,
+        options: HeadOptions,
+    ) -> Tensor:
+        p = Projection(hidden, weight, bias, position, target, options)
+        with no_autocast(hidden):
+            log_odds, kept = schedule_of(p).forward(p)
+        ctx.options = options
+        ctx.hidden_shape, ctx.hidden_dtype = hidden.shape, hidden.dtype
+        # A single pass has already taken all it needs from the hidden states: u is kept instead of them.
+        keeps_hidden = options.plan.schedule != "single_pass"
+        ctx.save_for_backward(hidden if keeps_hidden else None, weight, bias, position, target, *kept)
+        return log_odds
+
+    @staticmethod
+    def backward(ctx: Any, coefficient: Tensor) -> tuple:
+        refuse_second_derivative()
+        hidden, weight, bias, position, target, *kept = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grads = Gradients(
+            hidden=weight.new_zeros(ctx.hidden_shape, dtype=ctx.hidden_dtype) if needs_hidden else None,
+            weight=torch.empty_like(weight) if needs_weight else None,
+            bias=torch.zeros_like(bias, dtype=accumulation_dtype(bias.dtype)) if needs_bias else None,
+        )
+        if hidden is None:
+            hidden = grads.hidden  # not read, only asked for its dtype
+        p = Projection(hidden, weight, bias, position, target, ctx.options)
+        with no_autocast(weight):
+            schedule_of(p).backward(p, tuple(kept), coefficient.contiguous(), grads)
+        return grads.hidden, grads.weight, _cast(grads.bias, weight.dtype), None, None, None
+
+
+class PairLossFunction(torch.autograd.Function):
+    """(token log-odds (R,), rows, alpha, beta, denominators) -> loss and the metrics of `PairLoss`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, token_log_odds: Tensor, rows: Rows, alpha: float, beta: float, counts: Denominators
+    ) -> tuple[Tensor, ...]:
+        *metrics, grad = pair_loss(token_log_odds, rows, alpha, beta, counts)
+        ctx.save_for_backward(grad.to(token_log_odds.dtype))
+        outputs = outputs_of(metrics, token_log_odds.dtype)
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple:
+        refuse_second_derivative()
+        (grad,) = ctx.saved_tensors
+        return grad * upstream, None, None, None, None
+
+
+class GroupedLoss(torch.autograd.Function):
+    """Both of the above for a group of pairs at a time: (hidden, weight, bias, rows, options, ...) -> loss, metrics.
+
+    Gradients are made in the forward pass, in fp32 because they do not know the upstream gradient yet.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        rows: Rows,
+        options: HeadOptions,
+        alpha: float,
+        beta: float,
+        counts: Denominators,
+    ) -> tuple[Tensor, ...]:
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        dtype = accumulation_dtype(hidden.dtype)
+        grads = Gradients(
+            hidden=torch.zeros_like(hidden, dtype=dtype) if needs_hidden else None,
+            weight=torch.zeros_like(weight, dtype=dtype) if needs_weight else None,
+            bias=torch.zeros_like(bias, dtype=dtype) if bias is not None and needs_bias else None,
+            accumulate=True,
+        )
+        results = []
+        with no_autocast(hidden):
+            for index in groups_of_pairs(rows, options.plan.group_rows or len(rows)):
+                group = rows.select(index)
+                p = Projection(hidden, weight, bias, group.position, group.target, options)
+                log_odds, kept = resident.forward(p)
+                *metrics, grad = pair_loss(log_odds, group, alpha, beta, counts)
+                resident.backward(p, kept, grad.to(dtype), grads)
+                results.append(metrics)
+                del kept
+        ctx.dtypes = (hidden.dtype, weight.dtype, weight.dtype)
+        ctx.save_for_backward(grads.hidden, grads.weight, grads.bias)
+        # A pair's metrics come from its own group and are 0 in every other.
+        outputs = outputs_of([torch.stack(values).sum(0) for values in zip(*results, strict=True)], dtype)
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple:
+        refuse_second_derivative()
+        grads = (
+            None if grad is None else (grad * upstream).to(dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return *grads, None, None, None, None, None
+
+
+def groups_of_pairs(rows: Rows, largest: int) -> list[Tensor]:
+    """Row indices of groups of whole pairs with at most `largest` rows each. Reads the rows on the host."""
+    order = (rows.sequence % rows.num_pairs).argsort(stable=True)
+    counts, count = [], 0
+    for size in rows.pair_sizes():
+        if count and count + size > largest:
+            counts.append(count)
+            count = 0
+        count += size
+    return list(order.split([*counts, count]))
+
+
+def outputs_of(metrics: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """What a Function returns: loss and metrics in `dtype`, the last, `valid_pairs`, as bool."""
+    return *(metric.to(dtype) for metric in metrics[:-1]), metrics[-1].bool()
+
+
+def refuse_second_derivative() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "orpo_kernels has no second derivative: its backward pass is written by hand and cannot be recorded. "
+            "Call backward without create_graph=True, or use orpo_kernels.reference, which is plain PyTorch"
+        )
+
+
+def no_autocast(hidden: Tensor) -> torch.autocast:
+    """Inside, every dtype is the plan's choice."""
+    return torch.autocast(hidden.device.type, enabled=False)
+
+
+def _cast(grad: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if grad is None else grad.to(dtype)

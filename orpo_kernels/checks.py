@@ -1,0 +1,88 @@
+"""What every public function asks of its tensors. Errors name both sides and say what to do."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Shapes, dtypes and devices of hidden (..., H), weight (V, H) and bias (V,)."""
+    if weight.dim() != 2:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, it must be (V, H) as in nn.Linear")
+    if hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden has shape {tuple(hidden.shape)} and weight {tuple(weight.shape)}: the last dimension of both "
+            f"must be the hidden size, but they are {hidden.shape[-1]} and {weight.shape[1]}"
+        )
+    if weight.shape[0] == 0:
+        raise ValueError("weight has no rows: the vocabulary is empty")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"bias has shape {tuple(bias.shape)}, but weight {tuple(weight.shape)} asks for ({weight.shape[0]},)"
+        )
+    for name, tensor in {"weight": weight, "bias": bias}.items():
+        if tensor is None:
+            continue
+        check_same_device("hidden", hidden, name, tensor)
+        if tensor.dtype not in FLOATS or hidden.dtype not in FLOATS:
+            raise TypeError(
+                f"hidden is {hidden.dtype} and {name} is {tensor.dtype}: both must be float16, bfloat16, float32 or "
+                "float64; dequantise a quantized lm-head first"
+            )
+        if tensor.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+            raise TypeError(
+                f"hidden is {hidden.dtype}, but {name} is {tensor.dtype}: cast one of them, or use torch.autocast"
+            )
+
+
+def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.device != other.device:
+        raise TypeError(f"{name} is on {tensor.device}, but {other_name} is on {other.device}: move one of them")
+
+
+def check_targets(name: str, target: Tensor, vocab_size: int) -> None:
+    """Targets in [0, V). On a GPU the check is asynchronous, so as not to wait for the device."""
+    if not target.numel() or not is_readable(target):
+        return
+    valid = ((target >= 0) & (target < vocab_size)).all()
+    if target.device.type != "cpu":
+        torch._assert_async(valid, f"{name} holds a token id outside [0, {vocab_size}), the rows of the weight")
+    elif not valid:
+        low, high = target.aminmax()
+        raise ValueError(
+            f"{name} holds token ids from {int(low)} to {int(high)}, but weight has {vocab_size} rows: ids must be in "
+            f"[0, {vocab_size}), or ignore_index where there is no target"
+        )
+
+
+def check_positions(position: Tensor, num_positions: int) -> None:
+    """Positions in [0, N); a GPU's own indexing check finds them there."""
+    if position.numel() and position.device.type == "cpu" and is_readable(position):
+        low, high = position.aminmax()
+        if low < 0 or high >= num_positions:
+            raise ValueError(
+                f"rows.position runs from {int(low)} to {int(high)}, but hidden has {num_positions} positions"
+            )
+
+
+def check_options(logit_scale: float, logit_softcap: float | None) -> None:
+    if not logit_scale > 0:
+        raise ValueError(f"logit_scale is {logit_scale}, it must be positive")
+    if logit_softcap is not None and not logit_softcap > 0:
+        raise ValueError(f"logit_softcap is {logit_softcap}, it must be positive, or None for no soft-cap")
+
+
+def check_denominator(name: str, denominator: int | Tensor | None) -> None:
+    if isinstance(denominator, Tensor):
+        if denominator.numel() != 1:
+            raise ValueError(f"{name} has shape {tuple(denominator.shape)}, it must be an int or a 0-d tensor")
+    elif denominator is not None and not denominator > 0:
+        raise ValueError(f"{name} is {denominator}, it must be positive, or None for the batch's own count")
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """False for a tensor without data (fake or meta), as in memory accounting and tracing."""
+    return tensor.device.type != "meta" and not isinstance(tensor, torch._subclasses.FakeTensor)

@@ -1,0 +1,300 @@
+"""Which schedule, in chunks of what size: decided from shapes, what requires grad, and a memory budget.
+
+One GEMM here is 2 * R * V * H FLOP over the R rows that matter. The schedules (`orpo_kernels.schedules`):
+
+    evaluation    1 GEMM   nothing requires grad
+    single_pass   2 GEMMs  weight and bias frozen: residual @ weight in the forward pass, nothing V-wide is kept
+    resident      3 GEMMs  keeps the residual (R x V) for the weight's gradient; by groups of pairs where the whole
+                           does not fit, which costs a V x H accumulator in fp32
+    recompute     4 GEMMs  keeps a few floats per row; the backward pass walks the vocabulary in slices
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+SCHEDULES = ("auto", "single_pass", "resident", "recompute")
+
+# Chunks of logits: large enough that a GEMM runs at full speed, small enough that nothing else notices them.
+# CPU: at 512 rows a GEMM is within 3 % of its best speed, at 128 it loses a third (H = 576, V = 49152, two cores).
+# GPU: published measurements ask for 1k to 4k rows; not measured by us.
+CHUNK_ROWS = {"cpu": 512, "other": 4096}
+CHUNK_BYTES = {"cpu": 128 * 2**20, "other": 1024 * 2**20}
+MIN_SLICE = 512  # columns; a narrower slice of the vocabulary starves the GEMM
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one call runs.
+
+    Attributes:
+        schedule: "evaluation", "single_pass", "resident" or "recompute".
+        gemm_dtype: the dtype the GEMMs run in.
+        row_chunk: rows whose logits exist at one time.
+        vocab_slice: columns of the vocabulary that the recompute schedule's backward pass takes at one time.
+        weight_slice: rows of the weight cast to `gemm_dtype` at one time, where it has another dtype.
+        group_rows: resident by groups of pairs: rows of the residual held at one time; None where all are held.
+        gemms: vocabulary-sized matrix multiplications of forward and backward.
+        flops: what they cost.
+        held_bytes: what stays allocated from the forward to the backward pass, inputs and outputs not counted.
+        peak_bytes: the most that is allocated at one time, inputs and returned gradients not counted.
+        budget: the memory budget the choice was made under, bytes.
+        reason: why this schedule.
+    """
+
+    schedule: str
+    gemm_dtype: torch.dtype
+    row_chunk: int
+    vocab_slice: int
+    weight_slice: int
+    group_rows: int | None
+    gemms: int
+    flops: int
+    held_bytes: int
+    peak_bytes: int
+    budget: int
+    reason: str
+
+    def explain(self) -> str:
+        """The choice in a sentence, with the bytes it will hold."""
+        by_groups = f" by groups of at most {self.group_rows} rows" if self.group_rows else ""
+        return (
+            f"{self.schedule}{by_groups}, {self.gemms} GEMM{'s' if self.gemms > 1 else ''} "
+            f"({self.flops / 1e12:.3g} TFLOP in {str(self.gemm_dtype).removeprefix('torch.')}): {self.reason}. "
+            f"Holds {format_bytes(self.held_bytes)} until the backward pass and "
+            f"{format_bytes(self.peak_bytes)} at most (budget {format_bytes(self.budget)})."
+        )
+
+
+@dataclass(frozen=True)
+class Work:
+    """The sizes of a call and what requires grad: the question that `plan` answers."""
+
+    rows: int
+    hidden_size: int
+    vocab_size: int
+    dtype: torch.dtype
+    device: torch.device
+    needs_hidden: bool
+    needs_weight: bool
+    needs_bias: bool
+    softcap: bool
+    weight_dtype: torch.dtype
+
+    @property
+    def gemm_dtype(self) -> torch.dtype:
+        return gemm_dtype(self.dtype, self.device)
+
+    @property
+    def residual_bytes(self) -> int:
+        return self.rows * self.vocab_size * self.gemm_dtype.itemsize
+
+    @property
+    def accumulator_bytes(self) -> int:
+        """A weight gradient in fp32, which groups of pairs have to be summed in."""
+        return self.vocab_size * self.hidden_size * max(4, self.gemm_dtype.itemsize) if self.needs_weight else 0
+
+    @property
+    def row_wise_bytes(self) -> int:
+        """Per logit, beyond the logit itself: eager row-wise work is done in fp32, a soft-cap keeps its slope."""
+        wide = max(4, self.gemm_dtype.itemsize)
+        return (wide if self.gemm_dtype.itemsize < 4 else 0) + (2 * wide if self.softcap else 0)
+
+    def rows_bytes(self, copies: int = 1) -> int:
+        """R x H in the GEMM's dtype."""
+        return copies * self.rows * self.hidden_size * self.gemm_dtype.itemsize
+
+
+def plan(
+    rows: int,
+    hidden_size: int,
+    vocab_size: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    weight_dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    needs_hidden: bool = True,
+    needs_weight: bool = True,
+    needs_bias: bool = False,
+    softcap: bool = False,
+    schedule: str = "auto",
+    memory_budget: int | None = None,
+    largest_pair: Callable[[], int] | None = None,
+) -> Plan:
+    """Choose a schedule and its chunk sizes.
+
+    Args:
+        rows: R, the rows that matter.
+        hidden_size: H.
+        vocab_size: V.
+        dtype: what the GEMMs' operands are to be, the autocast dtype under autocast.
+        weight_dtype: the lm-head's dtype if it is another.
+        needs_hidden, needs_weight, needs_bias: what requires grad.
+        softcap: whether the logits are soft-capped.
+        schedule: "auto", or the one to use.
+        memory_budget: bytes that the loss may allocate beside its inputs and the gradients it returns; by default a
+            sixteenth of the device's memory. Chunks are made to fit it as far as they go.
+        largest_pair: gives the number of rows of the largest pair, asked only where it decides. Without it a residual
+            that does not fit as a whole is not split into groups of pairs.
+
+    Raises:
+        ValueError: an unknown schedule, or one that cannot serve, with the reason.
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule is {schedule!r}, it must be one of {', '.join(map(repr, SCHEDULES))}")
+    if memory_budget is not None and memory_budget <= 0:
+        raise ValueError(f"memory_budget is {memory_budget}, it must be a positive number of bytes")
+    device = torch.device(device)
+    work = Work(
+        rows, hidden_size, vocab_size, dtype, device, needs_hidden, needs_weight, needs_bias, softcap,
+        weight_dtype or dtype,
+    )  # fmt: skip
+    budget = memory_budget or default_budget(device)
+    name, reason, group_rows = _choose(work, schedule, budget, memory_budget is not None, largest_pair)
+    return _sized(work, name, reason, group_rows, budget)
+
+
+def _choose(
+    work: Work, schedule: str, budget: int, budget_given: bool, largest_pair: Callable[[], int] | None
+) -> tuple[str, str, int | None]:
+    """The schedule, why, and the rows of a group (None: one group of everything)."""
+    if not (work.needs_hidden or work.needs_weight or work.needs_bias):
+        return "evaluation", "nothing requires grad", None
+    trained = " and ".join(
+        name for name, needed in (("weight", work.needs_weight), ("bias", work.needs_bias)) if needed
+    )
+    if schedule == "single_pass" and trained:
+        raise ValueError(
+            f'schedule="single_pass" needs a frozen lm-head, but its {trained} requires grad: that gradient needs '
+            'every row\'s dloss/dlogp before the residual is gone; use "resident" or "recompute"'
+        )
+    if schedule == "recompute":
+        return "recompute", "asked for", None
+    if schedule == "single_pass" or (schedule == "auto" and not trained):
+        return "single_pass", "asked for" if schedule == "single_pass" else "the lm-head is frozen", None
+
+    whole = format_bytes(work.residual_bytes)
+    if work.residual_bytes <= budget:
+        return "resident", f"the residual of all rows ({whole}) fits the budget", None
+    why_not = f"the residual of all rows ({whole}) does not fit the budget"
+    group_rows = (budget - work.accumulator_bytes) // (work.vocab_size * work.gemm_dtype.itemsize)
+    if largest_pair is not None:
+        if group_rows > 0 and group_rows >= largest_pair():
+            return "resident", f"{why_not}, but groups of pairs do", group_rows
+        why_not += (
+            f", nor does the largest pair's beside a weight gradient in fp32 ({format_bytes(work.accumulator_bytes)})"
+        )
+    if schedule == "resident" and budget_given:
+        raise ValueError(
+            f'schedule="resident" cannot serve: {why_not} ({format_bytes(budget)}); raise memory_budget or '
+            'use "recompute"'
+        )
+    return (
+        ("resident", f"asked for, though {why_not}", None) if schedule == "resident" else ("recompute", why_not, None)
+    )
+
+
+def _sized(work: Work, name: str, reason: str, group_rows: int | None, budget: int) -> Plan:
+    """Chunk sizes, and what they add up to."""
+    kind = "cpu" if work.device.type == "cpu" else "other"
+    chunk_bytes = min(CHUNK_BYTES[kind], max(budget // 4, 1))
+    itemsize = work.gemm_dtype.itemsize
+    held_rows = min(group_rows or work.rows, work.rows)
+    # The residual of the resident schedule is the logits' own buffer, so that only the row-wise extra is chunked.
+    logit_bytes = work.row_wise_bytes + (0 if name == "resident" else itemsize)
+    row_chunk = min(CHUNK_ROWS[kind], _fit(chunk_bytes, work.vocab_size * max(logit_bytes, itemsize)))
+    vocab_slice = min(
+        work.vocab_size,
+        max(MIN_SLICE, _fit(chunk_bytes, max(work.rows, 1) * (itemsize + work.row_wise_bytes))),
+    )
+    casts = work.weight_dtype != work.gemm_dtype
+    weight_slice = work.vocab_size
+    if casts and work.vocab_size * work.hidden_size * itemsize > chunk_bytes:
+        weight_slice = max(MIN_SLICE, _fit(chunk_bytes // 2, work.hidden_size * itemsize))
+
+    chunk = min(row_chunk, max(work.rows, 1)) * work.vocab_size * logit_bytes
+    weight_copy = weight_slice * work.hidden_size * itemsize if casts else 0
+    stats = 16 * work.rows
+    if name == "evaluation":
+        gemms, held, peak = 1, 0, chunk + weight_copy
+    elif name == "single_pass":
+        gemms, held = 2, work.rows_bytes()
+        peak = held + chunk + weight_copy
+    elif name == "resident":
+        gemms = 1 + work.needs_hidden + work.needs_weight
+        held = held_rows * work.vocab_size * itemsize
+        if group_rows:
+            held, peak = work.accumulator_bytes + 4 * work.rows * work.hidden_size, held
+            peak += held
+        else:
+            peak = held
+        peak += max(chunk + weight_copy, 3 * held_rows * work.hidden_size * itemsize)
+    else:
+        gemms = 2 + work.needs_hidden + work.needs_weight
+        held = stats
+        slices = min(vocab_slice, work.vocab_size) * work.rows * (itemsize + work.row_wise_bytes)
+        wide = max(4, itemsize) * work.rows * work.hidden_size
+        peak = max(chunk + weight_copy, slices + work.rows_bytes(2) + wide)
+    return Plan(
+        schedule=name,
+        gemm_dtype=work.gemm_dtype,
+        row_chunk=row_chunk,
+        vocab_slice=vocab_slice,
+        weight_slice=weight_slice,
+        group_rows=group_rows,
+        gemms=gemms,
+        flops=gemms * 2 * work.rows * work.vocab_size * work.hidden_size,
+        held_bytes=held + (0 if name == "evaluation" else stats),
+        peak_bytes=peak + stats,
+        budget=budget,
+        reason=reason,
+    )  # fmt: skip
+
+
+def gemm_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype in which a GEMM of `dtype` operands runs fast on `device`.
+
+    A CPU without matrix instructions for a 16-bit dtype emulates it, 10 to 100 times slower than fp32. Casting the
+    operands to fp32, a chunk at a time, is then faster and more accurate as well.
+    """
+    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return dtype
+    has = _cpu_has_amx_fp16 if dtype == torch.float16 else _cpu_has_bf16
+    return dtype if has() else torch.float32
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums and per-row statistics: fp32, or float64 for float64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _cpu_has_bf16() -> bool:
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def _cpu_has_amx_fp16() -> bool:
+    return torch.cpu._is_amx_fp16_supported()
+
+
+def default_budget(device: torch.device) -> int:
+    """A sixteenth of the device's memory, bytes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // 16
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 16
+
+
+def _fit(room: int, size: int) -> int:
+    """How many things of `size` bytes go into `room`, at least one."""
+    return max(1, room // max(size, 1))
+
+
+def format_bytes(size: float) -> str:
+    for unit in ("bytes", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.4g} GiB"

@@ -1,0 +1,167 @@
+"""Rows: the positions whose next token is a target, as flat vectors.
+
+A *row* is one (position, target) pair. Everything vocabulary-sized is computed for rows only, so padding, ignored
+labels and the prompts of rejected answers cost nothing. Every layout (padded, packed, padding-free, shared prompt) and
+every dialect of ORPO is a different way to fill in the same six fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a batch of `num_pairs` preference pairs; all vectors have shape (R,) and live on one device.
+
+    Attributes:
+        position: int64, index into the flattened hidden states (N, H). May repeat: the last hidden state of a shared
+            prompt predicts both the first chosen and the first rejected token.
+        target: int64, the token id to predict, in [0, V).
+        sequence: int64, the sequence the row belongs to: chosen answer i is i, rejected answer i is `num_pairs + i`.
+        scored: bool, whether the row counts in its sequence's length-averaged log-probability (the odds ratio).
+        nll_weight: float32, the row's weight in the NLL, not yet normalised; 0 keeps it out.
+        num_pairs: B.
+
+    Raises:
+        ValueError: vectors of different lengths.
+        TypeError: a vector of another dtype or device.
+    """
+
+    position: Tensor
+    target: Tensor
+    sequence: Tensor
+    scored: Tensor
+    nll_weight: Tensor
+    num_pairs: int
+
+    def __post_init__(self) -> None:
+        dtypes = {
+            "position": torch.int64,
+            "target": torch.int64,
+            "sequence": torch.int64,
+            "scored": torch.bool,
+            "nll_weight": torch.float32,
+        }
+        for name, dtype in dtypes.items():
+            vector = getattr(self, name)
+            if vector.dim() != 1 or vector.shape != self.position.shape:
+                raise ValueError(
+                    f"Rows.{name} has shape {tuple(vector.shape)}, but Rows.position has {tuple(self.position.shape)}: "
+                    "all vectors of Rows are one-dimensional and equally long"
+                )
+            if vector.dtype != dtype:
+                raise TypeError(f"Rows.{name} is {vector.dtype}, it must be {dtype}")
+            if vector.device != self.position.device:
+                raise TypeError(f"Rows.{name} is on {vector.device}, but Rows.position is on {self.position.device}")
+
+    def __len__(self) -> int:
+        return self.position.shape[0]
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Rows:
+        """The same rows on another device. Built by a collator on the CPU they need no synchronisation on a GPU."""
+        return self._map(lambda vector: vector.to(device, non_blocking=non_blocking))
+
+    def select(self, index: Tensor) -> Rows:
+        """The rows at `index` (int64 or bool), still numbered as pairs of the whole batch."""
+        return self._map(lambda vector: vector[index])
+
+    def pair_sizes(self) -> list[int]:
+        """The number of rows of each pair. Reads them on the host."""
+        return torch.bincount(self.sequence % max(self.num_pairs, 1), minlength=self.num_pairs).tolist()
+
+    def largest_pair(self) -> int:
+        return max(self.pair_sizes(), default=0)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Rows:
+        vectors = ("position", "target", "sequence", "scored", "nll_weight")
+        return replace(self, **{name: function(getattr(self, name)) for name in vectors})
+
+
+def rows_from_labels(
+    labels: Tensor,
+    nll_labels: Tensor | None = None,
+    *,
+    shift: bool = False,
+    ignore_index: int = -100,
+    nll_reduction: str = "token",
+) -> Rows:
+    """The rows of a padded batch. Reading which labels are valid is the one host synchronisation of the loss.
+
+    Args:
+        labels: (2B, T) int64, the scored targets, the B chosen sequences first; `ignore_index` elsewhere.
+        nll_labels: (B, T) int64, the NLL targets of the chosen sequences; `labels[:B]` if None. Where a position has
+            another NLL label than OR label it becomes two rows.
+        shift: False if `labels[:, t]` is the target of position t, True if `labels[:, t + 1]` is.
+        nll_reduction: "token": every NLL row weighs the same. "sequence": the mean over each sequence's rows first.
+
+    Raises:
+        ValueError: odd batch, shapes that do not fit together, unknown reduction.
+        TypeError: labels that are not int64, or that are on different devices.
+    """
+    check_labels(labels, nll_labels, nll_reduction)
+    pairs, length = labels.shape[0] // 2, labels.shape[1]
+    nll_labels = labels[:pairs] if nll_labels is None else nll_labels
+    if shift:
+        labels, nll_labels = labels[:, 1:], nll_labels[:, 1:]
+
+    scored = labels != ignore_index
+    wants_nll = torch.zeros_like(scored)
+    wants_nll[:pairs] = nll_labels != ignore_index
+    nll_target = torch.full_like(labels, ignore_index)
+    nll_target[:pairs] = nll_labels
+
+    target = torch.where(scored, labels, nll_target)
+    same_row = wants_nll & (target == nll_target)
+    # Plane 0 holds the OR rows (with the NLL of the same target), plane 1 NLL rows with a target of their own: one
+    # `nonzero`, one synchronisation for both.
+    wanted = torch.stack((scored | same_row, wants_nll & ~same_row))
+    plane, sequence, column = wanted.nonzero(as_tuple=True)
+    first = plane == 0
+    is_nll = torch.where(first, same_row[sequence, column], True)
+    return Rows(
+        position=sequence * length + column,
+        target=torch.where(first, target[sequence, column], nll_target[sequence, column]),
+        sequence=sequence,
+        scored=first & scored[sequence, column],
+        nll_weight=_nll_weight(is_nll, sequence, 2 * pairs, nll_reduction),
+        num_pairs=pairs,
+    )
+
+
+def _nll_weight(is_nll: Tensor, sequence: Tensor, num_sequences: int, reduction: str) -> Tensor:
+    """(R,) float32: 1 for every NLL row, divided by its sequence's number of them for the "sequence" reduction."""
+    weight = is_nll.float()
+    if reduction == "token":
+        return weight
+    rows = torch.zeros(num_sequences, device=weight.device).index_add_(0, sequence, weight)
+    return weight / rows.clamp(min=1)[sequence]
+
+
+def check_labels(labels: Tensor, nll_labels: Tensor | None, nll_reduction: str) -> None:
+    if nll_reduction not in ("token", "sequence"):
+        raise ValueError(f'nll_reduction is {nll_reduction!r}, it must be "token" or "sequence"')
+    if labels.dim() != 2:
+        raise ValueError(f"labels has shape {tuple(labels.shape)}, it must be (2B, T): chosen sequences, then rejected")
+    if labels.shape[0] % 2:
+        raise ValueError(
+            f"labels has {labels.shape[0]} sequences, an odd number: the first half is chosen, the second half rejected"
+        )
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels is {labels.dtype}, it must be torch.int64")
+    if nll_labels is None:
+        return
+    expected = (labels.shape[0] // 2, labels.shape[1])
+    if nll_labels.shape != expected:
+        raise ValueError(
+            f"nll_labels has shape {tuple(nll_labels.shape)}, but labels {tuple(labels.shape)} asks for {expected}: "
+            "one row of NLL targets for each chosen sequence"
+        )
+    if nll_labels.dtype != torch.int64:
+        raise TypeError(f"nll_labels is {nll_labels.dtype}, it must be torch.int64")
+    if nll_labels.device != labels.device:
+        raise TypeError(f"nll_labels is on {nll_labels.device}, but labels is on {labels.device}")

@@ -1,0 +1,22 @@
+"""One GEMM: the token log-odds alone."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..projection import Projection
+
+
+def forward(p: Projection) -> tuple[Tensor, tuple[Tensor, ...]]:
+    log_odds, _ = statistics(p)
+    return log_odds, ()
+
+
+def statistics(p: Projection) -> tuple[Tensor, Tensor]:
+    """m and lse_others of every row, (R,) each, one chunk of logits at a time."""
+    log_odds, lse_others = p.empty_stats(), p.empty_stats()
+    weight, buffer = p.weight_slices(), p.logits_buffer()
+    for rows in p.row_chunks():
+        logits = p.logits(p.hidden_rows(rows), weight, buffer[: rows.stop - rows.start])
+        log_odds[rows], lse_others[rows] = p.residual_(logits, rows, want_residual=False)
+    return log_odds, lse_others

@@ -1,0 +1,49 @@
+"""Four GEMMs, for a trained lm-head: keep two floats a row, and make the residual again in the backward pass.
+
+The backward pass takes all rows times one slice of the vocabulary at a time, so that every slice of the weight's
+gradient is finished at once and written in its own dtype: no V x H accumulator, no atomics. The hidden states'
+gradient is summed over the slices in fp32.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..projection import Projection, even_chunks, matmul_into
+from .evaluation import statistics
+from .resident import bias_gradient, head_gradient
+
+if TYPE_CHECKING:
+    from . import Gradients
+
+
+def forward(p: Projection) -> tuple[Tensor, tuple[Tensor, ...]]:
+    log_odds, lse_others = statistics(p)
+    return log_odds, (lse_others,)
+
+
+def backward(p: Projection, kept: tuple[Tensor, ...], coefficient: Tensor, grads: Gradients) -> None:
+    (lse_others,) = kept
+    coefficient = -p.options.logit_scale * coefficient
+    x = p.hidden_rows()
+    scaled = p.scaled_hidden(coefficient) if grads.weight is not None else None
+    u = torch.zeros_like(x, dtype=p.stat_dtype) if grads.hidden is not None else None
+    buffer = x.new_empty(p.num_rows * min(p.plan.vocab_slice, p.vocab_size))
+    for columns in even_chunks(p.vocab_size, p.plan.vocab_slice):
+        w = p.weight[columns].to(x.dtype)
+        width = columns.stop - columns.start
+        residual = buffer[: p.num_rows * width].view(p.num_rows, width)
+        p.slice_logits(x, w, columns, residual)
+        p.residual_slice_(residual, columns, lse_others)
+        if u is not None:
+            matmul_into(u, residual, w, accumulate=True)
+        if scaled is not None and grads.weight is not None:
+            head_gradient(residual, scaled, grads.weight[columns], accumulate=False)
+        if grads.bias is not None:
+            grads.bias[columns] += bias_gradient(residual, coefficient)
+    del x, buffer, scaled
+    if u is not None and grads.hidden is not None:
+        p.ops.add_scaled_rows_(grads.hidden, p.position, u, coefficient)

@@ -1,0 +1,58 @@
+"""Three GEMMs, for a trained lm-head: the residual (R x V) is kept until the coefficients are known."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..projection import Projection, even_chunks, matmul_into
+
+if TYPE_CHECKING:
+    from . import Gradients
+
+FACTOR_SLICE = 8192  # rows of dW that exist in fp32 at one time, where fp16 operands were rescaled
+
+
+def forward(p: Projection) -> tuple[Tensor, tuple[Tensor, ...]]:
+    log_odds = p.empty_stats()
+    residual = p.weight.new_empty(p.num_rows, p.vocab_size, dtype=p.plan.gemm_dtype)
+    weight = p.weight_slices()
+    for rows in p.row_chunks():
+        p.logits(p.hidden_rows(rows), weight, residual[rows])
+        log_odds[rows], _ = p.residual_(residual[rows], rows)
+    return log_odds, (residual,)
+
+
+def backward(p: Projection, kept: tuple[Tensor, ...], coefficient: Tensor, grads: Gradients) -> None:
+    (residual,) = kept
+    coefficient = -p.options.logit_scale * coefficient
+    if grads.hidden is not None:
+        u = residual.new_empty(p.num_rows, p.weight.shape[1])
+        for columns, w in p.weight_slices():
+            matmul_into(u, residual[:, columns], w, accumulate=columns.start > 0)
+        p.ops.add_scaled_rows_(grads.hidden, p.position, u, coefficient)
+        del u
+    if grads.weight is not None:
+        head_gradient(residual, p.scaled_hidden(coefficient), grads.weight, grads.accumulate)
+    if grads.bias is not None:
+        grads.bias.add_(bias_gradient(residual, coefficient))
+
+
+def head_gradient(residual: Tensor, scaled: tuple[Tensor, Tensor | None], out: Tensor, accumulate: bool) -> None:
+    """dW = residual.T @ (coefficient * hidden) into `out`, rows of the weight's gradient; see `scaled_hidden`."""
+    x, factor = scaled
+    if factor is None:
+        matmul_into(out, residual.t(), x, accumulate)
+        return
+    for rows in even_chunks(out.shape[0], FACTOR_SLICE):
+        product = out.new_empty(rows.stop - rows.start, out.shape[1], dtype=torch.float32)
+        matmul_into(product, residual[:, rows].t(), x)
+        product.mul_(factor)
+        out[rows].add_(product) if accumulate else out[rows].copy_(product)
+
+
+def bias_gradient(residual: Tensor, coefficient: Tensor) -> Tensor:
+    """(V,) column sums of coefficient * residual."""
+    return residual.t().mv(coefficient.to(residual.dtype))
