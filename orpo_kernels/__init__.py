@@ -3,7 +3,7 @@
 from . import dialects, reference
 from .loss import ORPOLoss, ORPOOutput, orpo_loss, orpo_loss_from_rows
 from .ops import backends
-from .plan import Plan, plan
+from .planning import Plan, plan
 from .rows import Rows, rows_from_labels
 from .token_logps import token_logps
 

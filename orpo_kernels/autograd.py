@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .objective import Denominators, pair_loss
-from .plan import accumulation_dtype
+from .planning import accumulation_dtype
 from .projection import HeadOptions, Projection
 from .rows import Rows
 from .schedules import Gradients, resident, schedule_of

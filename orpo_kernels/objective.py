@@ -57,7 +57,7 @@ def denominators(rows: Rows, nll: int | Tensor | None, pairs: int | Tensor | Non
     """The given denominators, or the NLL weight and the number of valid pairs of these rows."""
     device = rows.position.device
     if nll is None:
-        nll = rows.nll_weight.sum(dtype=torch.float64)
+        nll = rows.nll_weight.sum()
     if pairs is None:
         pairs = _valid_pairs(_scored_rows(rows), rows.num_pairs).sum(dtype=torch.float64)
     return Denominators(*(torch.as_tensor(d, dtype=torch.float64, device=device) for d in (nll, pairs)))
@@ -68,7 +68,7 @@ def pair_loss(token_log_odds: Tensor, rows: Rows, alpha: float, beta: float, cou
     m = token_log_odds.double()
     logps = F.logsigmoid(m)
 
-    nll_weight = rows.nll_weight.double() * _reciprocal(counts.nll)
+    nll_weight = rows.nll_weight * _reciprocal(counts.nll)
     nll_loss = -_masked_dot(nll_weight, logps)
 
     scored_rows = _scored_rows(rows)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .ops import select
-from .plan import Plan, accumulation_dtype, plan
+from .planning import Plan, accumulation_dtype, plan
 
 
 @dataclass(frozen=True)

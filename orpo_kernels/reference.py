@@ -88,8 +88,9 @@ def orpo_loss_from_rows(
 ) -> ORPOOutput:
     """`orpo_kernels.orpo_loss_from_rows` by definition."""
     logps = F.logsigmoid(token_log_odds(hidden[rows.position], weight, rows.target, bias, logit_scale, logit_softcap))
-    total = rows.nll_weight.sum() if nll_denominator is None else nll_denominator
-    nll_loss = -(rows.nll_weight * logps).sum() / (total if total > 0 else 1)
+    nll_weight = rows.nll_weight.to(logps.dtype)
+    total = nll_weight.sum() if nll_denominator is None else nll_denominator
+    nll_loss = -(nll_weight * logps).sum() / (total if total > 0 else 1)
     belongs = F.one_hot(rows.sequence, 2 * rows.num_pairs).T * rows.scored  # (2B, R)
     means = (belongs * logps).sum(1) / belongs.sum(1).clamp(min=1)
     return _odds_ratio(means, belongs.sum(1) > 0, nll_loss, alpha, beta, pair_denominator)

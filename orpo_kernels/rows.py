@@ -24,7 +24,7 @@ class Rows:
         target: int64, the token id to predict, in [0, V).
         sequence: int64, the sequence the row belongs to: chosen answer i is i, rejected answer i is `num_pairs + i`.
         scored: bool, whether the row counts in its sequence's length-averaged log-probability (the odds ratio).
-        nll_weight: float32, the row's weight in the NLL, not yet normalised; 0 keeps it out.
+        nll_weight: float64, the row's weight in the NLL, not yet normalised; 0 keeps it out.
         num_pairs: B.
 
     Raises:
@@ -45,7 +45,7 @@ class Rows:
             "target": torch.int64,
             "sequence": torch.int64,
             "scored": torch.bool,
-            "nll_weight": torch.float32,
+            "nll_weight": torch.float64,
         }
         for name, dtype in dtypes.items():
             vector = getattr(self, name)
@@ -78,8 +78,14 @@ class Rows:
         return max(self.pair_sizes(), default=0)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Rows:
-        vectors = ("position", "target", "sequence", "scored", "nll_weight")
-        return replace(self, **{name: function(getattr(self, name)) for name in vectors})
+        return replace(
+            self,
+            position=function(self.position),
+            target=function(self.target),
+            sequence=function(self.sequence),
+            scored=function(self.scored),
+            nll_weight=function(self.nll_weight),
+        )
 
 
 def rows_from_labels(
@@ -134,11 +140,11 @@ def rows_from_labels(
 
 
 def _nll_weight(is_nll: Tensor, sequence: Tensor, num_sequences: int, reduction: str) -> Tensor:
-    """(R,) float32: 1 for every NLL row, divided by its sequence's number of them for the "sequence" reduction."""
-    weight = is_nll.float()
+    """(R,) float64: 1 for every NLL row, divided by its sequence's number of them for the "sequence" reduction."""
+    weight = is_nll.double()
     if reduction == "token":
         return weight
-    rows = torch.zeros(num_sequences, device=weight.device).index_add_(0, sequence, weight)
+    rows = weight.new_zeros(num_sequences).index_add_(0, sequence, weight)
     return weight / rows.clamp(min=1)[sequence]
 
 

@@ -1,0 +1,335 @@
+"""The loss against its definition in float64, and everything autograd may ask of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from orpo_kernels import ORPOLoss, ORPOOutput, Rows, orpo_loss, orpo_loss_from_rows, reference
+
+from .batches import Batch, batches, plain_loss, random_labels, random_rows, relative_error
+
+SCHEDULES = ("auto", "single_pass", "resident", "recompute")
+PLAIN_OPTIONS = {
+    "alpha": 1.0,
+    "beta": 0.1,
+    "nll_reduction": "token",
+    "shift": False,
+    "logit_scale": 1.0,
+    "logit_softcap": None,
+}
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+share_fixtures = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def serves(schedule: str, batch: Batch) -> bool:
+    trained = batch.train_weight or (batch.bias is not None and batch.train_bias)
+    return not (schedule == "single_pass" and trained)
+
+
+def magnitudes(batch: Batch) -> tuple[float, dict[str, float]]:
+    """max |z|, and the norms of |dz| |W|, |dz|^T |h| and sum |dz|: what a rounded operand can change a gradient by."""
+    exact = batch.to(torch.float64)
+    z = F.linear(exact.hidden, exact.weight, exact.bias).requires_grad_()
+    identity = torch.eye(z.shape[-1], dtype=z.dtype)
+    out = reference.orpo_loss(z, identity, batch.labels, nll_labels=batch.nll_labels, **batch.options)
+    (dz,) = torch.autograd.grad(out.loss, z)
+    dz = dz.abs().flatten(0, 1)
+    return z.abs().max().item() * batch.options["logit_scale"], {
+        "hidden": (dz @ exact.weight.abs()).norm().item(),
+        "weight": (dz.t() @ exact.hidden.abs().flatten(0, 1)).norm().item(),
+        "bias": dz.sum(0).norm().item(),
+    }
+
+
+def assert_as_good_as_plain(batch: Batch, ours, dtype: torch.dtype, gemm_dtype: torch.dtype) -> None:
+    """err(ours) <= 2 * err(plain torch in the same dtype) against float64, and one rounding where plain is lucky."""
+    (out, grads), (plain_out, plain_grads) = ours, batch.run(plain_loss)
+    true_out, true_grads = batch.to(torch.float64).run(reference.orpo_loss)
+    largest_logit, scales = magnitudes(batch)
+    logit_rounding = torch.finfo(gemm_dtype).eps * (1 + largest_logit)
+    for name in ORPOOutput._fields[:-1]:
+        value, other, true = (getattr(o, name).detach() for o in (out, plain_out, true_out))
+        error, allowed = (value - true).norm().item(), (other - true).norm().item()
+        rounding = (8 * torch.finfo(value.dtype).eps + logit_rounding) * max(true.norm().item(), 1.0)
+        assert error <= 2 * allowed + rounding, (name, error, allowed)
+    assert torch.equal(out.valid_pairs, true_out.valid_pairs)
+    assert grads.keys() == true_grads.keys()
+    for name, true in true_grads.items():
+        error, allowed = (grads[name] - true).norm().item(), (plain_grads[name] - true).norm().item()
+        rounding = (torch.finfo(dtype).eps + logit_rounding) * scales[name]
+        assert error <= 2 * allowed + rounding, (name, error, allowed)
+        assert grads[name].dtype == dtype
+
+
+@share_fixtures
+@pytest.mark.parametrize("emulated", [True, False], ids=["gemm-fp32", "gemm-own-dtype"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(batch=batches(), schedule=st.sampled_from(SCHEDULES))
+def test_matches_definition(dtype, emulated, batch, schedule, small_chunks):
+    """Every schedule, option and dtype; with GEMMs in fp32 for 16-bit inputs, and in the inputs' own dtype."""
+    if not serves(schedule, batch):
+        return
+    batch = batch.to(dtype)
+    gemm_dtype = torch.float32 if emulated and dtype.itemsize == 2 else dtype
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("orpo_kernels.planning.gemm_dtype", lambda dtype, device: gemm_dtype)
+        ours = batch.run(orpo_loss, schedule=schedule)
+    assert_as_good_as_plain(batch, ours, dtype, gemm_dtype)
+
+
+@pytest.mark.parametrize("emulated", [True, False], ids=["gemm-fp32", "gemm-own-dtype"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("schedule", ["single_pass", "resident", "recompute"])
+def test_error_is_at_most_twice_plains(schedule, dtype, emulated, monkeypatch):
+    """The same without any slack, on a batch large enough that rounding errors are not a matter of luck."""
+    gemm_dtype = torch.float32 if emulated and dtype.itemsize == 2 else dtype
+    monkeypatch.setattr("orpo_kernels.planning.gemm_dtype", lambda dtype, device: gemm_dtype)
+    batch = a_batch(dtype, pairs=4, length=24, size=48, vocab=307, **PLAIN_OPTIONS)
+    batch = replace(batch, train_weight=schedule != "single_pass")
+    (out, grads), (plain_out, plain_grads) = batch.run(orpo_loss, schedule=schedule), batch.run(plain_loss)
+    true_out, true_grads = batch.to(torch.float64).run(reference.orpo_loss)
+    for name, true in true_grads.items():
+        assert relative_error(grads[name], true) <= 2 * relative_error(plain_grads[name], true)
+    for name in ("chosen_logps", "rejected_logps"):
+        true = getattr(true_out, name)
+        assert relative_error(getattr(out, name), true) <= 2 * relative_error(getattr(plain_out, name), true)
+
+
+@share_fixtures
+@given(batch=batches(), spare=st.integers(0, 40))
+def test_groups_of_pairs(batch, spare, small_chunks):
+    """A residual too large as a whole is taken by groups of pairs, down to one pair at a time."""
+    batch = replace(batch, train_weight=True, train_bias=True)
+    shift = batch.options["shift"]
+    length = batch.labels.shape[1] - shift
+    vocab, size = batch.weight.shape
+    rows_of_a_pair = 3 * length  # a chosen position may be two rows
+    budget = 8 * vocab * (size + rows_of_a_pair + spare)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("orpo_kernels.planning.CHUNK_BYTES", {"cpu": 512})
+        out, grads = batch.run(orpo_loss, schedule="resident", memory_budget=budget)
+    true_out, true_grads = batch.run(reference.orpo_loss)
+    for value, true in zip((*out, *grads.values()), (*true_out, *true_grads.values()), strict=True):
+        torch.testing.assert_close(value, true, rtol=1e-9, atol=1e-12)
+
+
+@share_fixtures
+@given(
+    seed=st.integers(0, 2**31),
+    pairs=st.integers(1, 4),
+    num_rows=st.integers(0, 30),
+    num_positions=st.integers(1, 12),
+    schedule=st.sampled_from(("auto", "resident", "recompute")),
+)
+def test_packed_rows(seed, pairs, num_rows, num_positions, schedule, small_chunks):
+    """Rows in any order whose positions repeat, as with a shared prompt."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = random_rows(generator, num_positions, vocab=23, pairs=pairs, num_rows=num_rows)
+    hidden = torch.randn(num_positions, 6, generator=generator, dtype=torch.float64)
+    weight = torch.randn(23, 6, generator=generator, dtype=torch.float64)
+
+    def run(loss, **options):
+        leaves = [t.clone().requires_grad_() for t in (hidden, weight)]
+        out = loss(*leaves, rows, beta=0.3, **options)
+        out.loss.backward()
+        return (*out, *(leaf.grad for leaf in leaves))
+
+    for value, true in zip(run(orpo_loss_from_rows, schedule=schedule), run(reference.orpo_loss_from_rows), strict=True):
+        torch.testing.assert_close(value, true, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("schedule", ["single_pass", "resident", "recompute", "grouped"])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_gradcheck(schedule, softcap, small_chunks):
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True)
+    trained = schedule != "single_pass"
+    weight = torch.randn(11, 5, dtype=torch.float64, requires_grad=trained)
+    bias = torch.randn(11, dtype=torch.float64, requires_grad=trained)
+    labels = random_labels(generator, (4, 3), 11, 0.8)
+    options = {"schedule": schedule}
+    if schedule == "grouped":
+        options = {"schedule": "resident", "memory_budget": 8 * 11 * (5 + 6)}
+
+    def loss(hidden, weight, bias):
+        return orpo_loss(hidden, weight, labels, bias=bias, beta=0.7, logit_softcap=softcap, logit_scale=1.3, **options).loss
+
+    assert torch.autograd.gradcheck(loss, (hidden, weight, bias))
+
+
+def a_batch(dtype=torch.float32, pairs=3, length=8, size=16, vocab=61, **options) -> Batch:
+    generator = torch.Generator().manual_seed(7)
+    return Batch(
+        hidden=torch.randn(2 * pairs, length, size, generator=generator).to(dtype),
+        weight=torch.randn(vocab, size, generator=generator).to(dtype) / 4,
+        labels=random_labels(generator, (2 * pairs, length), vocab, 0.6),
+        nll_labels=random_labels(generator, (pairs, length), vocab, 0.9),
+        options=options,
+    )
+
+
+@pytest.mark.parametrize("schedule", ["resident", "recompute"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bitwise_repeatable(schedule, dtype, small_chunks):
+    batch = a_batch(dtype)
+    first, second = (batch.run(orpo_loss, schedule=schedule) for _ in range(2))
+    for a, b in zip((*first[0], *first[1].values()), (*second[0], *second[1].values()), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("nll_reduction", ["token", "sequence"])
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_micro_batches_add_up(nll_reduction, as_tensor):
+    """With the whole batch's counts, micro-batches of one pair give the whole batch's loss and gradient."""
+    batch = a_batch(pairs=4, nll_reduction=nll_reduction).to(torch.float64)
+    whole, whole_grads = batch.run(orpo_loss)
+    rows = (batch.nll_labels != -100).sum().item()
+    counts = {"nll_denominator": rows if nll_reduction == "token" else 4, "pair_denominator": 4}
+    if as_tensor:
+        counts = {name: torch.tensor(count) for name, count in counts.items()}
+    loss, grads = 0.0, None
+    for pair in range(4):
+        both = [pair, 4 + pair]
+        micro = replace(
+            batch, hidden=batch.hidden[both], labels=batch.labels[both], nll_labels=batch.nll_labels[[pair]]
+        )
+        out, micro_grads = micro.run(orpo_loss, **counts)
+        loss += out.loss.item()
+        grads = micro_grads["weight"] if grads is None else grads + micro_grads["weight"]
+        assert relative_error(micro_grads["hidden"], whole_grads["hidden"][both]) < 1e-6
+    assert loss == pytest.approx(whole.loss.item(), rel=1e-6)
+    assert relative_error(grads, whole_grads["weight"]) < 1e-6
+
+
+@pytest.mark.parametrize("schedule", ["single_pass", "resident", "recompute", "grouped"])
+def test_retain_graph_and_accumulation(schedule):
+    """A second backward pass gives the same gradient once more, on top of what `.grad` held."""
+    batch = a_batch(torch.float64)
+    hidden = batch.hidden.clone().requires_grad_()
+    weight = batch.weight.clone().requires_grad_(schedule != "single_pass")
+    options = {"schedule": schedule}
+    if schedule == "grouped":
+        options = {"schedule": "resident", "memory_budget": 8 * 61 * (16 + 24)}
+    loss = orpo_loss(hidden, weight, batch.labels, **options).loss
+    loss.backward(retain_graph=True)
+    once = hidden.grad.clone()
+    (2 * loss).backward()
+    torch.testing.assert_close(hidden.grad, 3 * once)
+
+
+@pytest.mark.parametrize("schedule", ["single_pass", "resident", "recompute"])
+def test_second_derivative_is_refused(schedule):
+    batch = a_batch()
+    hidden = batch.hidden.clone().requires_grad_()
+    loss = orpo_loss(hidden, batch.weight.requires_grad_(schedule != "single_pass"), batch.labels, schedule=schedule).loss
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+
+
+def test_without_gradient_is_detached():
+    batch = a_batch()
+    with torch.no_grad():
+        out = orpo_loss(batch.hidden.requires_grad_(), batch.weight, batch.labels)
+    assert not out.loss.requires_grad
+    out = orpo_loss(batch.hidden.detach(), batch.weight, batch.labels)
+    assert not any(value.requires_grad for value in out)
+
+
+def test_only_the_loss_is_differentiable():
+    batch = a_batch()
+    out = orpo_loss(batch.hidden.requires_grad_(), batch.weight, batch.labels)
+    assert [value.requires_grad for value in out] == [True] + [False] * 6
+
+
+def test_module_is_the_function():
+    batch = a_batch()
+    options = {"beta": 0.4, "alpha": 0.5, "nll_reduction": "sequence", "shift": True, "logit_softcap": 9.0}
+    module = ORPOLoss(**options)
+    ours = module(batch.hidden, batch.weight, batch.labels, nll_labels=batch.nll_labels, pair_denominator=2)
+    function = orpo_loss(
+        batch.hidden, batch.weight, batch.labels, nll_labels=batch.nll_labels, pair_denominator=2, **options
+    )
+    assert all(torch.equal(a, b) for a, b in zip(ours, function, strict=True))
+    assert "beta=0.4" in repr(module)
+
+
+def test_non_contiguous_inputs():
+    batch = a_batch(torch.float64)
+    expected, expected_grads = batch.run(orpo_loss)
+    strange = replace(
+        batch,
+        hidden=batch.hidden.permute(2, 0, 1).contiguous().permute(1, 2, 0),
+        weight=batch.weight.t().contiguous().t(),
+        labels=batch.labels.t().contiguous().t(),
+        nll_labels=batch.nll_labels.repeat_interleave(2, 1)[:, ::2],
+    )
+    assert not strange.hidden.is_contiguous()
+    out, grads = strange.run(orpo_loss)
+    torch.testing.assert_close(out.loss, expected.loss)
+    for name, grad in expected_grads.items():
+        torch.testing.assert_close(grads[name], grad)
+
+
+@pytest.mark.parametrize("schedule", ["single_pass", "resident", "recompute"])
+def test_autocast(schedule):
+    """fp32 parameters under autocast: gradients in fp32, as accurate as an autocast nn.Linear's."""
+    batch = replace(a_batch(**PLAIN_OPTIONS), train_weight=schedule != "single_pass")
+    truth = batch.to(torch.float64).run(reference.orpo_loss)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours, plain = batch.run(orpo_loss, schedule=schedule), batch.run(plain_loss)
+    for name, true in truth[1].items():
+        assert ours[1][name].dtype == torch.float32
+        assert relative_error(ours[1][name], true) <= 2 * relative_error(plain[1][name], true)
+    assert abs(ours[0].loss - truth[0].loss) <= 2 * abs(plain[0].loss - truth[0].loss) + 1e-6
+
+
+def test_autocast_takes_a_head_of_another_dtype():
+    batch = a_batch()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = orpo_loss(batch.hidden.bfloat16(), batch.weight, batch.labels)
+    assert mixed.loss.item() == pytest.approx(orpo_loss(batch.hidden, batch.weight, batch.labels).loss.item(), rel=1e-2)
+
+
+@pytest.mark.parametrize("emulated", [True, False], ids=["gemm-fp32", "gemm-fp16"])
+@pytest.mark.parametrize("schedule", ["resident", "recompute"])
+def test_fp16_does_not_underflow(schedule, emulated, monkeypatch):
+    """Coefficients of 1e-6 and less, as of a million-token batch, with and without a GradScaler's factor."""
+    monkeypatch.setattr("orpo_kernels.planning.gemm_dtype", lambda d, device: torch.float32 if emulated else d)
+    batch = a_batch(torch.float16)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    hidden, weight = batch.hidden.clone().requires_grad_(), batch.weight.clone().requires_grad_()
+    loss = orpo_loss(hidden, weight, batch.labels, nll_denominator=10**6, pair_denominator=10**6, schedule=schedule).loss
+    scaler.scale(loss).backward()
+    exact = [t.double().requires_grad_() for t in (batch.hidden, batch.weight)]
+    true = reference.orpo_loss(*exact, batch.labels, nll_denominator=10**6, pair_denominator=10**6).loss * 2.0**16
+    true.backward()
+    assert relative_error(hidden.grad, exact[0].grad) < 2e-3
+    assert relative_error(weight.grad, exact[1].grad) < 2e-3
+
+
+def test_tied_weight_collects_both_gradients():
+    """The lm-head's weight is also the embedding's, as in most small models."""
+    weight = torch.randn(61, 16, dtype=torch.float64, requires_grad=True)
+    ids = torch.randint(61, (2, 8))
+    batch = a_batch(torch.float64, pairs=1)
+
+    def gradient(loss):
+        return torch.autograd.grad(loss(weight[ids], weight, batch.labels).loss, weight)[0]
+
+    torch.testing.assert_close(gradient(orpo_loss), gradient(reference.orpo_loss))
+
+
+def test_rows_can_be_handed_over():
+    """A collator that has the labels on the host builds the rows; the loss is the same."""
+    from orpo_kernels import rows_from_labels
+
+    batch = a_batch()
+    rows: Rows = rows_from_labels(batch.labels, batch.nll_labels).to("cpu")
+    ours = orpo_loss_from_rows(batch.hidden.flatten(0, 1), batch.weight, rows)
+    assert torch.equal(ours.loss, orpo_loss(batch.hidden, batch.weight, batch.labels, nll_labels=batch.nll_labels).loss)
