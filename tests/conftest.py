@@ -7,6 +7,8 @@ import torch
 from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# The tensors of most tests are tiny: threads would only wait for each other. Tests of the real model ask for theirs.
+torch.set_num_threads(1)
 settings.register_profile("default", deadline=None, max_examples=60, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("default")
 
