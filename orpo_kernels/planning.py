@@ -207,11 +207,10 @@ def _sized(work: Work, name: str, reason: str, group_rows: int | None, budget: i
     # The residual of the resident schedule is the logits' own buffer, so that only the row-wise extra is chunked.
     logit_bytes = work.row_wise_bytes + (0 if name == "resident" else itemsize)
     row_chunk = min(CHUNK_ROWS[kind], _fit(chunk_bytes, work.vocab_size * max(logit_bytes, itemsize)))
-    vocab_slice = min(
-        work.vocab_size,
-        max(MIN_SLICE, _fit(chunk_bytes, max(work.rows, 1) * (itemsize + work.row_wise_bytes))),
-    )
     casts = work.weight_dtype != work.gemm_dtype
+    # A slice of the residual, and where operands are cast also that slice of the weight and of its gradient.
+    column_bytes = work.rows * (itemsize + work.row_wise_bytes) + casts * 2 * work.hidden_size * itemsize
+    vocab_slice = min(work.vocab_size, max(MIN_SLICE, _fit(chunk_bytes, column_bytes)))
     weight_slice = work.vocab_size
     if casts and work.vocab_size * work.hidden_size * itemsize > chunk_bytes:
         weight_slice = max(MIN_SLICE, _fit(chunk_bytes // 2, work.hidden_size * itemsize))
@@ -236,7 +235,7 @@ def _sized(work: Work, name: str, reason: str, group_rows: int | None, budget: i
     else:
         gemms = 2 + work.needs_hidden + work.needs_weight
         held = stats
-        slices = min(vocab_slice, work.vocab_size) * work.rows * (itemsize + work.row_wise_bytes)
+        slices = vocab_slice * column_bytes
         wide = max(4, itemsize) * work.rows * work.hidden_size
         peak = max(chunk + weight_copy, slices + work.rows_bytes(2) + wide)
     return Plan(

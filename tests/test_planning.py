@@ -102,7 +102,7 @@ def test_pair_sizes_are_read_only_where_they_decide():
 
 
 def test_forced_schedules_that_cannot_serve_say_why():
-    with pytest.raises(ValueError, match="weight requires grad.*resident.*recompute"):
+    with pytest.raises(ValueError, match=r"weight requires grad.*resident.*recompute"):
         plan(10, 8, 50, schedule="single_pass")
     with pytest.raises(ValueError, match="its bias requires grad"):
         plan(10, 8, 50, schedule="single_pass", needs_weight=False, needs_bias=True)

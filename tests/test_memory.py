@@ -1,0 +1,59 @@
+"""Exact peak memory at the size of Llama-3-8B's head, by accounting on tensors without data."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("rich", reason="the accounting tool prints with rich: pip install 'orpo-kernels[bench]'")
+
+from benchmarks.memory import GIB, Shape, gemms_in, our_case
+
+EIGHT_THOUSAND_ROWS = [Shape(16, 512), Shape(8, 1024), Shape(2, 4096)]
+
+
+def peak(schedule: str, trained: bool, shape: Shape, native: bool) -> float:
+    """GiB, the 1.041 GiB of hidden states and weight included; N = 8192, H = 4096, V = 128256, bf16."""
+    with gemms_in(native=native):
+        return our_case(schedule, trained).peak(shape, torch.bfloat16).peak / GIB
+
+
+LIMITS = [("single_pass", False, 1.5), ("recompute", True, 2.7)]
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["bf16-gemms", "fp32-gemms"])
+@pytest.mark.parametrize(("schedule", "trained", "most"), LIMITS)
+def test_peak_is_small(schedule, trained, most, native):
+    assert peak(schedule, trained, EIGHT_THOUSAND_ROWS[0], native) <= most
+
+
+@pytest.mark.parametrize(("schedule", "trained", "most"), LIMITS)
+def test_peak_does_not_depend_on_the_length(schedule, trained, most):
+    peaks = [peak(schedule, trained, shape, native=True) for shape in EIGHT_THOUSAND_ROWS]
+    assert max(peaks) - min(peaks) < 1e-3
+
+
+def test_padding_costs_only_its_hidden_states():
+    """Ever more padding around the same rows adds its own hidden states and their gradient, nothing V-wide."""
+    short, long = Shape(16, 256, rows=3440), Shape(16, 2048, rows=3440)
+    padding = 2 * (long.positions - short.positions) * 4096 * 2 / GIB
+    for schedule, trained in (("single_pass", False), ("recompute", True)):
+        growth = peak(schedule, trained, long, True) - peak(schedule, trained, short, True)
+        assert growth <= padding + 1e-3
+
+
+@pytest.mark.parametrize(("schedule", "trained"), [("single_pass", False), ("recompute", True), ("resident", True)])
+def test_the_plan_predicts_its_peak(schedule, trained):
+    """What `plan` says it will allocate is what is allocated, to a tenth."""
+    from orpo_kernels import plan
+
+    shape = EIGHT_THOUSAND_ROWS[1]
+    with gemms_in(native=True):
+        measured = our_case(schedule, trained).peak(shape, torch.bfloat16)
+        chosen = plan(
+            shape.positions, 4096, 128256, dtype=torch.bfloat16, needs_weight=trained, schedule=schedule
+        )
+    gradients = (shape.positions + trained * 128256) * 4096 * 2
+    predicted = measured.baseline + chosen.peak_bytes + gradients
+    assert measured.peak <= 1.02 * predicted
+    assert measured.peak >= 0.8 * predicted
