@@ -78,12 +78,12 @@ class Work:
     hidden_size: int
     vocab_size: int
     dtype: torch.dtype
+    weight_dtype: torch.dtype
     device: torch.device
     needs_hidden: bool
     needs_weight: bool
     needs_bias: bool
     softcap: bool
-    weight_dtype: torch.dtype
 
     @property
     def gemm_dtype(self) -> torch.dtype:
@@ -99,14 +99,26 @@ class Work:
         return self.vocab_size * self.hidden_size * max(4, self.gemm_dtype.itemsize) if self.needs_weight else 0
 
     @property
-    def row_wise_bytes(self) -> int:
-        """Per logit, beyond the logit itself: eager row-wise work is done in fp32, a soft-cap keeps its slope."""
-        wide = max(4, self.gemm_dtype.itemsize)
-        return (wide if self.gemm_dtype.itemsize < 4 else 0) + (2 * wide if self.softcap else 0)
+    def casts(self) -> bool:
+        """Whether the weight has another dtype than the GEMMs."""
+        return self.weight_dtype != self.gemm_dtype
 
-    def rows_bytes(self, copies: int = 1) -> int:
-        """R x H in the GEMM's dtype."""
-        return copies * self.rows * self.hidden_size * self.gemm_dtype.itemsize
+    @property
+    def weight_row_bytes(self) -> int:
+        """H numbers in the GEMM's dtype."""
+        return self.hidden_size * self.gemm_dtype.itemsize
+
+    @property
+    def logit_bytes(self) -> int:
+        """A logit in its chunk. Eager row-wise work is done in fp32, and a soft-cap keeps its slope."""
+        itemsize = self.gemm_dtype.itemsize
+        wide = max(4, itemsize)
+        return itemsize + (wide if itemsize < 4 else 0) + (2 * wide if self.softcap else 0)
+
+    @property
+    def column_bytes(self) -> int:
+        """A column of the residual, and where operands are cast also its row of the weight and of the gradient."""
+        return max(self.rows, 1) * self.logit_bytes + self.casts * 2 * self.weight_row_bytes
 
 
 def plan(
@@ -150,9 +162,17 @@ def plan(
         raise ValueError(f"memory_budget is {memory_budget}, it must be a positive number of bytes")
     device = torch.device(device)
     work = Work(
-        rows, hidden_size, vocab_size, dtype, device, needs_hidden, needs_weight, needs_bias, softcap,
-        weight_dtype or dtype,
-    )  # fmt: skip
+        rows=rows,
+        hidden_size=hidden_size,
+        vocab_size=vocab_size,
+        dtype=dtype,
+        weight_dtype=weight_dtype or dtype,
+        device=device,
+        needs_hidden=needs_hidden,
+        needs_weight=needs_weight,
+        needs_bias=needs_bias,
+        softcap=softcap,
+    )
     budget = memory_budget or default_budget(device)
     name, reason, group_rows = _choose(work, schedule, budget, memory_budget is not None, largest_pair)
     return _sized(work, name, reason, group_rows, budget)
@@ -164,9 +184,7 @@ def _choose(
     """The schedule, why, and the rows of a group (None: one group of everything)."""
     if not (work.needs_hidden or work.needs_weight or work.needs_bias):
         return "evaluation", "nothing requires grad", None
-    trained = " and ".join(
-        name for name, needed in (("weight", work.needs_weight), ("bias", work.needs_bias)) if needed
-    )
+    trained = " and ".join(["weight"] * work.needs_weight + ["bias"] * work.needs_bias)
     if schedule == "single_pass" and trained:
         raise ValueError(
             f'schedule="single_pass" needs a frozen lm-head, but its {trained} requires grad: that gradient needs '
@@ -193,51 +211,23 @@ def _choose(
             f'schedule="resident" cannot serve: {why_not} ({format_bytes(budget)}); raise memory_budget or '
             'use "recompute"'
         )
-    return (
-        ("resident", f"asked for, though {why_not}", None) if schedule == "resident" else ("recompute", why_not, None)
-    )
+    if schedule == "resident":
+        return "resident", f"asked for, though {why_not}", None
+    return "recompute", why_not, None
 
 
 def _sized(work: Work, name: str, reason: str, group_rows: int | None, budget: int) -> Plan:
     """Chunk sizes, and what they add up to."""
     kind = "cpu" if work.device.type == "cpu" else "other"
     chunk_bytes = min(CHUNK_BYTES[kind], max(budget // 4, 1))
-    itemsize = work.gemm_dtype.itemsize
-    held_rows = min(group_rows or work.rows, work.rows)
-    # The residual of the resident schedule is the logits' own buffer, so that only the row-wise extra is chunked.
-    logit_bytes = work.row_wise_bytes + (0 if name == "resident" else itemsize)
-    row_chunk = min(CHUNK_ROWS[kind], _fit(chunk_bytes, work.vocab_size * max(logit_bytes, itemsize)))
-    casts = work.weight_dtype != work.gemm_dtype
-    # A slice of the residual, and where operands are cast also that slice of the weight and of its gradient.
-    column_bytes = work.rows * (itemsize + work.row_wise_bytes) + casts * 2 * work.hidden_size * itemsize
-    vocab_slice = min(work.vocab_size, max(MIN_SLICE, _fit(chunk_bytes, column_bytes)))
+    row_chunk = min(CHUNK_ROWS[kind], _fit(chunk_bytes, work.vocab_size * work.logit_bytes))
+    vocab_slice = min(work.vocab_size, max(MIN_SLICE, _fit(chunk_bytes, work.column_bytes)))
     weight_slice = work.vocab_size
-    if casts and work.vocab_size * work.hidden_size * itemsize > chunk_bytes:
-        weight_slice = max(MIN_SLICE, _fit(chunk_bytes // 2, work.hidden_size * itemsize))
-
-    chunk = min(row_chunk, max(work.rows, 1)) * work.vocab_size * logit_bytes
-    weight_copy = weight_slice * work.hidden_size * itemsize if casts else 0
-    stats = 16 * work.rows
-    if name == "evaluation":
-        gemms, held, peak = 1, 0, chunk + weight_copy
-    elif name == "single_pass":
-        gemms, held = 2, work.rows_bytes()
-        peak = held + chunk + weight_copy
-    elif name == "resident":
-        gemms = 1 + work.needs_hidden + work.needs_weight
-        held = held_rows * work.vocab_size * itemsize
-        if group_rows:
-            held, peak = work.accumulator_bytes + 4 * work.rows * work.hidden_size, held
-            peak += held
-        else:
-            peak = held
-        peak += max(chunk + weight_copy, 3 * held_rows * work.hidden_size * itemsize)
-    else:
-        gemms = 2 + work.needs_hidden + work.needs_weight
-        held = stats
-        slices = vocab_slice * column_bytes
-        wide = max(4, itemsize) * work.rows * work.hidden_size
-        peak = max(chunk + weight_copy, slices + work.rows_bytes(2) + wide)
+    if work.casts and work.vocab_size * work.weight_row_bytes > chunk_bytes:
+        weight_slice = max(MIN_SLICE, _fit(chunk_bytes // 2, work.weight_row_bytes))
+    recomputes = name == "recompute"
+    gemms = 1 + recomputes + work.needs_hidden + work.needs_weight
+    held, peak = _memory(work, name, group_rows, row_chunk, vocab_slice, weight_slice)
     return Plan(
         schedule=name,
         gemm_dtype=work.gemm_dtype,
@@ -247,11 +237,37 @@ def _sized(work: Work, name: str, reason: str, group_rows: int | None, budget: i
         group_rows=group_rows,
         gemms=gemms,
         flops=gemms * 2 * work.rows * work.vocab_size * work.hidden_size,
-        held_bytes=held + (0 if name == "evaluation" else stats),
-        peak_bytes=peak + stats,
+        held_bytes=held,
+        peak_bytes=peak,
         budget=budget,
         reason=reason,
-    )  # fmt: skip
+    )
+
+
+def _memory(
+    work: Work, name: str, group_rows: int | None, row_chunk: int, vocab_slice: int, weight_slice: int
+) -> tuple[int, int]:
+    """Bytes held until the backward pass, and the most at one time."""
+    statistics = 16 * work.rows
+    chunk_rows = min(row_chunk, work.rows)
+    chunk = chunk_rows * work.vocab_size * work.logit_bytes + work.casts * weight_slice * work.weight_row_bytes
+    hidden_rows = work.rows * work.weight_row_bytes
+    if name == "evaluation":
+        return 0, statistics + chunk
+    if name == "single_pass":
+        held = statistics + hidden_rows
+        return held, held + chunk
+    if name == "recompute":
+        sums = work.rows * work.hidden_size * max(4, work.gemm_dtype.itemsize)
+        return statistics, statistics + max(chunk, vocab_slice * work.column_bytes + 2 * hidden_rows + sums)
+    # The residual is the logits' own buffer: of a chunk only what the row-wise work adds is on top of it.
+    chunk -= chunk_rows * work.vocab_size * work.gemm_dtype.itemsize
+    if group_rows is None:
+        residual = statistics + work.residual_bytes
+        return residual, residual + max(chunk, 2 * hidden_rows)
+    held = statistics + work.accumulator_bytes + 4 * work.rows * work.hidden_size
+    group = min(group_rows, work.rows) * (work.vocab_size * work.gemm_dtype.itemsize + 2 * work.weight_row_bytes)
+    return held, held + group + chunk
 
 
 def gemm_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

@@ -165,6 +165,11 @@ class Projection:
             self.options.logit_softcap,
         )
 
+    def add_hidden_gradient_(self, grad: Tensor, u: Tensor, coefficient: Tensor) -> None:
+        """`grad[position] += coefficient * u`: grad (N, H), u (R, H), coefficient (R,)."""
+        for rows in self.row_chunks():
+            self.ops.add_scaled_rows_(grad, self.position[rows], u[rows], coefficient[rows])
+
     def empty_stats(self) -> Tensor:
         return self.hidden.new_empty(self.num_rows, dtype=self.stat_dtype)
 

@@ -46,4 +46,4 @@ def backward(p: Projection, kept: tuple[Tensor, ...], coefficient: Tensor, grads
             grads.bias[columns] += bias_gradient(residual, coefficient)
     del x, buffer, scaled
     if u is not None and grads.hidden is not None:
-        p.ops.add_scaled_rows_(grads.hidden, p.position, u, coefficient)
+        p.add_hidden_gradient_(grads.hidden, u, coefficient)

@@ -32,7 +32,7 @@ def backward(p: Projection, kept: tuple[Tensor, ...], coefficient: Tensor, grads
         u = residual.new_empty(p.num_rows, p.weight.shape[1])
         for columns, w in p.weight_slices():
             matmul_into(u, residual[:, columns], w, accumulate=columns.start > 0)
-        p.ops.add_scaled_rows_(grads.hidden, p.position, u, coefficient)
+        p.add_hidden_gradient_(grads.hidden, u, coefficient)
         del u
     if grads.weight is not None:
         head_gradient(residual, p.scaled_hidden(coefficient), grads.weight, grads.accumulate)

@@ -30,5 +30,4 @@ def forward(p: Projection) -> tuple[Tensor, tuple[Tensor, ...]]:
 def backward(p: Projection, kept: tuple[Tensor, ...], coefficient: Tensor, grads: Gradients) -> None:
     (u,) = kept
     assert grads.hidden is not None
-    for rows in p.row_chunks():
-        p.ops.add_scaled_rows_(grads.hidden, p.position[rows], u[rows], -p.options.logit_scale * coefficient[rows])
+    p.add_hidden_gradient_(grads.hidden, u, -p.options.logit_scale * coefficient)
