@@ -24,7 +24,7 @@ from .schedules import Gradients, resident, schedule_of
 
 
 class TokenLogOdds(torch.autograd.Function):
-    """(hidden (N, H), weight (V, H), bias (V,) or None, position (R,), target (R,), options) -> m (R,)."""
+    """(hidden (N, H), weight (V, H), bias (V,) or None, position (R,), target (R,), options) -> m (R,) float64."""
 
     @staticmethod
     def forward(
@@ -60,20 +60,26 @@ class TokenLogOdds(torch.autograd.Function):
             hidden = grads.hidden  # not read, only asked for its dtype
         p = Projection(hidden, weight, bias, position, target, ctx.options)
         with no_autocast(weight):
-            schedule_of(p).backward(p, tuple(kept), coefficient.contiguous(), grads)
+            schedule_of(p).backward(p, tuple(kept), coefficient.to(p.sum_dtype), grads)
         return grads.hidden, grads.weight, _cast(grads.bias, weight.dtype), None, None, None
 
 
 class PairLossFunction(torch.autograd.Function):
-    """(token log-odds (R,), rows, alpha, beta, denominators) -> loss and the metrics of `PairLoss`."""
+    """(token log-odds (R,), rows, alpha, beta, denominators, dtype) -> loss and the metrics of `PairLoss`."""
 
     @staticmethod
     def forward(
-        ctx: Any, token_log_odds: Tensor, rows: Rows, alpha: float, beta: float, counts: Denominators
+        ctx: Any,
+        token_log_odds: Tensor,
+        rows: Rows,
+        alpha: float,
+        beta: float,
+        counts: Denominators,
+        dtype: torch.dtype,
     ) -> tuple[Tensor, ...]:
         *metrics, grad = pair_loss(token_log_odds, rows, alpha, beta, counts)
-        ctx.save_for_backward(grad.to(token_log_odds.dtype))
-        outputs = outputs_of(metrics, token_log_odds.dtype)
+        ctx.save_for_backward(grad)
+        outputs = outputs_of(metrics, dtype)
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 
@@ -81,7 +87,7 @@ class PairLossFunction(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple:
         refuse_second_derivative()
         (grad,) = ctx.saved_tensors
-        return grad * upstream, None, None, None, None
+        return grad * upstream, None, None, None, None, None
 
 
 class GroupedLoss(torch.autograd.Function):

@@ -17,6 +17,7 @@ from .checks import (
     check_targets,
 )
 from .objective import denominators
+from .planning import accumulation_dtype
 from .projection import HeadOptions
 from .rows import Rows, rows_from_labels
 
@@ -172,7 +173,7 @@ def orpo_loss_from_rows(
         outputs = GroupedLoss.apply(hidden, weight, bias, rows, options, alpha, beta, counts)
     else:
         token_log_odds = TokenLogOdds.apply(hidden, weight, bias, rows.position, rows.target, options)
-        outputs = PairLossFunction.apply(token_log_odds, rows, alpha, beta, counts)
+        outputs = PairLossFunction.apply(token_log_odds, rows, alpha, beta, counts, accumulation_dtype(hidden.dtype))
     return ORPOOutput(*outputs)
 
 

@@ -64,8 +64,8 @@ def denominators(rows: Rows, nll: int | Tensor | None, pairs: int | Tensor | Non
 
 
 def pair_loss(token_log_odds: Tensor, rows: Rows, alpha: float, beta: float, counts: Denominators) -> PairLoss:
-    """The loss of `rows` from their token log-odds (R,). Rows of whole pairs may be passed a few pairs at a time."""
-    m = token_log_odds.double()
+    """The loss of `rows` from their token log-odds (R,) float64. Rows of whole pairs may be passed a few pairs at a time."""
+    m = token_log_odds
     logps = F.logsigmoid(m)
 
     nll_weight = rows.nll_weight * _reciprocal(counts.nll)

@@ -107,7 +107,7 @@ class Projection:
         return self.weight.shape[0]
 
     @property
-    def stat_dtype(self) -> torch.dtype:
+    def sum_dtype(self) -> torch.dtype:
         return accumulation_dtype(self.hidden.dtype)
 
     def row_chunks(self) -> Iterator[slice]:
@@ -171,7 +171,7 @@ class Projection:
             self.ops.add_scaled_rows_(grad, self.position[rows], u[rows], coefficient[rows])
 
     def empty_stats(self) -> Tensor:
-        return self.hidden.new_empty(self.num_rows, dtype=self.stat_dtype)
+        return self.hidden.new_empty(self.num_rows, dtype=torch.float64)
 
 
 class WeightSlices:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .autograd import TokenLogOdds
 from .checks import check_head, check_options, check_same_device, check_targets
+from .planning import accumulation_dtype
 from .projection import HeadOptions
 
 
@@ -67,5 +68,5 @@ def token_logps(
         backend=backend,
     )
     log_odds = TokenLogOdds.apply(hidden.reshape(-1, hidden.shape[-1]), weight, bias, position, target, options)
-    logps = F.logsigmoid(log_odds)
+    logps = F.logsigmoid(log_odds).to(accumulation_dtype(hidden.dtype))
     return logps.new_zeros(flat.shape[0]).index_put((position,), logps).view(targets.shape)

@@ -156,7 +156,9 @@ def random_rows(generator: torch.Generator, num_positions: int, vocab: int, pair
         return torch.randint(high, (num_rows,), generator=generator)
 
     sequence = integers(2 * pairs)
-    weight = torch.rand(num_rows, generator=generator, dtype=torch.float64) * (torch.rand(num_rows, generator=generator) < 0.6)
+    weight = torch.rand(num_rows, generator=generator, dtype=torch.float64) * (
+        torch.rand(num_rows, generator=generator) < 0.6
+    )
     return Rows(
         position=integers(num_positions),
         target=integers(vocab),

@@ -140,7 +140,9 @@ def test_packed_rows(seed, pairs, num_rows, num_positions, schedule, small_chunk
         out.loss.backward()
         return (*out, *(leaf.grad for leaf in leaves))
 
-    for value, true in zip(run(orpo_loss_from_rows, schedule=schedule), run(reference.orpo_loss_from_rows), strict=True):
+    for value, true in zip(
+        run(orpo_loss_from_rows, schedule=schedule), run(reference.orpo_loss_from_rows), strict=True
+    ):
         torch.testing.assert_close(value, true, rtol=1e-9, atol=1e-12)
 
 
@@ -158,7 +160,9 @@ def test_gradcheck(schedule, softcap, small_chunks):
         options = {"schedule": "resident", "memory_budget": 8 * 11 * (5 + 6)}
 
     def loss(hidden, weight, bias):
-        return orpo_loss(hidden, weight, labels, bias=bias, beta=0.7, logit_softcap=softcap, logit_scale=1.3, **options).loss
+        return orpo_loss(
+            hidden, weight, labels, bias=bias, beta=0.7, logit_softcap=softcap, logit_scale=1.3, **options
+        ).loss
 
     assert torch.autograd.gradcheck(loss, (hidden, weight, bias))
 
@@ -227,7 +231,9 @@ def test_retain_graph_and_accumulation(schedule):
 def test_second_derivative_is_refused(schedule):
     batch = a_batch()
     hidden = batch.hidden.clone().requires_grad_()
-    loss = orpo_loss(hidden, batch.weight.requires_grad_(schedule != "single_pass"), batch.labels, schedule=schedule).loss
+    loss = orpo_loss(
+        hidden, batch.weight.requires_grad_(schedule != "single_pass"), batch.labels, schedule=schedule
+    ).loss
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(loss, hidden, create_graph=True)
 
@@ -304,7 +310,9 @@ def test_fp16_does_not_underflow(schedule, emulated, monkeypatch):
     batch = a_batch(torch.float16)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
     hidden, weight = batch.hidden.clone().requires_grad_(), batch.weight.clone().requires_grad_()
-    loss = orpo_loss(hidden, weight, batch.labels, nll_denominator=10**6, pair_denominator=10**6, schedule=schedule).loss
+    loss = orpo_loss(
+        hidden, weight, batch.labels, nll_denominator=10**6, pair_denominator=10**6, schedule=schedule
+    ).loss
     scaler.scale(loss).backward()
     exact = [t.double().requires_grad_() for t in (batch.hidden, batch.weight)]
     true = reference.orpo_loss(*exact, batch.labels, nll_denominator=10**6, pair_denominator=10**6).loss * 2.0**16

@@ -50,9 +50,7 @@ def test_the_plan_predicts_its_peak(schedule, trained):
     shape = EIGHT_THOUSAND_ROWS[1]
     with gemms_in(native=True):
         measured = our_case(schedule, trained).peak(shape, torch.bfloat16)
-        chosen = plan(
-            shape.positions, 4096, 128256, dtype=torch.bfloat16, needs_weight=trained, schedule=schedule
-        )
+        chosen = plan(shape.positions, 4096, 128256, dtype=torch.bfloat16, needs_weight=trained, schedule=schedule)
     gradients = (shape.positions + trained * 128256) * 4096 * 2
     predicted = measured.baseline + chosen.peak_bytes + gradients
     assert measured.peak <= 1.02 * predicted

@@ -30,7 +30,7 @@ def backward(p: Projection, kept: tuple[Tensor, ...], coefficient: Tensor, grads
     coefficient = -p.options.logit_scale * coefficient
     x = p.hidden_rows()
     scaled = p.scaled_hidden(coefficient) if grads.weight is not None else None
-    u = torch.zeros_like(x, dtype=p.stat_dtype) if grads.hidden is not None else None
+    u = torch.zeros_like(x, dtype=p.sum_dtype) if grads.hidden is not None else None
     buffer = x.new_empty(p.num_rows * min(p.plan.vocab_slice, p.vocab_size))
     for columns in even_chunks(p.vocab_size, p.plan.vocab_slice):
         w = p.weight[columns].to(x.dtype)

@@ -1,0 +1,26 @@
+"""ORPO for any Hugging Face causal LM: from text to the loss, without logits.
+
+    collator = PreferenceCollator(tokenizer, max_length=1024)
+    batch = collator(pairs)                              # prompt, chosen, rejected: text or chat messages
+    out = causal_lm_orpo_loss(model, **batch, beta=0.1)  # out.loss.backward()
+
+Needs `transformers` (`pip install orpo_kernels[transformers]`); `import orpo_kernels` alone does not.
+"""
+
+from __future__ import annotations
+
+from .causal_lm import causal_lm_orpo_loss
+from .collator import PreferenceCollator, Refusal, TokenizedPair, UnusablePair, tokenize_pair, tokenize_pairs
+from .lm_head import LMHead, resolve_lm_head
+
+__all__ = [
+    "LMHead",
+    "PreferenceCollator",
+    "Refusal",
+    "TokenizedPair",
+    "UnusablePair",
+    "causal_lm_orpo_loss",
+    "resolve_lm_head",
+    "tokenize_pair",
+    "tokenize_pairs",
+]

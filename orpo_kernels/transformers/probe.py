@@ -1,0 +1,118 @@
+"""Checks once per model that body and head, taken apart, give the model's own logits.
+
+Reading the config finds every transform we know. A model may do more: another layer between body and head, a mask over
+the vocabulary, a transform under a new name, an adapter in its forward. So the first call runs the model's own forward
+on a few tokens and compares. Its small cost is paid again only when the head or its transform changes.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .body import last_hidden_states
+from .lm_head import LMHead, head_module
+
+PROBE_TOKENS = 8
+# Both sides compute the same products in the same dtype. They differ by the roundings of the transform, which a model
+# may do in low precision, and by how a GPU rounds float32 products (TF32). Relative to the largest logit.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+_LARGE_LOGIT = 64.0  # beyond every soft-cap in use
+
+_verified: weakref.WeakKeyDictionary[nn.Module, tuple] = weakref.WeakKeyDictionary()
+
+
+def verify_lm_head(model: nn.Module, inner: PreTrainedModel, head: LMHead, input_ids: Tensor) -> None:
+    """Compare on the first tokens of `input_ids`, unless this model has passed with this head before.
+
+    `inner` is `unwrap(model)`. Raises `ValueError`, naming the class, when the logits differ.
+    """
+    module = head_module(inner)
+    state = (type(inner), weakref.ref(module), head.weight.dtype, head.logit_scale, head.logit_softcap)
+    if _verified.get(model) == state:
+        return
+    with _undisturbed(model):
+        _compare(model, inner, head, module, input_ids[:1, :PROBE_TOKENS])
+    _verified[model] = state
+
+
+def _compare(model: nn.Module, inner: PreTrainedModel, head: LMHead, module: nn.Linear, tokens: Tensor) -> None:
+    body_output = last_hidden_states(inner, tokens, None)
+    hidden = match_dtype(body_output, head.weight)
+    if hidden.shape[-1] != head.weight.shape[1]:
+        raise _refusal(
+            inner, head, f"the body gives {hidden.shape[-1]} features, the head takes {head.weight.shape[1]}"
+        )
+    gain = _gain(head.logits(hidden))
+    ours = head.logits(hidden * gain)
+    amplifier = module.register_forward_pre_hook(lambda _, args: (args[0] * gain, *args[1:]))
+    try:
+        theirs = model(input_ids=tokens, use_cache=False, return_dict=True).logits
+    except RuntimeError as error:
+        if body_output.dtype == hidden.dtype:
+            raise
+        raise TypeError(
+            f"The body of {type(inner).__name__} gives {body_output.dtype}, its lm head is {head.weight.dtype}, and "
+            "the model's own forward fails on that; give both one dtype, or use autocast."
+        ) from error
+    finally:
+        amplifier.remove()
+    if ours.shape != theirs.shape:
+        raise _refusal(inner, head, f"its logits have shape {tuple(theirs.shape)}, ours {tuple(ours.shape)}")
+    difference = float((ours - theirs).abs().max() / theirs.abs().max())
+    tolerance = _TOLERANCE[nn.functional.linear(hidden[:, :1], head.weight).dtype]
+    if not difference <= tolerance:  # NaN is a difference, too
+        raise _refusal(inner, head, f"its logits differ by {difference:.2g} of the largest (allowed: {tolerance:.0e})")
+
+
+def _gain(logits: Tensor) -> float:
+    """A power of two that makes the logits so large that a soft-cap we do not know of must show."""
+    largest = float(logits.abs().max())
+    if not 0 < largest < _LARGE_LOGIT:
+        return 1.0
+    return 2.0 ** min(10, math.ceil(math.log2(_LARGE_LOGIT / largest)))
+
+
+def _refusal(inner: PreTrainedModel, head: LMHead, finding: str) -> ValueError:
+    name = type(inner).__name__
+    formula = "W h" if head.bias is None else "(W h + b)"
+    formula = formula if head.logit_scale == 1.0 else f"{head.logit_scale:g} * {formula}"
+    softcap = "" if head.logit_softcap is None else f" with soft-cap {head.logit_softcap:g}"
+    wrapped = " Its forward was replaced: if by one with autocast (Accelerate), call the loss inside that autocast."
+    return ValueError(
+        f"{name} is not supported. The loss computes its logits as {formula}{softcap} from the body's last hidden "
+        f"states, and the model does more: {finding}.{wrapped if 'forward' in vars(inner) else ''}"
+    )
+
+
+def match_dtype(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Hidden states in the weight's dtype. Autocast does that itself, and a model that does not fails in the probe."""
+    return hidden if torch.is_autocast_enabled(hidden.device.type) else hidden.to(weight.dtype)
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, without gradient, eager. Nothing has changed afterwards: not the mode, not the RNG."""
+    training = [module for module in model.modules() if module.training]
+    device = next(model.parameters()).device
+    devices = [device] if device.type != "cpu" else []
+    with (
+        torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"),
+        torch.compiler.set_stance("force_eager"),
+        torch.no_grad(),
+    ):
+        try:
+            for module in training:
+                module.training = False
+            yield
+        finally:
+            for module in training:
+                module.training = True
+            # What autocast has cast without gradient it would reuse in the training forward, which then had none.
+            torch.clear_autocast_cache()

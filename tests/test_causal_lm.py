@@ -1,0 +1,577 @@
+"""Any Hugging Face causal LM: our loss and gradients against the definition, applied to the model's own logits."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("transformers")
+
+import transformers
+
+from orpo_kernels import ORPOOutput, reference
+from orpo_kernels.transformers import causal_lm_orpo_loss, probe, resolve_lm_head
+
+VOCAB = 97
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    # Weights ten times as large as usual, so that logits reach the soft-caps.
+    "initializer_range": 0.2,
+}
+GPT2 = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.2}
+WITHOUT_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+FALCON_H1 = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_ssm": 64, "mamba_d_state": 8, "num_key_value_heads": 4}
+
+# Name of the architecture, and what its config says beyond the sizes.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Llama": ("Llama", {}),
+    "Llama, tied": ("Llama", {"tie_word_embeddings": True}),
+    "Mistral": ("Mistral", {}),
+    "Qwen2": ("Qwen2", {}),
+    "Qwen2, tied": ("Qwen2", {"tie_word_embeddings": True}),
+    "Mixtral": ("Mixtral", {"num_local_experts": 4}),
+    "Gemma2: soft-cap, tied": ("Gemma2", {"final_logit_softcapping": 2.0, "tie_word_embeddings": True}),
+    "Gemma2 without soft-cap": ("Gemma2", {"final_logit_softcapping": None}),
+    "Gemma3: soft-cap": ("Gemma3Text", {"final_logit_softcapping": 2.0}),
+    "Cohere: factor, tied": ("Cohere", {"logit_scale": 0.25, "tie_word_embeddings": True}),
+    "Granite: divisor": ("Granite", {"logits_scaling": 4.0}),
+    "HyperCLOVAX: factor under Granite's name": ("HyperCLOVAX", {"logits_scaling": 4.0}),
+    "FalconH1: factor": ("FalconH1", {"lm_head_multiplier": 3.0, **FALCON_H1}),
+    "RecurrentGemma: soft-cap": ("RecurrentGemma", {"logits_soft_cap": 0.5, "lru_width": 32}),
+    "Phi: bias": ("Phi", {}),
+    "GPT-2: absolute positions, tied": ("GPT2", {}),
+}
+each_model = pytest.mark.parametrize("name", MODELS)
+
+
+def build(name: str, **changes: Any) -> nn.Module:
+    architecture, extra = MODELS[name]
+    sizes = {**GPT2, **WITHOUT_DROPOUT} if architecture == "GPT2" else SIZES
+    config = getattr(transformers, f"{architecture}Config")(
+        **{"tie_word_embeddings": False, **sizes, **extra, **changes}
+    )
+    if architecture == "GPT2":
+        config.tie_word_embeddings = True
+    torch.manual_seed(1)
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def llama(**changes: Any) -> nn.Module:
+    return build("Llama", **changes)
+
+
+def make_batch(left: bool = False) -> dict[str, Tensor]:
+    """Two pairs of different lengths, and prompts of 4 tokens."""
+    generator = torch.Generator().manual_seed(3)
+    lengths, prompt = [12, 9, 10, 7], 4
+    batch = {"input_ids": torch.zeros(4, 12), "attention_mask": torch.zeros(4, 12), "labels": torch.full((4, 12), -100)}
+    batch = {key: value.long() for key, value in batch.items()}
+    for row, length in enumerate(lengths):
+        ids = torch.randint(3, VOCAB, (length,), generator=generator)
+        place = slice(12 - length, 12) if left else slice(0, length)
+        batch["input_ids"][row, place] = ids
+        batch["attention_mask"][row, place] = 1
+        batch["labels"][row, place] = torch.where(torch.arange(length) < prompt, -100, ids)
+    return batch
+
+
+def by_logits(model: nn.Module, batch: dict[str, Tensor], prompt_nll: bool = True, **options: Any) -> ORPOOutput:
+    """The definition in float64 on the model's own logits, which pass for hidden states of an identity head."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    mask, labels = batch["attention_mask"], batch["labels"]
+    after_token = nn.functional.pad(mask[:, :-1], (1, 0))
+    nll = torch.where(mask * after_token == 1, batch["input_ids"] if prompt_nll else labels, -100)
+    identity = torch.eye(logits.shape[-1], dtype=torch.float64)
+    return reference.orpo_loss(
+        logits.double(), identity, labels, nll_labels=nll[: len(labels) // 2], shift=True, **options
+    )
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(ours: ORPOOutput, theirs: ORPOOutput, model: nn.Module, tolerance: float = 2e-5) -> None:
+    for field in ("loss", "nll_loss", "or_loss", "chosen_logps", "rejected_logps", "log_odds"):
+        torch.testing.assert_close(
+            getattr(ours, field).double(), getattr(theirs, field).double(), rtol=tolerance, atol=tolerance, msg=field
+        )
+    expected, found = gradients(model, theirs.loss), gradients(model, ours.loss)
+    assert found.keys() == expected.keys()
+    assert found
+    largest = max(float(grad.norm()) for grad in expected.values())
+    for name, grad in expected.items():
+        difference = float((found[name] - grad).norm())
+        assert difference <= 10 * tolerance * float(grad.norm()) + 1e-6 * largest, name
+
+
+# --- models --------------------------------------------------------------------------------------------------------
+
+
+@each_model
+@pytest.mark.parametrize("prompt_nll", [True, False], ids=["prompt_nll", "response_nll"])
+def test_loss_and_all_gradients_are_those_of_the_models_own_logits(name, prompt_nll):
+    model, batch = build(name).train(), make_batch()
+    ours = causal_lm_orpo_loss(model, **batch, prompt_nll=prompt_nll, beta=0.5)
+    assert_same(ours, by_logits(model, batch, prompt_nll, beta=0.5), model)
+
+
+@each_model
+def test_the_transform_matters_in_these_models(name):
+    """Otherwise the test above would pass without it."""
+    model, batch = build(name), make_batch()
+    head = resolve_lm_head(model)
+    if (head.logit_scale, head.logit_softcap) == (1.0, None):
+        return
+    hidden = model.base_model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)[0]
+    plain = reference.orpo_loss(hidden, head.weight, batch["labels"], shift=True).loss
+    assert abs(float(plain - by_logits(model, batch, prompt_nll=False).loss)) > 1e-2
+
+
+def test_the_head_is_found():
+    tied = resolve_lm_head(build("Llama, tied"))
+    assert (tied.bias, tied.logit_scale, tied.logit_softcap) == (None, 1.0, None)
+    model = build("Llama, tied")
+    assert resolve_lm_head(model).weight is model.model.embed_tokens.weight
+    untied = llama()
+    assert resolve_lm_head(untied).weight is untied.lm_head.weight
+    assert resolve_lm_head(untied).weight is not untied.model.embed_tokens.weight
+    assert resolve_lm_head(build("Phi: bias")).bias is not None
+    assert resolve_lm_head(build("Gemma2: soft-cap, tied")).logit_softcap == 2.0
+    assert resolve_lm_head(build("Granite: divisor")).logit_scale == 0.25
+
+
+def test_no_grad_and_frozen_parts():
+    model, batch = llama(), make_batch()
+    expected = by_logits(model, batch)
+    with torch.no_grad():
+        out = causal_lm_orpo_loss(model, **batch)
+    assert not out.loss.requires_grad
+    torch.testing.assert_close(out.loss.double(), expected.loss, rtol=1e-5, atol=0)
+    model.lm_head.requires_grad_(False)
+    assert_same(causal_lm_orpo_loss(model, **batch), by_logits(model, batch), model)
+    model.requires_grad_(False)
+    model.lm_head.requires_grad_(True)
+    assert_same(causal_lm_orpo_loss(model, **batch), by_logits(model, batch), model)
+
+
+def test_gradient_checkpointing():
+    model, batch = llama().train(), make_batch()
+    expected = by_logits(model, batch)
+    expected_gradients = gradients(model, expected.loss)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    found = gradients(model, causal_lm_orpo_loss(model, **batch).loss)
+    for name, grad in expected_gradients.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT-2: absolute positions, tied"])
+def test_padding_on_the_left(name):
+    model, batch = build(name), make_batch(left=True)
+    ours = causal_lm_orpo_loss(model, **batch)
+    assert_same(ours, by_logits(model, batch), model)
+    right = causal_lm_orpo_loss(model, **make_batch())
+    if name == "Llama":  # relative positions: the side of the padding makes no difference
+        torch.testing.assert_close(ours.loss, right.loss, rtol=1e-5, atol=0)
+
+
+def test_a_mask_of_bools_and_no_mask():
+    model, batch = llama(), make_batch()
+    expected = causal_lm_orpo_loss(model, **batch).loss
+    assert torch.equal(
+        causal_lm_orpo_loss(model, **{**batch, "attention_mask": batch["attention_mask"].bool()}).loss, expected
+    )
+    whole = {key: value[:, :7] for key, value in batch.items()}
+    without = causal_lm_orpo_loss(model, whole["input_ids"], None, whole["labels"]).loss
+    assert torch.equal(without, causal_lm_orpo_loss(model, **whole).loss)
+
+
+def test_another_ignore_index():
+    model, batch = llama(), make_batch()
+    expected = causal_lm_orpo_loss(model, **batch).loss
+    labels = torch.where(batch["labels"] == -100, -7, batch["labels"])
+    found = causal_lm_orpo_loss(model, **{**batch, "labels": labels}, ignore_index=-7).loss
+    assert torch.equal(found, expected)
+
+
+# --- precision -----------------------------------------------------------------------------------------------------
+
+
+def test_bfloat16_models():
+    for name in ("Llama", "Gemma2: soft-cap, tied", "Granite: divisor"):
+        model, batch = build(name).to(torch.bfloat16), make_batch()
+        out = causal_lm_orpo_loss(model, **batch)
+        torch.testing.assert_close(out.loss.double(), by_logits(model, batch).loss, rtol=2e-2, atol=0)
+        assert all(grad.isfinite().all() for grad in gradients(model, out.loss).values())
+
+
+def test_autocast_in_the_first_call_trains_every_parameter():
+    """The probe runs without gradient; what autocast cast there must not be reused by the training forward."""
+    model, batch = llama().train(), make_batch()
+    expected = gradients(model, by_logits(model, batch).loss)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = causal_lm_orpo_loss(model, **batch)
+    found = gradients(model, out.loss)
+    assert found.keys() == expected.keys()
+    for name, grad in expected.items():
+        assert float((found[name] - grad).norm()) < 0.1 * float(grad.norm()) + 1e-3, name
+
+
+def test_a_head_of_another_dtype_than_the_body():
+    model, batch = llama().to(torch.bfloat16), make_batch()
+    model.lm_head.float()
+    with pytest.raises(TypeError, match=r"gives torch.bfloat16, its lm head is torch.float32, .* fails on that"):
+        causal_lm_orpo_loss(model, **batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert causal_lm_orpo_loss(model, **batch).loss.isfinite()
+
+
+# --- the probe -----------------------------------------------------------------------------------------------------
+
+
+class ScaledLlama(transformers.LlamaForCausalLM):
+    """An architecture that does to its logits what no config field tells."""
+
+    change: Callable[[Tensor], Tensor] = staticmethod(lambda logits: logits)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)
+        out.logits = type(self).change(out.logits)
+        return out
+
+
+@pytest.mark.parametrize(
+    ("change", "finding"),
+    [
+        (lambda z: z * 1.1, "its logits differ by"),
+        (lambda z: 50 * torch.tanh(z / 50), "its logits differ by"),
+        (lambda z: z.index_fill(-1, torch.tensor([5]), -torch.inf), "its logits differ by"),
+        (lambda z: z[..., :90], r"its logits have shape \(1, 8, 90\), ours \(1, 8, 97\)"),
+        (lambda z: z * torch.nan, "its logits differ by nan"),
+    ],
+    ids=["scale", "soft-cap", "mask", "cut", "nan"],
+)
+@pytest.mark.parametrize("spread", [0.02, 0.2], ids=["small logits", "large logits"])
+def test_a_head_that_is_more_than_linear_is_refused(change, finding, spread, monkeypatch):
+    monkeypatch.setattr(ScaledLlama, "change", staticmethod(change))
+    torch.manual_seed(0)
+    model = ScaledLlama(transformers.LlamaConfig(**{**SIZES, "initializer_range": spread}))
+    for _ in range(2):  # a refusal is not forgotten
+        with pytest.raises(ValueError, match=f"ScaledLlama is not supported.*{finding}"):
+            causal_lm_orpo_loss(model, **make_batch())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "finding"),
+    [
+        ("ModernBertDecoder", "its logits differ by"),  # a layer between body and head
+        ("RemBert", "the body gives 32 features, the head takes 16"),
+    ],
+)
+def test_architectures_with_layers_between_body_and_head_are_refused(architecture, finding):
+    config = getattr(transformers, f"{architecture}Config")(
+        **SIZES, is_decoder=True, output_embedding_size=16, input_embedding_size=16
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match=f"{architecture}ForCausalLM is not supported.*{finding}"):
+        causal_lm_orpo_loss(model, **make_batch())
+
+
+def test_the_probe_runs_once_and_again_when_the_head_changes(monkeypatch):
+    runs = []
+    compare = probe._compare
+    monkeypatch.setattr(probe, "_compare", lambda *args: runs.append(1) or compare(*args))
+    model, batch = build("Granite: divisor"), make_batch()
+    for _ in range(3):
+        causal_lm_orpo_loss(model, **batch)
+    assert len(runs) == 1
+    copied = copy.deepcopy(model)
+    causal_lm_orpo_loss(copied, **batch)
+    assert len(runs) == 2
+    model.lm_head = nn.Linear(32, VOCAB, bias=True)
+    assert_same(causal_lm_orpo_loss(model, **batch), by_logits(model, batch), model)
+    assert len(runs) == 3
+    model.config.logits_scaling = 2.0  # Granite reads it at every call
+    assert_same(causal_lm_orpo_loss(model, **batch), by_logits(model, batch), model)
+    assert len(runs) == 4
+
+
+def test_a_config_that_the_model_does_not_follow_is_noticed():
+    model, batch = build("Cohere: factor, tied"), make_batch()
+    causal_lm_orpo_loss(model, **batch)
+    model.config.logit_scale = 3.0  # Cohere read it when it was built
+    with pytest.raises(ValueError, match=r"CohereForCausalLM is not supported.* 3 \* W h .*differ"):
+        causal_lm_orpo_loss(model, **batch)
+
+
+def test_a_forward_wrapped_for_mixed_precision_needs_the_loss_in_the_same_autocast():
+    """Accelerate's `prepare` puts autocast into `model.forward`, which the loss does not call."""
+    model, batch = llama(), make_batch()
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    with pytest.raises(ValueError, match=r"its logits differ.* call the loss inside that autocast"):
+        causal_lm_orpo_loss(model, **batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert causal_lm_orpo_loss(model, **batch).loss.isfinite()
+
+
+def test_the_probe_leaves_no_trace():
+    batch = make_batch()
+    probed, known = (build("GPT-2: absolute positions, tied", resid_pdrop=0.3).train() for _ in range(2))
+    probed.transformer.h[0].eval()
+    known.transformer.h[0].eval()
+    causal_lm_orpo_loss(known, **batch)
+    modes = [module.training for module in probed.modules()]
+    torch.manual_seed(5)
+    first = causal_lm_orpo_loss(probed, **batch).loss  # with its probe
+    torch.manual_seed(5)
+    again = causal_lm_orpo_loss(known, **batch).loss  # without one: the same dropout
+    assert torch.equal(first, again)
+    assert [module.training for module in probed.modules()] == modes
+    assert not probed.lm_head._forward_pre_hooks
+    assert not probed.transformer._forward_pre_hooks
+    assert all(p.grad is None for p in probed.parameters())
+
+
+# --- heads that are refused ----------------------------------------------------------------------------------------
+
+
+class QuantizedLinear(nn.Linear):
+    """Stands for bitsandbytes' Linear8bitLt and its kind: a subclass with another weight and another product."""
+
+
+class QuantizedTensor(nn.Parameter):
+    """Stands for torchao's: an ordinary nn.Linear around an extraordinary weight."""
+
+
+def parametrized(model: nn.Module) -> None:
+    nn.utils.parametrizations.weight_norm(model.lm_head)
+
+
+def old_weight_norm(model: nn.Module) -> None:
+    nn.utils.weight_norm(model.lm_head)
+
+
+def hooked(model: nn.Module) -> None:
+    model.lm_head.register_forward_hook(lambda module, args, output: output * 2)
+
+
+def replaced_forward(model: nn.Module) -> None:
+    model.lm_head.forward = lambda hidden: hidden @ model.lm_head.weight.T
+
+
+def quantized(model: nn.Module) -> None:
+    model.lm_head = QuantizedLinear(32, VOCAB, bias=False)
+
+
+def quantized_weight(model: nn.Module) -> None:
+    model.lm_head.weight = QuantizedTensor(model.lm_head.weight.data)
+
+
+def offloaded(model: nn.Module) -> None:
+    model.lm_head.to("meta")
+
+
+def two_layers(model: nn.Module) -> None:
+    model.lm_head = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, VOCAB))
+
+
+def no_head(model: nn.Module) -> None:
+    del model.lm_head
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (parametrized, TypeError, "ParametrizedLinear, not a plain torch.nn.Linear"),
+        (old_weight_norm, ValueError, "has hooks or a replaced forward"),
+        (hooked, ValueError, "has hooks or a replaced forward"),
+        (replaced_forward, ValueError, "has hooks or a replaced forward"),
+        (quantized, TypeError, "QuantizedLinear, not a plain torch.nn.Linear"),
+        (quantized_weight, TypeError, "is a QuantizedTensor, not a plain tensor"),
+        (offloaded, TypeError, "device 'meta'"),
+        (two_layers, TypeError, "torch.nn.modules.container.Sequential, not a plain"),
+        (no_head, TypeError, "LlamaForCausalLM has no output embeddings"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*")
+def test_heads_that_are_not_plain_are_refused_by_class(change, error, message):
+    model, batch = llama(), make_batch()
+    causal_lm_orpo_loss(model, **batch)  # a verdict from before does not help
+    change(model)
+    with pytest.raises(error, match=message):
+        causal_lm_orpo_loss(model, **batch)
+    with pytest.raises(error, match=message):
+        resolve_lm_head(model)
+
+
+# --- peft ----------------------------------------------------------------------------------------------------------
+
+
+def with_lora(model: nn.Module, **options: Any) -> nn.Module:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        **{
+            "target_modules": ["q_proj", "v_proj"],
+            "r": 4,
+            "init_lora_weights": False,
+            "task_type": "CAUSAL_LM",
+            **options,
+        }
+    )
+    return peft.get_peft_model(model, config)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"task_type": None}], ids=["lora", "dora", "no task"])
+def test_lora_in_the_body_acts_and_the_head_stays_frozen(options):
+    model, batch = llama(), make_batch()
+    without = causal_lm_orpo_loss(model, **batch).loss
+    model = with_lora(model, **options)
+    ours = causal_lm_orpo_loss(model, **batch)
+    assert abs(float(ours.loss - without)) > 1e-4
+    assert_same(ours, by_logits(model, batch), model)
+    assert all("lora_" in name for name in gradients(model, causal_lm_orpo_loss(model, **batch).loss))
+    assert not resolve_lm_head(model).weight.requires_grad
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma2: soft-cap, tied"])
+def test_modules_to_save_trains_the_copy_of_the_head(name):
+    batch = make_batch()
+    model = with_lora(build(name), modules_to_save=["lm_head"])
+    wrapper = model.get_base_model().lm_head
+    copied = wrapper.modules_to_save["default"]
+    with torch.no_grad():
+        copied.weight.add_(torch.randn_like(copied.weight) * 0.1)
+    assert resolve_lm_head(model).weight is copied.weight
+    assert_same(causal_lm_orpo_loss(model, **batch), by_logits(model, batch), model)
+    assert any("lm_head.modules_to_save" in key for key in gradients(model, causal_lm_orpo_loss(model, **batch).loss))
+    with model.disable_adapter():
+        assert resolve_lm_head(model).weight is wrapper.original_module.weight
+        expected = by_logits(model, batch).loss
+        torch.testing.assert_close(causal_lm_orpo_loss(model, **batch).loss.double(), expected, rtol=1e-5, atol=0)
+
+
+def test_lora_on_the_head_is_refused():
+    model, batch = with_lora(llama(), target_modules=["q_proj", "lm_head"]), make_batch()
+    with pytest.raises(TypeError, match=r"peft\.tuners\.lora\.layer\.Linear.*modules_to_save"):
+        causal_lm_orpo_loss(model, **batch)
+    with pytest.raises(TypeError, match=r"peft\.tuners\.lora\.layer\.Linear.*modules_to_save"):
+        resolve_lm_head(model)
+    merged = model.merge_and_unload().requires_grad_(True)
+    assert_same(causal_lm_orpo_loss(merged, **batch), by_logits(merged, batch), merged)
+
+
+def test_adapters_outside_the_layers_are_refused():
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(ValueError, match="PromptTuningConfig acts in the forward of the PeftModel"):
+        causal_lm_orpo_loss(peft.get_peft_model(llama(), config), **make_batch())
+    activated = with_lora(llama(), alora_invocation_tokens=[5])
+    with pytest.raises(ValueError, match="LoraConfig acts in the forward of the PeftModel"):
+        causal_lm_orpo_loss(activated, **make_batch())
+
+
+# --- models and inputs that are refused ----------------------------------------------------------------------------
+
+
+def test_wrappers_are_refused_by_name():
+    batch = make_batch()
+    with pytest.raises(TypeError, match="but is a DataParallel"):
+        causal_lm_orpo_loss(nn.DataParallel(llama()), **batch)
+    with pytest.raises(TypeError, match="but is a Linear"):
+        causal_lm_orpo_loss(nn.Linear(2, 2), **batch)
+    with pytest.raises(TypeError, match=r"\(OptimizedModule\).*model.base_model.compile\(\)"):
+        causal_lm_orpo_loss(torch.compile(llama(), backend="eager"), **batch)
+
+
+def test_distributed_data_parallel_is_refused_by_name(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(llama())
+        with pytest.raises(TypeError, match="but is a DistributedDataParallel"):
+            causal_lm_orpo_loss(model, **make_batch())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_compiled_body_works():
+    model, batch = llama(), make_batch()
+    expected = causal_lm_orpo_loss(model, **batch).loss
+    compilations = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compilations.append(1)
+        return graph
+
+    model.base_model.compile(backend=backend)
+    probe._verified.clear()
+    assert torch.equal(causal_lm_orpo_loss(model, **batch).loss, expected)
+    after_one_shape = len(compilations)
+    assert after_one_shape
+    causal_lm_orpo_loss(model, **batch)
+    assert len(compilations) == after_one_shape
+
+
+def test_models_of_another_kind_are_refused():
+    batch = make_batch()
+    t5 = transformers.T5ForConditionalGeneration(
+        transformers.T5Config(vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
+    )
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder model"):
+        causal_lm_orpo_loss(t5, **batch)
+    with pytest.raises(ValueError, match="LlamaModel has no body apart from its head"):
+        causal_lm_orpo_loss(llama().model, **batch)
+    mixtral = build("Mixtral", output_router_logits=True)
+    with pytest.raises(ValueError, match="MixtralForCausalLM asks for a router loss"):
+        causal_lm_orpo_loss(mixtral, **batch)
+
+
+def with_(**changes: Any) -> dict[str, Any]:
+    return {**make_batch(), **changes}
+
+
+@pytest.mark.parametrize(
+    ("batch", "error", "message"),
+    [
+        (with_(labels=torch.zeros(4, 11, dtype=torch.long)), ValueError, r"\(4, 12\) and \(4, 11\)"),
+        (with_(attention_mask=torch.ones(4, 1, 12, 12)), ValueError, r"\(4, 12\) and \(4, 1, 12, 12\)"),
+        (with_(labels=torch.zeros(4, 12, dtype=torch.int32)), TypeError, "labels must be int64, but is torch.int32"),
+        (with_(attention_mask=torch.ones(4, 12)), TypeError, "attention_mask must be integer or bool"),
+        (with_(labels=[[1]]), TypeError, "labels must be a tensor, but is a list"),
+        (with_(labels=torch.zeros(4, 12, dtype=torch.long, device="meta")), ValueError, "on cpu but labels on meta"),
+        ({key: value[:3] for key, value in make_batch().items()}, ValueError, "odd 3"),
+        (with_(bias=torch.zeros(VOCAB)), TypeError, "bias is read from the model"),
+        (with_(logit_scale=2.0), TypeError, "logit_scale is read from the model"),
+        (with_(logit_softcap=2.0), TypeError, "logit_softcap is read from the model"),
+        (with_(nll_labels=make_batch()["labels"]), TypeError, "nll_labels is made from the batch"),
+        (with_(shift=False), TypeError, "shift is made from the batch"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(batch, error, message):
+    with pytest.raises(error, match=message):
+        causal_lm_orpo_loss(llama(), **batch)
+
+
+def test_the_core_does_not_import_transformers():
+    import subprocess
+
+    code = "import orpo_kernels, sys; assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

