@@ -64,7 +64,7 @@ def denominators(rows: Rows, nll: int | Tensor | None, pairs: int | Tensor | Non
 
 
 def pair_loss(token_log_odds: Tensor, rows: Rows, alpha: float, beta: float, counts: Denominators) -> PairLoss:
-    """The loss of `rows` from their token log-odds (R,) float64. Rows of whole pairs may be passed a few pairs at a time."""
+    """The loss of `rows` from their token log-odds (R,) float64; the rows may be those of a few whole pairs."""
     m = token_log_odds
     logps = F.logsigmoid(m)
 

@@ -1,0 +1,307 @@
+"""Exact peak memory: every byte of every live storage, counted as each operation returns.
+
+    with PeakBytes() as memory:          # real tensors, or fake ones under FakeTensorMode
+        loss(hidden, weight, ...).backward()
+    memory.peak                          # bytes that were alive at once and had not been before
+
+A storage counts once, however many views look at it, from the operation that returned it until its last reference dies.
+Under FakeTensorMode no storage has memory, so a head of 128256 x 4096 can be accounted for on a laptop. (Fake *cpu*
+tensors: fake cuda tensors abort inside autograd.) What no accounting of this kind sees: fragmentation, and scratch that
+a kernel allocates and frees inside one operation.
+
+    python -m benchmarks.memory          # the table at N = 8192 rows, H = 4096, V = 128256, bf16, and the growth with T
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from benchmarks import machine, peers
+
+GIB = 2**30
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tracker
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """One storage: its size, the operation that made it, and the tensor it was made for."""
+
+    nbytes: int
+    operation: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class PeakBytes(TorchDispatchMode):
+    """Counts the live bytes of every storage that an operation under it returns.
+
+    baseline: tensors that count from the start (inputs and weights, say). Other tensors that exist on entry do not
+    count, nor does writing into them.
+    host_reads: what `.item()` or `bool(tensor)` answers on a fake tensor, which has no value. None lets it raise, so
+    that accounting doubles as the proof that nothing reads the device.
+
+    Attributes: `baseline`, `live` and `peak` in bytes (all including the baseline), and `largest`, the allocations
+    alive at the peak, largest first.
+    """
+
+    def __init__(self, baseline: Iterable[Tensor] = (), host_reads: bool | None = None) -> None:
+        super().__init__()
+        self.host_reads = host_reads
+        self.live = self.peak = 0
+        self.largest: list[Allocation] = []
+        self._alive: dict[int, tuple[Any, Allocation | None]] = {}
+        for tensor in baseline:
+            self._track(tensor, "baseline")
+        self.baseline = self.live
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and self.host_reads is not None:
+            return self.host_reads
+        for argument in _tensors((args, kwargs)):
+            self._track(argument, None)  # unknown and not made here: it existed before and does not count
+        out = func(*args, **(kwargs or {}))
+        for tensor in _tensors(out):
+            self._track(tensor, str(func))
+        return out
+
+    def _track(self, tensor: Tensor, operation: str | None) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._alive:
+            return
+        made = None
+        if operation is not None:
+            made = Allocation(storage.nbytes(), operation, tuple(tensor.shape), tensor.dtype)
+            self.live += made.nbytes
+        self._alive[key] = weakref.ref(storage, lambda _: self._free(key)), made
+        if self.live > self.peak:
+            self.peak = self.live
+            alive = (allocation for _, allocation in self._alive.values() if allocation is not None)
+            self.largest = sorted(alive, key=lambda allocation: -allocation.nbytes)[:8]
+
+    def _free(self, key: int) -> None:
+        _, made = self._alive.pop(key)
+        self.live -= made.nbytes if made is not None else 0
+
+
+def _tensors(tree: Any) -> Iterable[Tensor]:
+    return (leaf for leaf in tree_iter(tree) if isinstance(leaf, Tensor))
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes of one measurement: what it was given, and the most that was alive at once (what it was given included)."""
+
+    baseline: int
+    peak: int
+
+
+def peak_bytes(run: Callable[[], Any], baseline: Iterable[Tensor], host_reads: bool | None = None) -> Peak:
+    """The peak of `run()`, whose result is kept alive to its end, on top of the `baseline` tensors."""
+    with PeakBytes(baseline, host_reads) as memory:
+        result = run()
+    del result
+    return Peak(memory.baseline, memory.peak)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cases: who, with which head
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shape:
+    """2B sequences of T positions, `rows` of which matter (None: all of them)."""
+
+    sequences: int
+    length: int
+    rows: int | None = None
+    hidden: int = 4096
+    vocabulary: int = 128256
+
+    @property
+    def positions(self) -> int:
+        return self.sequences * self.length
+
+    def __str__(self) -> str:
+        rows = "" if self.rows is None else f", {self.rows} rows matter"
+        return f"{self.sequences} x {self.length}{rows}"
+
+
+@dataclass(frozen=True)
+class Case:
+    """Somebody's loss, forward and (unless evaluating) backward, with a frozen or a trained head."""
+
+    name: str
+    loss: Callable[[Tensor, Tensor, Shape], Tensor]
+    trained: bool
+    gradient: bool = True
+    host_reads: bool | None = None
+
+    @property
+    def head(self) -> str:
+        return "no gradient" if not self.gradient else "trained" if self.trained else "frozen"
+
+    def peak(self, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> Peak:
+        """Exact peak bytes of this case by fake-tensor accounting."""
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            hidden = torch.empty(shape.sequences, shape.length, shape.hidden, dtype=dtype, requires_grad=self.gradient)
+            weight = torch.empty(shape.vocabulary, shape.hidden, dtype=dtype, requires_grad=self.trained)
+
+            def run() -> Any:
+                if not self.gradient:
+                    with torch.no_grad():
+                        return self.loss(hidden, weight, shape)
+                wanted = [tensor for tensor in (hidden, weight) if tensor.requires_grad]
+                return torch.autograd.grad(self.loss(hidden, weight, shape), wanted)
+
+            return peak_bytes(run, [hidden, weight], self.host_reads)
+
+
+def peer_case(name: str, trained: bool, gradient: bool = True) -> Case:
+    """A peer on padded labels. It projects every position, so only the shape of the labels matters to its memory."""
+
+    def loss(hidden: Tensor, weight: Tensor, shape: Shape) -> Tensor:
+        labels = torch.zeros(shape.sequences, shape.length, dtype=torch.int64)
+        return peers.PEERS[name](hidden, weight, labels, labels[: shape.sequences // 2], 0.1)
+
+    # Liger's backward asks on the host whether the upstream gradient differs from 1: it does not.
+    return Case(name, loss, trained, gradient, host_reads=False)
+
+
+def trl_composed_case(trained: bool) -> Case:
+    """TRL-composed from rows, by its torch code: on a GPU, Triton folds its tiles with fewer temporaries."""
+
+    def loss(hidden: Tensor, weight: Tensor, shape: Shape) -> Tensor:
+        index = torch.zeros(shape.rows or shape.positions, dtype=torch.int64)
+        everywhere = torch.ones(len(index), dtype=torch.bool)
+        rows = peers.ValidRows(index, index, index, everywhere, everywhere)
+        return peers.trl_composed.from_rows(hidden, weight, rows, shape.sequences // 2, 0.1)
+
+    return Case("TRL-composed (its torch path)", loss, trained)
+
+
+def our_case(schedule: str, trained: bool, gradient: bool = True) -> Case:
+    """Ours, from rows: finding the rows reads the labels, which fake tensors do not have."""
+
+    def loss(hidden: Tensor, weight: Tensor, shape: Shape) -> Tensor:
+        from orpo_kernels import orpo_loss_from_rows
+
+        return orpo_loss_from_rows(hidden.flatten(0, 1), weight, fake_rows(shape), schedule=schedule).loss
+
+    return Case(f"ours, {schedule if gradient else 'evaluation'}", loss, trained, gradient)
+
+
+def fake_rows(shape: Shape) -> Any:
+    """`Rows` of the right sizes: all scored, all with an NLL weight."""
+    from orpo_kernels import Rows
+
+    count = shape.positions if shape.rows is None else shape.rows
+    index = torch.zeros(count, dtype=torch.int64)
+    scored = torch.ones(count, dtype=torch.bool)
+    return Rows(
+        index, index.clone(), index.clone(), scored, torch.ones(count, dtype=torch.float64), shape.sequences // 2
+    )
+
+
+@contextmanager
+def gemms_in(native: bool | None) -> Iterator[None]:
+    """Account for our loss as on a device that multiplies in its dtype (True), or in fp32 (False), or as here (None).
+
+    A processor without bf16 units makes our loss multiply in fp32, a slice at a time; peers leave that to the library.
+    """
+    from orpo_kernels import planning
+
+    def gemm_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+        return dtype if native else torch.promote_types(dtype, torch.float32)
+
+    with mock.patch.object(planning, "gemm_dtype", planning.gemm_dtype if native is None else gemm_dtype):
+        yield
+
+
+def our_cases() -> list[Case]:
+    return [
+        our_case("single_pass", trained=False),
+        our_case("recompute", trained=True),
+        our_case("resident", trained=True),
+        our_case("auto", trained=True, gradient=False),
+    ]
+
+
+def peer_cases() -> list[Case]:
+    """Those whose memory can be accounted for: no torch.compile, nothing opaque."""
+    names = [name for name in ("plain", "plain fp32", "TRL trainer", "Liger") if peers.PEERS[name].available]
+    cases = [peer_case(name, trained) for name in names for trained in (False, True)]
+    if peers.PEERS["TRL-composed"].available:
+        cases += [trl_composed_case(trained) for trained in (False, True)]
+    return cases
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------------------------
+
+SAME_POSITIONS = [Shape(16, 512), Shape(8, 1024), Shape(4, 2048), Shape(2, 4096)]
+# 42 % of 16 x 512, then ever more padding
+SAME_ROWS = [Shape(16, length, rows=3440) for length in (256, 512, 1024, 2048)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.memory", description="Exact peak memory of head and loss."
+    )
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument(
+        "--this-processor",
+        action="store_true",
+        help="account for our GEMMs as they run here: in fp32 where the dtype would be emulated",
+    )
+    parser.add_argument("--json", type=Path, help="write the numbers here as well")
+    options = parser.parse_args()
+    console, dtype = Console(), getattr(torch, options.dtype)
+    records: list[dict[str, Any]] = []
+    with gemms_in(native=None if options.this_processor else True):
+        for title, shapes in (
+            ("N = 8192 rows, all of them matter", SAME_POSITIONS),
+            ("the same 3440 rows that matter in ever more padding", SAME_ROWS),
+        ):
+            table = Table(title=f"Peak GiB, forward + backward, H = 4096, V = 128256, {options.dtype}\n{title}")
+            for column in ("loss", "head", *(f"{shape.sequences} x {shape.length}" for shape in shapes)):
+                table.add_column(column, justify="right" if " x " in column else "left")
+            inputs = [our_cases()[-1].peak(shape, dtype).baseline for shape in shapes]
+            table.add_row("inputs and weight alone", "", *(f"{n / GIB:.3f}" for n in inputs), end_section=True)
+            for case in track(our_cases() + peer_cases(), title, console=Console(stderr=True), transient=True):
+                peaks = [case.peak(shape, dtype) for shape in shapes]
+                table.add_row(case.name, case.head, *(f"{peak.peak / GIB:.3f}" for peak in peaks))
+                records += [
+                    {"loss": case.name, "head": case.head, **asdict(shape), **asdict(peak)}
+                    for shape, peak in zip(shapes, peaks, strict=True)
+                ]
+            console.print(table, "")
+    if options.json:
+        options.json.write_text(json.dumps({"machine": machine.describe(), "results": records}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,360 @@
+"""Everyone else who computes the ORPO loss, behind one signature, each through the real package's own code.
+
+    loss = peer(hidden, weight, labels, nll_labels, beta, bias=None)
+
+    hidden      (2B, T, H)  last hidden states, the B chosen sequences first
+    weight      (V, H)      lm-head weight;  bias (V) or None
+    labels      (2B, T)     int64, row t is the target of hidden t, -100 where the odds ratio does not look
+    nll_labels  (B, T)      int64, the same for the chosen side's NLL (token mean over the batch)
+    beta        float       weight of the odds ratio: loss = NLL + beta * OR
+    loss        0-d, differentiable in hidden, weight and bias
+
+Packages are imported when their peer is first called; `available()` says which of them are installed. The registry
+`PEERS` carries what a reader has to know about each (`Peer.note`).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.machine import has_bf16_gemm
+
+IGNORE = -100
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plain torch: the whole logits, the textbook formula
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def odds_ratio(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """The odds-ratio loss (a mean over pairs) of mean log-probabilities, in the form that the paper's authors wrote."""
+    log_odds = (chosen - rejected) - (torch.log1p(-torch.exp(chosen)) - torch.log1p(-torch.exp(rejected)))
+    return -F.logsigmoid(log_odds).mean()
+
+
+def plain(
+    hidden: Tensor, weight: Tensor, labels: Tensor, nll_labels: Tensor, beta: float, bias: Tensor | None = None
+) -> Tensor:
+    """Logits and log-softmax of every position in the dtype of the hidden states; sums over tokens in fp32."""
+    return _plain(F.linear(hidden, weight, bias), labels, nll_labels, beta)
+
+
+def plain_fp32(
+    hidden: Tensor, weight: Tensor, labels: Tensor, nll_labels: Tensor, beta: float, bias: Tensor | None = None
+) -> Tensor:
+    """The usual upcast: logits in the dtype of the hidden states, log-softmax in fp32."""
+    return _plain(F.linear(hidden, weight, bias).float(), labels, nll_labels, beta)
+
+
+def _plain(logits: Tensor, labels: Tensor, nll_labels: Tensor, beta: float) -> Tensor:
+    log_probs = logits.log_softmax(-1)
+    del logits  # plain at its strongest: nothing is kept that autograd does not keep, and one gather serves both labels
+    pairs = nll_labels.shape[0]
+    both = torch.stack([labels, torch.cat([nll_labels, torch.full_like(nll_labels, IGNORE)])], dim=-1)
+    logps = log_probs.gather(-1, both.clamp(min=0))
+    logps = torch.where(both != IGNORE, logps.to(torch.promote_types(logps.dtype, torch.float32)), 0.0)
+    a = logps[..., 0].sum(-1) / (labels != IGNORE).sum(-1)
+    nll = -logps[..., 1].sum() / (nll_labels != IGNORE).sum()
+    return nll + beta * odds_ratio(a[:pairs], a[pairs:])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss functions that ship as ORPO: Liger and TRL
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def liger(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    nll_labels: Tensor,
+    beta: float,
+    bias: Tensor | None = None,
+    *,
+    compiled: bool = False,
+) -> Tensor:
+    """`liger_kernel.chunked_loss.LigerFusedLinearORPOLoss`, one pair per chunk (its default, and all it gets right)."""
+    # `nll_target` must be as long as `target`, chosen half first: the normaliser counts the first half of *its* rows,
+    # so the chosen rows alone would be divided by half of their tokens, silently. The rejected half is never read.
+    nll_target = torch.cat([nll_labels, torch.full_like(nll_labels, IGNORE)])
+    return _liger(beta, compiled)(weight, hidden, labels, bias=bias, nll_target=nll_target)[0]
+
+
+liger_compiled = functools.partial(liger, compiled=True)
+
+
+@functools.cache
+def _liger(beta: float, compiled: bool) -> Callable[..., Any]:
+    from liger_kernel.chunked_loss import LigerFusedLinearORPOLoss
+
+    return LigerFusedLinearORPOLoss(ignore_index=IGNORE, beta=beta, compiled=compiled)
+
+
+def trl_trainer(
+    hidden: Tensor, weight: Tensor, labels: Tensor, nll_labels: Tensor, beta: float, bias: Tensor | None = None
+) -> Tensor:
+    """`trl.experimental.orpo.ORPOTrainer`: its own `concatenated_forward` and `odds_ratio_loss` around our logits.
+
+    TRL takes unshifted labels, projects the last position too, and drops it again. So the labels get one position more
+    in front, the hidden states one behind, and the model returns the logits of the whole. TRL reads the NLL targets
+    from the ids under the attention mask, the odds-ratio targets from the labels: so both can be given.
+    """
+    trainer = _trl_trainer(beta)
+    pairs = nll_labels.shape[0]
+    unshifted = F.pad(labels, (1, 0), value=IGNORE)
+    ids = F.pad(nll_labels, (1, 0), value=IGNORE)
+    chosen = {"input_ids": ids.clamp(min=0), "attention_mask": (ids != IGNORE).long(), "labels": unshifted[:pairs]}
+    rejected = {**chosen, "labels": unshifted[pairs:]}
+    sides = {"chosen": chosen, "rejected": rejected}
+    batch = {f"{side}_{name}": tensor for side, tensors in sides.items() for name, tensor in tensors.items()}
+
+    def model(input_ids: Tensor, **_: Any) -> SimpleNamespace:
+        return SimpleNamespace(logits=F.linear(F.pad(hidden, (0, 0, 0, 1)), weight, bias))
+
+    trainer.accelerator.device = hidden.device
+    chosen_logps, rejected_logps, _, _, nll = trainer.concatenated_forward(model, batch)
+    return nll - trainer.odds_ratio_loss(chosen_logps, rejected_logps)[0].mean()
+
+
+@functools.cache
+def _trl_trainer(beta: float) -> Any:
+    """As much of an ORPOTrainer as its loss reads, bound to the real methods."""
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    from trl.experimental.orpo import ORPOTrainer
+
+    class LossOnly:
+        is_encoder_decoder, aux_loss_enabled, padding_value = False, False, 0
+        concatenated_inputs = staticmethod(ORPOTrainer.concatenated_inputs)
+        get_batch_logps = staticmethod(ORPOTrainer.get_batch_logps)
+        concatenated_forward = ORPOTrainer.concatenated_forward
+        odds_ratio_loss = ORPOTrainer.odds_ratio_loss
+
+        def __init__(self) -> None:
+            self.beta, self.accelerator = beta, SimpleNamespace(device=torch.device("cpu"))
+
+    return LossOnly()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Token log-probability kernels, with ORPO composed on top of the rows that matter: what a good engineer writes today
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class ValidRows(NamedTuple):
+    """The positions with a target; a position whose two labels differ is two rows."""
+
+    position: Tensor  # (R,) int64, index into hidden.flatten(0, 1)
+    target: Tensor  # (R,) int64
+    sequence: Tensor  # (R,) int64
+    scored: Tensor  # (R,) bool, in the odds ratio
+    nll: Tensor  # (R,) bool, in the NLL
+
+
+def valid_rows(labels: Tensor, nll_labels: Tensor) -> ValidRows:
+    """Labels (2B, T) and NLL labels (B, T) as rows: those of the odds ratio first, then those of the NLL alone."""
+    nll = torch.cat([nll_labels, torch.full_like(nll_labels, IGNORE)]).flatten()
+    labels, length = labels.flatten(), labels.shape[1]
+    odds = (labels != IGNORE).nonzero().squeeze(1)
+    alone = ((nll != IGNORE) & (nll != labels)).nonzero().squeeze(1)
+    position = torch.cat([odds, alone])
+    target = torch.cat([labels[odds], nll[alone]])
+    scored = torch.arange(len(position), device=labels.device) < len(odds)
+    return ValidRows(position, target, position // length, scored, nll[position] == target)
+
+
+@dataclass(frozen=True)
+class Composed:
+    """ORPO on top of a function that gives the log-probabilities of rows: only the rows that matter are projected."""
+
+    token_logps: Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]  # (R, H), (V, H), (V) or None, (R) -> (R)
+    pair_loss: Callable[[Tensor, Tensor, float], Tensor]  # mean log-probabilities (B), (B), beta -> 0-d
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        nll_labels: Tensor,
+        beta: float,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        return self.from_rows(hidden, weight, valid_rows(labels, nll_labels), len(nll_labels), beta, bias)
+
+    def from_rows(
+        self, hidden: Tensor, weight: Tensor, rows: ValidRows, pairs: int, beta: float, bias: Tensor | None = None
+    ) -> Tensor:
+        """The same once the rows are known, which is where reading the labels ends."""
+        logps = self.token_logps(hidden.flatten(0, 1)[rows.position], weight, bias, rows.target)
+        sums = logps.new_zeros(2 * pairs).index_add(0, rows.sequence, torch.where(rows.scored, logps, 0.0))
+        a = sums / logps.new_zeros(2 * pairs).index_add(0, rows.sequence, rows.scored.to(logps.dtype))
+        nll = -torch.where(rows.nll, logps, 0.0).sum() / rows.nll.sum()
+        return nll + self.pair_loss(a[:pairs], a[pairs:], beta)
+
+
+def _torch_pair_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
+    return beta * odds_ratio(chosen, rejected)
+
+
+def _trl_pair_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
+    return -_trl_trainer(beta).odds_ratio_loss(chosen, rejected)[0].mean()
+
+
+def _trl_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
+    from trl.kernels import ChunkedLogProbFunction
+
+    return ChunkedLogProbFunction.apply(hidden, weight, bias, target, 1.0, 32768, None, 1.0, ())[0]
+
+
+def _native_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
+    options = torch.nn.LinearCrossEntropyOptions()
+    loss = F.linear_cross_entropy(hidden, weight, target, linear_bias=bias, reduction="none", options=options)
+    return -loss.to(torch.promote_types(loss.dtype, torch.float32))
+
+
+def _cce_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    if bias is not None:
+        raise ValueError("cut_cross_entropy takes no lm-head bias: pass bias=None or leave this peer out.")
+    impl = "cce" if hidden.is_cuda else "torch_compile"
+    loss = linear_cross_entropy(hidden, weight, target, reduction="none", impl=impl)
+    return -loss.to(torch.promote_types(loss.dtype, torch.float32))
+
+
+trl_composed = Composed(_trl_logps, _trl_pair_loss)
+torch_native = Composed(_native_logps, _torch_pair_loss)
+cce = Composed(_cce_logps, _torch_pair_loss)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ours, and the floor under everyone
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def ours(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    nll_labels: Tensor,
+    beta: float,
+    bias: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """`orpo_kernels.orpo_loss`, whose padded form is this signature; `options` go through (schedule, backend, ...)."""
+    from orpo_kernels import orpo_loss
+
+    return orpo_loss(hidden, weight, labels, bias=bias, nll_labels=nll_labels, beta=beta, **options).loss
+
+
+def gemm_floor(rows: int, hidden: Tensor, weight: Tensor) -> Callable[[], None]:
+    """The matrix products that exact gradients cannot do without, over `rows` rows and nothing else.
+
+    Logits, dh and, if the weight requires grad, dW: two or three GEMMs into buffers that already exist. No softmax, no
+    gather, no loss. In the dtype of the hidden states, or in fp32 on a processor that would emulate it.
+    """
+    dtype = hidden.dtype if hidden.is_cuda or has_bf16_gemm() else torch.promote_types(hidden.dtype, torch.float32)
+    flat, head = hidden.detach().flatten(0, 1).to(dtype), weight.detach().to(dtype)
+    h = flat[torch.arange(rows, device=flat.device) % len(flat)].contiguous()
+    logits, dh = h.new_empty(rows, len(head)), torch.empty_like(h)
+    dw = torch.empty_like(head) if weight.requires_grad else None
+
+    def floor() -> None:
+        torch.mm(h, head.t(), out=logits)
+        torch.mm(logits, head, out=dh)
+        if dw is not None:
+            torch.mm(logits.t(), h, out=dw)
+
+    return floor
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The registry
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One peer: its loss in the common signature and what to know before believing a number about it."""
+
+    name: str
+    loss: Callable[..., Tensor]
+    note: str
+    package: str = "torch"
+    compiled: bool = False  # the first call of every new shape pays for torch.compile
+    bias: bool = True
+
+    def __call__(self, *args: Any, **options: Any) -> Tensor:
+        return self.loss(*args, **options)
+
+    @property
+    def available(self) -> bool:
+        if self.name == "torch native":
+            return hasattr(F, "linear_cross_entropy") and hasattr(torch.nn, "LinearCrossEntropyOptions")
+        return importlib.util.find_spec(self.package) is not None
+
+
+PEERS: dict[str, Peer] = {
+    peer.name: peer
+    for peer in (
+        Peer("plain", plain, "logits and log-softmax of every position, in the dtype of the hidden states"),
+        Peer("plain fp32", plain_fp32, "the same with logits.float(), the usual upcast; in fp32 it is plain"),
+        Peer(
+            "Liger",
+            liger,
+            "every position, one pair per chunk; nll_target has to have 2B rows, chosen first; an empty response is "
+            "NaN; dW accumulates in the weight's dtype",
+            "liger_kernel",
+        ),
+        Peer(
+            "Liger compiled",
+            liger_compiled,
+            "its default; the first call compiles for about half a minute and again for a new batch size",
+            "liger_kernel",
+            compiled=True,
+        ),
+        Peer(
+            "TRL trainer",
+            trl_trainer,
+            "ORPOTrainer's own loss on the full logits; projects and drops one position more per sequence; in bf16 its "
+            "token sums are bf16; its NLL looks at the attention mask, its odds ratio at the labels",
+            "trl",
+        ),
+        Peer(
+            "TRL-composed",
+            trl_composed,
+            "our twelve lines on trl.kernels.ChunkedLogProbFunction over the rows that matter; recomputes in backward",
+            "trl",
+        ),
+        Peer(
+            "torch native",
+            torch_native,
+            "F.linear_cross_entropy(reduction='none', chunked) over the rows that matter; 4 GEMMs, 3 if frozen",
+        ),
+        Peer(
+            "CCE",
+            cce,
+            "cut_cross_entropy over the rows that matter; on a CPU only impl='torch_compile', which holds the logits; "
+            "no bias; on a GPU it filters small gradients away",
+            "cut_cross_entropy",
+            compiled=True,
+            bias=False,
+        ),
+    )
+}
+
+
+def available(*, bias: bool = False, compiled: bool = True) -> dict[str, Peer]:
+    """The peers whose packages are installed; those that take a bias, or leave torch.compile alone, if asked for."""
+    fits = (p for p in PEERS.values() if p.available and (p.bias or not bias) and (compiled or not p.compiled))
+    return {peer.name: peer for peer in fits}
