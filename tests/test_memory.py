@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("rich", reason="the accounting tool prints with rich: pip install 'orpo-kernels[bench]'")
 
 from benchmarks.memory import GIB, Shape, gemms_in, our_case
+from orpo_kernels import plan, planning
 
 EIGHT_THOUSAND_ROWS = [Shape(16, 512), Shape(8, 1024), Shape(2, 4096)]
 
@@ -28,6 +29,14 @@ def test_peak_is_small(schedule, trained, most, native):
 
 
 @pytest.mark.parametrize(("schedule", "trained", "most"), LIMITS)
+def test_peak_is_small_in_a_gpus_chunks(schedule, trained, most, monkeypatch):
+    """Fake CPU tensors, taken in the chunks that a GPU gets."""
+    for sizes in (planning.CHUNK_ROWS, planning.CHUNK_BYTES):
+        monkeypatch.setitem(sizes, "cpu", sizes["other"])
+    assert peak(schedule, trained, EIGHT_THOUSAND_ROWS[0], native=True) <= most
+
+
+@pytest.mark.parametrize(("schedule", "trained", "most"), LIMITS)
 def test_peak_does_not_depend_on_the_length(schedule, trained, most):
     peaks = [peak(schedule, trained, shape, native=True) for shape in EIGHT_THOUSAND_ROWS]
     assert max(peaks) - min(peaks) < 1e-3
@@ -45,8 +54,6 @@ def test_padding_costs_only_its_hidden_states():
 @pytest.mark.parametrize(("schedule", "trained"), [("single_pass", False), ("recompute", True), ("resident", True)])
 def test_the_plan_predicts_its_peak(schedule, trained):
     """What `plan` says it will allocate is what is allocated, to a tenth."""
-    from orpo_kernels import plan
-
     shape = EIGHT_THOUSAND_ROWS[1]
     with gemms_in(native=True):
         measured = our_case(schedule, trained).peak(shape, torch.bfloat16)
