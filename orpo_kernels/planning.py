@@ -21,8 +21,8 @@ SCHEDULES = ("auto", "single_pass", "resident", "recompute")
 
 # Chunks of logits: large enough that a GEMM runs at full speed, small enough that nothing else notices them.
 # CPU: at 512 rows a GEMM is within 3 % of its best speed, at 128 it loses a third (H = 576, V = 49152, two cores).
-# GPU: not measured by us. Published measurements ask for 1k to 4k rows, which eager row-wise work (6 bytes a bf16 logit)
-# could not hold beside the peak memory that we promise.
+# GPU: not measured by us. Published measurements ask for 1k to 4k rows, which eager row-wise work (6 bytes a bf16
+# logit) could not hold beside the peak memory that we promise.
 CHUNK_ROWS = {"cpu": 512, "other": 4096}
 CHUNK_BYTES = {"cpu": 128 * 2**20, "other": 256 * 2**20}
 MIN_SLICE = 512  # columns; a narrower slice of the vocabulary starves the GEMM
