@@ -16,7 +16,7 @@ and by hand, with dlogp_t/dm_t = sigmoid(-m_t) and dzeta/da = 1 / (1 - exp(a)):
     dOR/dm_t  = -+ 1/n * sigmoid(-d) * sigmoid(-m_t) / (1 - exp(a_s)) / |T_s|      - chosen, + rejected
 
 The last fraction tends to 0/0 for a confident answer, yet sigmoid(-m_t) / (1 - exp(a_s)) <= |T_s| always: it is taken
-in the logarithm, in float64, and nothing has to be clamped or overflows.
+in the logarithm, in float64, and nothing overflows. Only an a that rounds to 0 even there is bounded (LARGEST_LOGP).
 """
 
 from __future__ import annotations

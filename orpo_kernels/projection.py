@@ -182,7 +182,7 @@ class WeightSlices:
         vocab_size = weight.shape[0]
         if weight.dtype == dtype or slice_size >= vocab_size:
             self.weight, slice_size = weight.to(dtype), vocab_size
-        self.columns = [slice(start, min(start + slice_size, vocab_size)) for start in range(0, vocab_size, slice_size)]
+        self.columns = list(even_chunks(vocab_size, slice_size))
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
         return ((columns, self[columns]) for columns in self.columns)
@@ -199,7 +199,7 @@ def even_chunks(total: int, largest: int) -> Iterator[slice]:
 
 
 def matmul_into(out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> None:
-    """`out = a @ b` or `out += a @ b`. Where `out` is wider than the operands the product is not rounded first."""
+    """`out = a @ b` or `out += a @ b`. On a GPU the product is not rounded before it joins a wider `out`."""
     if out.dtype == a.dtype:
         torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
     elif a.is_cuda and out.dtype == torch.float32 and a.dtype != torch.float64:
