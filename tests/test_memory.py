@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("rich", reason="the accounting tool prints with rich: pip install 'orpo-kernels[bench]'")
 
 from benchmarks.memory import GIB, Shape, gemms_in, our_case
-from orpo_kernels import plan, planning
+from orpo_kernels import orpo_loss, plan, planning
 
 EIGHT_THOUSAND_ROWS = [Shape(16, 512), Shape(8, 1024), Shape(2, 4096)]
 
@@ -62,3 +62,19 @@ def test_the_plan_predicts_its_peak(schedule, trained):
     predicted = measured.baseline + chosen.peak_bytes + gradients
     assert measured.peak <= 1.02 * predicted
     assert measured.peak >= 0.8 * predicted
+
+
+@pytest.mark.parametrize(("schedule", "keeps"), [("single_pass", False), ("recompute", True)])
+def test_a_single_pass_keeps_nothing_of_the_hidden_states(schedule, keeps):
+    """u is kept instead of them, so that a caller who lets go of the hidden states frees them."""
+    hidden = torch.randn(4, 6, 8, requires_grad=True)
+    weight = torch.randn(11, 8, requires_grad=keeps)
+    saved = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor.data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        orpo_loss(hidden, weight, torch.randint(11, (4, 6)), schedule=schedule)
+    assert (hidden.data_ptr() in saved) == keeps
