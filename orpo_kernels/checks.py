@@ -59,13 +59,15 @@ def check_targets(name: str, target: Tensor, vocab_size: int) -> None:
 
 
 def check_positions(position: Tensor, num_positions: int) -> None:
-    """Positions in [0, N); a GPU's own indexing check finds them there."""
-    if position.numel() and position.device.type == "cpu" and is_readable(position):
+    """Positions in [0, N). On a GPU the check is asynchronous."""
+    if not position.numel() or not is_readable(position):
+        return
+    valid = ((position >= 0) & (position < num_positions)).all()
+    if position.device.type != "cpu":
+        torch._assert_async(valid, f"rows.position holds a position outside [0, {num_positions}), those of hidden")
+    elif not valid:
         low, high = position.aminmax()
-        if low < 0 or high >= num_positions:
-            raise ValueError(
-                f"rows.position runs from {int(low)} to {int(high)}, but hidden has {num_positions} positions"
-            )
+        raise ValueError(f"rows.position runs from {int(low)} to {int(high)}, but hidden has {num_positions} positions")
 
 
 def check_options(logit_scale: float, logit_softcap: float | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .autograd import GroupedLoss, PairLossFunction, TokenLogOdds
@@ -16,10 +17,11 @@ from .checks import (
     check_same_device,
     check_targets,
 )
+from .graph import loss_in_a_graph
 from .objective import denominators
 from .planning import accumulation_dtype
 from .projection import HeadOptions
-from .rows import Rows, rows_from_labels
+from .rows import Rows, padded_rows
 
 
 class ORPOOutput(NamedTuple):
@@ -103,11 +105,10 @@ def orpo_loss(
             f"asks for {tuple(hidden.shape[:2])}"
         )
     check_same_device("hidden", hidden, "labels", labels)
-    rows = rows_from_labels(labels, nll_labels, shift=shift, ignore_index=ignore_index, nll_reduction=nll_reduction)
     return orpo_loss_from_rows(
         hidden.flatten(0, 1),
         weight,
-        rows,
+        padded_rows(labels, nll_labels, shift, ignore_index, nll_reduction),
         bias=bias,
         beta=beta,
         alpha=alpha,
@@ -154,6 +155,11 @@ def orpo_loss_from_rows(
     check_denominator("nll_denominator", nll_denominator)
     check_denominator("pair_denominator", pair_denominator)
     check_same_device("hidden", hidden, "rows", rows.position)
+    if torch.compiler.is_compiling():
+        head = (logit_scale, logit_softcap, schedule, memory_budget, backend)
+        counts = (nll_denominator, pair_denominator)
+        return ORPOOutput(*loss_in_a_graph(hidden, weight, bias, rows, *counts, alpha, beta, *head))
+    rows = rows.live()
     check_targets("labels", rows.target, weight.shape[0])
     check_positions(rows.position, hidden.shape[0])
     options = HeadOptions.planned(
@@ -173,7 +179,9 @@ def orpo_loss_from_rows(
         outputs = GroupedLoss.apply(hidden, weight, bias, rows, options, alpha, beta, counts)
     else:
         token_log_odds = TokenLogOdds.apply(hidden, weight, bias, rows.position, rows.target, options)
-        outputs = PairLossFunction.apply(token_log_odds, rows, alpha, beta, counts, accumulation_dtype(hidden.dtype))
+        outputs = PairLossFunction.apply(
+            token_log_odds, rows, alpha, beta, counts, options.ops, accumulation_dtype(hidden.dtype)
+        )
     return ORPOOutput(*outputs)
 
 

@@ -21,16 +21,24 @@ in the logarithm, in float64, and nothing overflows. Only an a that rounds to 0 
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ops import segment_sum
 from .rows import Rows
 
 LARGEST_LOGP = -torch.finfo(torch.float64).tiny  # stands in for a log-probability that rounds to 0, where zeta is inf
+
+
+class SequenceSums(NamedTuple):
+    """What the pair-level mathematics needs of every sequence; float64."""
+
+    mean_logps: Tensor  # (2B,) a_s, 0 for a sequence without a scored row
+    scored_rows: Tensor  # (2B,) |T_s|
+    nll: Tensor  # (2B,) sum of -nll_weight * logp over the sequence's rows, not normalised
 
 
 class PairLoss(NamedTuple):
@@ -59,54 +67,79 @@ def denominators(rows: Rows, nll: int | Tensor | None, pairs: int | Tensor | Non
     if nll is None:
         nll = rows.nll_weight.sum()
     if pairs is None:
-        pairs = _valid_pairs(_scored_rows(rows), rows.num_pairs).sum(dtype=torch.float64)
-    return Denominators(*(torch.as_tensor(d, dtype=torch.float64, device=device) for d in (nll, pairs)))
+        scored_rows = segment_sum(rows.scored.double(), rows.sequence, 2 * rows.num_pairs)
+        pairs = _valid_pairs(scored_rows).sum(dtype=torch.float64)
+    return Denominators(as_scalar(nll, device), as_scalar(pairs, device))
 
 
-def pair_loss(token_log_odds: Tensor, rows: Rows, alpha: float, beta: float, counts: Denominators) -> PairLoss:
-    """The loss of `rows` from their token log-odds (R,) float64; the rows may be those of a few whole pairs."""
-    m = token_log_odds
-    logps = F.logsigmoid(m)
+def as_scalar(count: int | Tensor, device: torch.device) -> Tensor:
+    """0-d float64 on `device`. A number is written there by a kernel: copying it would wait for a GPU."""
+    if isinstance(count, Tensor):
+        return count.to(device, torch.float64, non_blocking=True).reshape(())
+    return torch.full((), count, dtype=torch.float64, device=device)
 
-    nll_weight = rows.nll_weight * _reciprocal(counts.nll)
-    nll_loss = -_masked_dot(nll_weight, logps)
 
-    scored_rows = _scored_rows(rows)
-    valid = _valid_pairs(scored_rows, rows.num_pairs)
-    total = segment_sum(torch.where(rows.scored, logps, 0), rows.sequence, 2 * rows.num_pairs)
-    mean_logps = total / scored_rows.clamp(min=1)
+def pair_loss(
+    token_log_odds: Tensor, rows: Rows, alpha: float, beta: float, counts: Denominators, ops: ModuleType
+) -> PairLoss:
+    """The loss of `rows` from their token log-odds (R,) float64; the rows may be those of a few whole pairs.
+
+    ops: the backend; `sequence_sums` and `odds_ratio` below are the eager ones.
+    """
+    sums = ops.sequence_sums(token_log_odds, rows)
+    return ops.odds_ratio(token_log_odds, rows, sums, alpha, beta, counts)
+
+
+def sequence_sums(token_log_odds: Tensor, rows: Rows) -> SequenceSums:
+    """Masked averages and sums over the rows of each sequence, deterministic."""
+    logps, sequences = F.logsigmoid(token_log_odds), 2 * rows.num_pairs
+    scored_rows = segment_sum(rows.scored.double(), rows.sequence, sequences)
+    total = segment_sum(torch.where(rows.scored, logps, 0), rows.sequence, sequences)
+    # Weight 0 wins over an infinite log-probability.
+    nll = torch.where(rows.nll_weight != 0, -rows.nll_weight * logps, 0)
+    return SequenceSums(total / scored_rows.clamp(min=1), scored_rows, segment_sum(nll, rows.sequence, sequences))
+
+
+def odds_ratio(
+    token_log_odds: Tensor, rows: Rows, sums: SequenceSums, alpha: float, beta: float, counts: Denominators
+) -> PairLoss:
+    """Loss, metrics and the gradient of every row."""
+    mean_logps, scored_rows, nll = sums
+    nll_share, pair_share = _reciprocal(counts.nll), _reciprocal(counts.pairs)
+    nll_loss = nll.sum() * nll_share
+
+    valid = _valid_pairs(scored_rows)
     a = torch.where(valid.repeat(2), mean_logps, -1.0).clamp(max=LARGEST_LOGP)
     log1mexp = torch.log(-torch.expm1(a))
     chosen, rejected = (a - log1mexp).view(2, -1)
     d = chosen - rejected
-    pair_weight = valid * _reciprocal(counts.pairs)
+    pair_weight = valid * pair_share
     or_loss = -(pair_weight * F.logsigmoid(d)).sum()
 
     # d OR / d a_s without the 1 / (1 - exp(a_s)), which joins sigmoid(-m_t) below
     log_share = F.logsigmoid(-d).repeat(2) - log1mexp
     sign = torch.cat((-pair_weight, pair_weight)) / scored_rows.clamp(min=1)
-    log_token = F.logsigmoid(-m)
+    log_token = F.logsigmoid(-token_log_odds)
     or_grad = torch.where(rows.scored, sign[rows.sequence] * torch.exp(log_share[rows.sequence] + log_token), 0)
-    grad = beta * or_grad - alpha * nll_weight * log_token.exp()
+    grad = beta * or_grad - alpha * nll_share * rows.nll_weight * log_token.exp()
 
     chosen_logps, rejected_logps = mean_logps.view(2, -1)
     return PairLoss(alpha * nll_loss + beta * or_loss, nll_loss, or_loss, chosen_logps, rejected_logps, d, valid, grad)
 
 
-def _scored_rows(rows: Rows) -> Tensor:
-    return segment_sum(rows.scored.double(), rows.sequence, 2 * rows.num_pairs)
+def segment_sum(values: Tensor, segment: Tensor, num_segments: int) -> Tensor:
+    """(num_segments,) sums of `values` (R,) by `segment` (R,) int64, deterministic."""
+    sums = values.new_zeros(num_segments)
+    if sums.is_cuda:
+        return sums.index_put_((segment,), values, accumulate=True)  # sorts; index_add_ would use atomics
+    return sums.index_add_(0, segment, values)
 
 
-def _valid_pairs(scored_rows: Tensor, num_pairs: int) -> Tensor:
+def _valid_pairs(scored_rows: Tensor) -> Tensor:
     """(B,) bool: both answers have a scored row."""
-    return (scored_rows.view(2, num_pairs) > 0).all(0)
+    return (scored_rows.view(2, -1) > 0).all(0)
 
 
 def _reciprocal(count: Tensor) -> Tensor:
     """1 / count, or 0 where there is nothing to average."""
     return torch.where(count > 0, 1 / count.clamp(min=torch.finfo(torch.float64).tiny), 0)
-
-
-def _masked_dot(weight: Tensor, value: Tensor) -> Tensor:
-    """sum of weight * value in which weight 0 wins over an infinite value."""
-    return torch.where(weight != 0, weight * value, 0).sum()

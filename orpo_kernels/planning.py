@@ -17,14 +17,20 @@ from dataclasses import dataclass
 
 import torch
 
+from .ops import resolve
+
 SCHEDULES = ("auto", "single_pass", "resident", "recompute")
 
 # Chunks of logits: large enough that a GEMM runs at full speed, small enough that nothing else notices them.
 # CPU: at 512 rows a GEMM is within 3 % of its best speed, at 128 it loses a third (H = 576, V = 49152, two cores).
-# GPU: not measured by us. Published measurements ask for 1k to 4k rows, which eager row-wise work (6 bytes a bf16
-# logit) could not hold beside the peak memory that we promise.
+# GPU: not measured by us. Published measurements ask for 1k to 4k rows, which kernels that work in place can afford
+# (2 bytes a bf16 logit), while eager row-wise work (6 bytes) has to keep to the peak memory that we promise.
 CHUNK_ROWS = {"cpu": 512, "other": 4096}
 CHUNK_BYTES = {"cpu": 128 * 2**20, "other": 256 * 2**20}
+LEAST_ROWS = 1024  # of a chunk, where the budget has room for them and the kernels work in place
+STARVED_ROWS = 256  # of a chunk: with fewer, two GEMMs through the library cost more than three inside kernels
+FUSED_ROWS = 16384  # of a chunk that has no logits, only its hidden states and partial statistics
+COLUMNS_PER_SPLIT = 4096  # of the vocabulary, whose statistics a fused forward pass takes apart: 12 bytes a row
 MIN_SLICE = 512  # columns; a narrower slice of the vocabulary starves the GEMM
 
 
@@ -39,10 +45,12 @@ class Plan:
         vocab_slice: columns of the vocabulary that the recompute schedule's backward pass takes at one time.
         weight_slice: rows of the weight cast to `gemm_dtype` at one time, where it has another dtype.
         group_rows: resident by groups of pairs: rows of the residual held at one time; None where all are held.
+        fused: whether the forward pass takes its statistics without logits, inside a kernel.
         gemms: vocabulary-sized matrix multiplications of forward and backward.
         flops: what they cost.
         held_bytes: what stays allocated from the forward to the backward pass, inputs and outputs not counted.
-        peak_bytes: the most that is allocated at one time, inputs and returned gradients not counted.
+        forward_bytes, backward_bytes: the most that is allocated at one time in each pass, what is held included;
+            inputs and returned gradients, which exist in the backward pass alone, are not counted.
         budget: the memory budget the choice was made under, bytes.
         reason: why this schedule.
     """
@@ -53,19 +61,27 @@ class Plan:
     vocab_slice: int
     weight_slice: int
     group_rows: int | None
+    fused: bool
     gemms: int
     flops: int
     held_bytes: int
-    peak_bytes: int
+    forward_bytes: int
+    backward_bytes: int
     budget: int
     reason: str
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that is allocated at one time beside the inputs and the returned gradients."""
+        return max(self.forward_bytes, self.backward_bytes)
 
     def explain(self) -> str:
         """The choice in a sentence, with the bytes it will hold."""
         by_groups = f" by groups of at most {self.group_rows} rows" if self.group_rows else ""
         return (
             f"{self.schedule}{by_groups}, {self.gemms} GEMM{'s' if self.gemms > 1 else ''} "
-            f"({self.flops / 1e12:.3g} TFLOP in {str(self.gemm_dtype).removeprefix('torch.')}): {self.reason}. "
+            f"({self.flops / 1e12:.3g} TFLOP in {str(self.gemm_dtype).removeprefix('torch.')}"
+            f"{', the forward pass inside a kernel' if self.fused else ''}): {self.reason}. "
             f"Holds {format_bytes(self.held_bytes)} until the backward pass and "
             f"{format_bytes(self.peak_bytes)} at most (budget {format_bytes(self.budget)})."
         )
@@ -81,6 +97,7 @@ class Work:
     dtype: torch.dtype
     weight_dtype: torch.dtype
     device: torch.device
+    backend: str
     needs_hidden: bool
     needs_weight: bool
     needs_bias: bool
@@ -88,7 +105,12 @@ class Work:
 
     @property
     def gemm_dtype(self) -> torch.dtype:
-        return gemm_dtype(self.dtype, self.device)
+        return gemm_dtype(self.dtype, self.device, self.backend)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether row-wise work needs no memory of its own."""
+        return self.backend == "triton"
 
     @property
     def residual_bytes(self) -> int:
@@ -113,8 +135,15 @@ class Work:
     def logit_bytes(self) -> int:
         """A logit in its chunk. Eager row-wise work is done in fp32, and a soft-cap keeps its slope."""
         itemsize = self.gemm_dtype.itemsize
+        if self.in_place:
+            return itemsize
         wide = max(4, itemsize)
         return itemsize + (wide if itemsize < 4 else 0) + (2 * wide if self.softcap else 0)
+
+    @property
+    def fused_row_bytes(self) -> int:
+        """A row of a chunk without logits: its hidden states, and its statistics split by split."""
+        return self.weight_row_bytes + 12 * -(-self.vocab_size // COLUMNS_PER_SPLIT)
 
     @property
     def column_bytes(self) -> int:
@@ -136,6 +165,7 @@ def plan(
     softcap: bool = False,
     schedule: str = "auto",
     memory_budget: int | None = None,
+    backend: str = "auto",
     largest_pair: Callable[[], int] | None = None,
 ) -> Plan:
     """Choose a schedule and its chunk sizes.
@@ -151,11 +181,13 @@ def plan(
         schedule: "auto", or the one to use.
         memory_budget: bytes that the loss may allocate beside its inputs and the gradients it returns; by default a
             sixteenth of the device's memory. Chunks are made to fit it as far as they go.
+        backend: "auto", "torch", "native" or "triton", as in `orpo_loss`.
         largest_pair: gives the number of rows of the largest pair, asked only where it decides. Without it a residual
             that does not fit as a whole is not split into groups of pairs.
 
     Raises:
         ValueError: an unknown schedule, or one that cannot serve, with the reason.
+        RuntimeError: a backend that cannot be used on the device.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule is {schedule!r}, it must be one of {', '.join(map(repr, SCHEDULES))}")
@@ -169,6 +201,7 @@ def plan(
         dtype=dtype,
         weight_dtype=weight_dtype or dtype,
         device=device,
+        backend=resolve(backend, device, dtype),
         needs_hidden=needs_hidden,
         needs_weight=needs_weight,
         needs_bias=needs_bias,
@@ -193,6 +226,9 @@ def _choose(
         )
     if schedule == "recompute":
         return "recompute", "asked for", None
+    starved = work.rows > STARVED_ROWS and _most_bytes(budget) < STARVED_ROWS * work.vocab_size * work.logit_bytes
+    if schedule == "auto" and not trained and work.in_place and starved:
+        return "recompute", f"the budget has no room for the logits of {STARVED_ROWS} rows", None
     if schedule == "single_pass" or (schedule == "auto" and not trained):
         return "single_pass", "asked for" if schedule == "single_pass" else "the lm-head is frozen", None
 
@@ -220,15 +256,22 @@ def _choose(
 def _sized(work: Work, name: str, reason: str, group_rows: int | None, budget: int) -> Plan:
     """Chunk sizes, and what they add up to."""
     kind = "cpu" if work.device.type == "cpu" else "other"
-    chunk_bytes = min(CHUNK_BYTES[kind], max(budget // 4, 1))
-    row_chunk = min(CHUNK_ROWS[kind], _fit(chunk_bytes, work.vocab_size * work.logit_bytes))
+    most_bytes = _most_bytes(budget)
+    chunk_bytes = min(CHUNK_BYTES[kind], most_bytes)
+    recomputes = name == "recompute"
+    fused = work.in_place and (recomputes or name == "evaluation")
+    if fused:
+        row_chunk = min(FUSED_ROWS, _fit(most_bytes, work.fused_row_bytes))
+    else:
+        row_chunk = min(CHUNK_ROWS[kind], _fit(chunk_bytes, work.vocab_size * work.logit_bytes))
+        if work.in_place:
+            row_chunk = max(row_chunk, min(LEAST_ROWS, _fit(most_bytes, work.vocab_size * work.logit_bytes)))
     vocab_slice = min(work.vocab_size, max(MIN_SLICE, _fit(chunk_bytes, work.column_bytes)))
     weight_slice = work.vocab_size
     if work.casts and work.vocab_size * work.weight_row_bytes > chunk_bytes:
         weight_slice = max(MIN_SLICE, _fit(chunk_bytes // 2, work.weight_row_bytes))
-    recomputes = name == "recompute"
     gemms = 1 + recomputes + work.needs_hidden + work.needs_weight
-    held, peak = _memory(work, name, group_rows, row_chunk, vocab_slice, weight_slice)
+    held, forward, backward = _memory(work, name, group_rows, fused, row_chunk, vocab_slice, weight_slice)
     return Plan(
         schedule=name,
         gemm_dtype=work.gemm_dtype,
@@ -236,48 +279,51 @@ def _sized(work: Work, name: str, reason: str, group_rows: int | None, budget: i
         vocab_slice=vocab_slice,
         weight_slice=weight_slice,
         group_rows=group_rows,
+        fused=fused,
         gemms=gemms,
         flops=gemms * 2 * work.rows * work.vocab_size * work.hidden_size,
         held_bytes=held,
-        peak_bytes=peak,
+        forward_bytes=forward,
+        backward_bytes=backward,
         budget=budget,
         reason=reason,
     )
 
 
 def _memory(
-    work: Work, name: str, group_rows: int | None, row_chunk: int, vocab_slice: int, weight_slice: int
-) -> tuple[int, int]:
-    """Bytes held until the backward pass, and the most at one time."""
+    work: Work, name: str, group_rows: int | None, fused: bool, row_chunk: int, vocab_slice: int, weight_slice: int
+) -> tuple[int, int, int]:
+    """Bytes held until the backward pass, and the most at one time in each pass."""
     statistics = 16 * work.rows
     chunk_rows = min(row_chunk, work.rows)
-    chunk = chunk_rows * work.vocab_size * work.logit_bytes + work.casts * weight_slice * work.weight_row_bytes
+    row_bytes = work.fused_row_bytes if fused else work.vocab_size * work.logit_bytes
+    chunk = chunk_rows * row_bytes + work.casts * weight_slice * work.weight_row_bytes
     hidden_rows = work.rows * work.weight_row_bytes
     if name == "evaluation":
-        return 0, statistics + chunk
+        return 0, statistics + chunk, 0
     if name == "single_pass":
         held = statistics + hidden_rows
-        return held, held + chunk
+        return held, held + chunk, held
     if name == "recompute":
         sums = work.rows * work.hidden_size * max(4, work.gemm_dtype.itemsize)
-        return statistics, statistics + max(chunk, vocab_slice * work.column_bytes + 2 * hidden_rows + sums)
+        return statistics, statistics + chunk, statistics + vocab_slice * work.column_bytes + 2 * hidden_rows + sums
     # The residual is the logits' own buffer: of a chunk only what the row-wise work adds is on top of it.
     chunk -= chunk_rows * work.vocab_size * work.gemm_dtype.itemsize
     if group_rows is None:
         residual = statistics + work.residual_bytes
-        return residual, residual + max(chunk, 2 * hidden_rows)
+        return residual, residual + chunk, residual + 2 * hidden_rows
     held = statistics + work.accumulator_bytes + 4 * work.rows * work.hidden_size
     group = min(group_rows, work.rows) * (work.vocab_size * work.gemm_dtype.itemsize + 2 * work.weight_row_bytes)
-    return held, held + group + chunk
+    return held, held + group + chunk, held
 
 
-def gemm_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+def gemm_dtype(dtype: torch.dtype, device: torch.device, backend: str = "torch") -> torch.dtype:
     """The dtype in which a GEMM of `dtype` operands runs fast on `device`.
 
     A CPU without matrix instructions for a 16-bit dtype emulates it, 10 to 100 times slower than fp32. Casting the
-    operands to fp32, a chunk at a time, is then faster and more accurate as well.
+    operands to fp32, a chunk at a time, is then faster and more accurate as well. (Not where the CPU emulates a GPU.)
     """
-    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+    if device.type != "cpu" or backend == "triton" or dtype not in (torch.bfloat16, torch.float16):
         return dtype
     has = _cpu_has_amx_fp16 if dtype == torch.float16 else _cpu_has_bf16
     return dtype if has() else torch.float32
@@ -301,6 +347,11 @@ def default_budget(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory // 16
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 16
+
+
+def _most_bytes(budget: int) -> int:
+    """Of a chunk."""
+    return max(budget // 4, 1)
 
 
 def _fit(room: int, size: int) -> int:

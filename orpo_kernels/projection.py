@@ -6,13 +6,14 @@ where that is not their own, and counts nothing twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from .gemm import WeightSlices, even_chunks, project
 from .ops import select
 from .planning import Plan, accumulation_dtype, plan
 
@@ -46,28 +47,44 @@ class HeadOptions:
         memory_budget: int | None,
         backend: str,
         largest_pair: Callable[[], int] | None = None,
+        dtype: torch.dtype | None = None,
+        needs: Sequence[bool] | None = None,
     ) -> HeadOptions:
-        """The options of a call on `num_rows` rows of `hidden`, planned from its tensors and from what needs grad."""
-        device = hidden.device.type
-        # The precision that autocast would give the lm-head; it leaves float64 alone.
-        autocast = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
-        grad = torch.is_grad_enabled()
+        """The options of a call on `num_rows` rows of `hidden`, planned from its tensors and from what needs grad.
+
+        dtype, needs: `operand_dtype` and `needs_grad` of the tensors, unless they were asked before.
+        """
+        dtype = dtype or operand_dtype(hidden)
+        needs_hidden, needs_weight, needs_bias = needs or needs_grad(hidden, weight, bias)
         call = plan(
             num_rows,
             hidden_size=weight.shape[1],
             vocab_size=weight.shape[0],
-            dtype=torch.get_autocast_dtype(device) if autocast else hidden.dtype,
+            dtype=dtype,
             weight_dtype=weight.dtype,
             device=hidden.device,
-            needs_hidden=grad and hidden.requires_grad,
-            needs_weight=grad and weight.requires_grad,
-            needs_bias=grad and bias is not None and bias.requires_grad,
+            needs_hidden=needs_hidden,
+            needs_weight=needs_weight,
+            needs_bias=needs_bias,
             softcap=logit_softcap is not None,
             schedule=schedule,
             memory_budget=memory_budget,
+            backend=backend,
             largest_pair=largest_pair,
         )
-        return cls(logit_scale, logit_softcap, call, select(backend, hidden.device))
+        return cls(logit_scale, logit_softcap, call, select(backend, hidden.device, dtype))
+
+
+def operand_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype of the lm-head's product: autocast's (which leaves float64 alone), or the tensors' own."""
+    device = hidden.device.type
+    autocast = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if autocast else hidden.dtype
+
+
+def needs_grad(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> list[bool]:
+    """Which of the three the backward pass is to be made for."""
+    return [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
 
 
 @dataclass(frozen=True)
@@ -115,7 +132,7 @@ class Projection:
 
     def hidden_rows(self, rows: slice = slice(None)) -> Tensor:
         """(C, H) hidden states of these rows, in the GEMM's dtype."""
-        return self.hidden[self.position[rows]].to(self.plan.gemm_dtype)
+        return self.ops.gather_rows(self.hidden, self.position[rows], None, self.plan.gemm_dtype)
 
     def scaled_hidden(self, coefficient: Tensor) -> tuple[Tensor, Tensor | None]:
         """coefficient * hidden of all rows, (R, H) in the GEMM's dtype, and the factor it was divided by, if any.
@@ -126,10 +143,7 @@ class Projection:
         if self.plan.gemm_dtype == torch.float16 and self.num_rows:
             factor = torch.exp2(torch.frexp(coefficient.abs().amax()).exponent)
             coefficient = coefficient / factor
-        x = self.hidden.new_empty(self.num_rows, self.hidden.shape[1], dtype=self.plan.gemm_dtype)
-        for rows in self.row_chunks():
-            x[rows] = self.hidden[self.position[rows]] * coefficient[rows, None]
-        return x, factor
+        return self.ops.gather_rows(self.hidden, self.position, coefficient, self.plan.gemm_dtype), factor
 
     def weight_slices(self) -> WeightSlices:
         return WeightSlices(self.weight, self.plan.gemm_dtype, self.plan.weight_slice)
@@ -139,74 +153,28 @@ class Projection:
         rows = min(self.plan.row_chunk, self.num_rows)
         return self.weight.new_empty(rows, self.vocab_size, dtype=self.plan.gemm_dtype)
 
-    def logits(self, x: Tensor, weight: WeightSlices, out: Tensor) -> Tensor:
-        """`x @ weight.T + bias` into `out` (C, V), before scale and soft-cap."""
-        for columns, w in weight:
-            self.slice_logits(x, w, columns, out[:, columns])
-        return out
+    def log_odds(self, rows: slice, weight: WeightSlices, buffer: Tensor | None) -> tuple[Tensor, Tensor]:
+        """m and lse_others (C,) of these rows. `buffer`: see `ops.torch_ops.project_log_odds`."""
+        x = self.hidden_rows(rows)
+        return self.ops.project_log_odds(x, weight, self.bias, self.target[rows], *self._transform, buffer)
 
-    def slice_logits(self, x: Tensor, w: Tensor, columns: slice, out: Tensor) -> Tensor:
-        """The columns `columns` of the logits into `out` (C, S); `w` (S, H) are those rows of the weight."""
-        if self.bias is None:
-            return torch.mm(x, w.t(), out=out)
-        return torch.addmm(self.bias[columns].to(x.dtype), x, w.t(), out=out)
+    def residual(self, rows: slice, weight: WeightSlices, out: Tensor) -> Tensor:
+        """The residual of these rows into `out` (C, V), through their logits. Returns m (C,)."""
+        project(self.hidden_rows(rows), weight, self.bias, out)
+        return self.ops.residual_(out, self.target[rows], *self._transform)
 
-    def residual_(self, logits: Tensor, rows: slice, want_residual: bool = True) -> tuple[Tensor, Tensor]:
-        return self.ops.residual_(
-            logits, self.target[rows], self.options.logit_scale, self.options.logit_softcap, want_residual
-        )
-
-    def residual_slice_(self, logits: Tensor, columns: slice, lse_others: Tensor) -> None:
-        self.ops.residual_slice_(
-            logits,
-            self.target - columns.start,
-            lse_others,
-            self.options.logit_scale,
-            self.options.logit_softcap,
-        )
+    def residual_slice(self, x: Tensor, w: Tensor, columns: slice, lse_others: Tensor, out: Tensor) -> None:
+        """The columns `columns` of the residual of all rows into `out` (R, S); x (R, H), w (S, H)."""
+        bias = None if self.bias is None else self.bias[columns]
+        self.ops.project_residual(x, w, bias, self.target - columns.start, lse_others, *self._transform, out)
 
     def add_hidden_gradient_(self, grad: Tensor, u: Tensor, coefficient: Tensor) -> None:
         """`grad[position] += coefficient * u`: grad (N, H), u (R, H), coefficient (R,)."""
-        for rows in self.row_chunks():
-            self.ops.add_scaled_rows_(grad, self.position[rows], u[rows], coefficient[rows])
+        self.ops.scatter_rows_(grad, self.position, u, coefficient)
+
+    @property
+    def _transform(self) -> tuple[float, float | None]:
+        return self.options.logit_scale, self.options.logit_softcap
 
     def empty_stats(self) -> Tensor:
         return self.hidden.new_empty(self.num_rows, dtype=torch.float64)
-
-
-class WeightSlices:
-    """The weight in the GEMM's dtype: as it is, as one cast copy, or cast slice by slice where a copy is too large."""
-
-    def __init__(self, weight: Tensor, dtype: torch.dtype, slice_size: int):
-        self.weight, self.dtype = weight, dtype
-        vocab_size = weight.shape[0]
-        if weight.dtype == dtype or slice_size >= vocab_size:
-            self.weight, slice_size = weight.to(dtype), vocab_size
-        self.columns = list(even_chunks(vocab_size, slice_size))
-
-    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
-        return ((columns, self[columns]) for columns in self.columns)
-
-    def __getitem__(self, columns: slice) -> Tensor:
-        return self.weight[columns].to(self.dtype)
-
-
-def even_chunks(total: int, largest: int) -> Iterator[slice]:
-    """[0, total) in the fewest chunks of at most `largest`, of nearly equal size: no starved GEMM at the end."""
-    count = -(-total // largest)
-    bounds = [total * i // count for i in range(count + 1)] if count else []
-    return map(slice, bounds[:-1], bounds[1:])
-
-
-def matmul_into(out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> None:
-    """`out = a @ b` or `out += a @ b`. On a GPU the product is not rounded before it joins a wider `out`."""
-    if out.dtype == a.dtype:
-        torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
-    elif a.is_cuda and out.dtype == torch.float32 and a.dtype != torch.float64:
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out) if accumulate else torch.mm(
-            a, b, out_dtype=out.dtype, out=out
-        )
-    elif accumulate:
-        out.add_(torch.mm(a, b))
-    else:
-        out.copy_(torch.mm(a, b))

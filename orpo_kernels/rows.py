@@ -26,6 +26,7 @@ class Rows:
         scored: bool, whether the row counts in its sequence's length-averaged log-probability (the odds ratio).
         nll_weight: float64, the row's weight in the NLL, not yet normalised; 0 keeps it out.
         num_pairs: B.
+        padded: whether there may be rows that count for nothing, neither scored nor weighted, with any target.
 
     Raises:
         ValueError: vectors of different lengths.
@@ -38,6 +39,7 @@ class Rows:
     scored: Tensor
     nll_weight: Tensor
     num_pairs: int
+    padded: bool = False
 
     def __post_init__(self) -> None:
         dtypes = {
@@ -69,6 +71,13 @@ class Rows:
     def select(self, index: Tensor) -> Rows:
         """The rows at `index` (int64 or bool), still numbered as pairs of the whole batch."""
         return self._map(lambda vector: vector[index])
+
+    def live(self) -> Rows:
+        """Without the rows that count for nothing. Where there may be some, their number is read on the host."""
+        if not self.padded:
+            return self
+        rows = self.select((self.scored | (self.nll_weight != 0)).nonzero().squeeze(1))
+        return replace(rows, padded=False)
 
     def pair_sizes(self) -> list[int]:
         """The number of rows of each pair. Reads them on the host."""
@@ -109,9 +118,15 @@ def rows_from_labels(
         ValueError: odd batch, shapes that do not fit together, unknown reduction.
         TypeError: labels that are not int64, or that are on different devices.
     """
+    return padded_rows(labels, nll_labels, shift, ignore_index, nll_reduction).live()
+
+
+def padded_rows(labels: Tensor, nll_labels: Tensor | None, shift: bool, ignore_index: int, nll_reduction: str) -> Rows:
+    """`rows_from_labels` before the rows that count for nothing are dropped: as many as labels, whatever they hold."""
     check_labels(labels, nll_labels, nll_reduction)
     pairs, length = labels.shape[0] // 2, labels.shape[1]
-    nll_labels = labels[:pairs] if nll_labels is None else nll_labels
+    own_nll = nll_labels is not None
+    nll_labels = nll_labels if nll_labels is not None else labels[:pairs]
     if shift:
         labels, nll_labels = labels[:, 1:], nll_labels[:, 1:]
 
@@ -123,20 +138,17 @@ def rows_from_labels(
 
     target = torch.where(scored, labels, nll_target)
     same_row = wants_nll & (target == nll_target)
-    # Plane 0 holds the OR rows (with the NLL of the same target), plane 1 NLL rows with a target of their own: one
-    # `nonzero`, one synchronisation for both.
-    wanted = torch.stack((scored | same_row, wants_nll & ~same_row))
-    plane, sequence, column = wanted.nonzero(as_tuple=True)
-    first = plane == 0
-    is_nll = torch.where(first, same_row[sequence, column], True)
-    return Rows(
-        position=sequence * length + column,
-        target=torch.where(first, target[sequence, column], nll_target[sequence, column]),
-        sequence=sequence,
-        scored=first & scored[sequence, column],
-        nll_weight=_nll_weight(is_nll, sequence, 2 * pairs, nll_reduction),
-        num_pairs=pairs,
+    sequence = torch.arange(2 * pairs, device=labels.device)[:, None].expand_as(labels)
+    position = sequence * length + torch.arange(labels.shape[1], device=labels.device)
+    # Plane 0 holds the OR rows (with the NLL of the same target), plane 1 NLL rows with a target of their own.
+    planes = [(position, target, sequence, scored, same_row)]
+    if own_nll:
+        planes.append((position, nll_target, sequence, torch.zeros_like(scored), wants_nll & ~same_row))
+    position, target, sequence, scored, is_nll = (
+        torch.cat([v.flatten() for v in vs]) for vs in zip(*planes, strict=True)
     )
+    weight = _nll_weight(is_nll, sequence, 2 * pairs, nll_reduction)
+    return Rows(position, target, sequence, scored, weight, pairs, padded=True)
 
 
 def _nll_weight(is_nll: Tensor, sequence: Tensor, num_sequences: int, reduction: str) -> Tensor:

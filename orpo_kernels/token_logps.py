@@ -12,6 +12,9 @@ from .planning import accumulation_dtype
 from .projection import HeadOptions
 
 
+@torch.compiler.disable(
+    reason="token_logps computes as many rows as labels ask for, which no graph of fixed shapes can"
+)
 def token_logps(
     hidden: Tensor,
     weight: Tensor,

@@ -1,4 +1,4 @@
-"""The row-wise operations in eager PyTorch, for any device and dtype.
+"""The row-wise operations in eager PyTorch, for any device and dtype: the contract of every backend, and its mirror.
 
 With the logits z of a row and its target y:
 
@@ -10,6 +10,8 @@ With the logits z of a row and its target y:
 Splitting the target off is what keeps a confident row right: `z_y - logsumexp(z)` rounds to 0 from a gap of 16 on,
 while m is good at any gap. The residual's entries lie in [-1, 1] and sum to zero whatever the gap, so it loses nothing
 in a low-precision matrix; all that is small or large about a row is in the one number dloss/dm, kept in fp32.
+
+The two operations on pairs, `sequence_sums` and `odds_ratio`, are the mathematics of `objective` itself.
 """
 
 from __future__ import annotations
@@ -17,78 +19,107 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..gemm import WeightSlices, even_chunks, project, project_slice
+from ..objective import odds_ratio, sequence_sums
 
-def residual_(
-    logits: Tensor,
+ROWS_AT_A_TIME = 512  # of temporaries H wide
+
+
+def project_log_odds(
+    x: Tensor,
+    weight: WeightSlices,
+    bias: Tensor | None,
     target: Tensor,
     logit_scale: float,
     logit_softcap: float | None,
-    want_residual: bool = True,
+    buffer: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Turn a chunk of logits into its residual, in place.
+    """The statistics of the logits of some rows.
 
     Args:
-        logits: (C, V), the projection with its bias, before scale and soft-cap. Overwritten: by -dm/dz times the
-            soft-cap's derivative if `want_residual` (the factor `logit_scale` is left to the caller), by anything
-            otherwise.
+        x: (C, H) hidden states, in the dtype of the GEMM.
+        weight: the (V, H) weight in that dtype.
+        bias: (V,) or None.
         target: (C,) int64 in [0, V).
+        buffer: (at least C, V) scratch for the logits; None for backends that never hold them.
 
     Returns:
         m and lse_others, each (C,) float64.
     """
-    z, slope = _transform(logits, logit_scale, logit_softcap, want_residual)
-    index = target[:, None]
-    target_logit = z.gather(1, index)
-    # The lowest finite number rather than -inf: where no other token is possible, lse_others is this number and the
-    # target's log-odds are huge, but nothing is NaN.
-    z.scatter_(1, index, torch.finfo(z.dtype).min)
-    top = z.amax(1, keepdim=True)
-    # Not torch.softmax, which is one pass instead of four: on a CPU its plain running sum is ten times less exact.
-    z.sub_(top).exp_()
-    total = z.sum(1, keepdim=True)
-    # Two numbers a row, in float64: rounding m = 67.3 to fp32 alone moves the loss of a confident row by 4e-6.
-    lse_others = top.double() + total.double().log()
-    if want_residual:
-        z.mul_(total.reciprocal())
-        _finish(z, index, z.new_tensor(-1.0).expand_as(index), slope, logits)
-    return (target_logit - lse_others).squeeze(1), lse_others.squeeze(1)
+    logits = x.new_empty(x.shape[0], weight.vocab_size) if buffer is None else buffer[: x.shape[0]]
+    project(x, weight, bias, logits)
+    z, _ = _transform(logits, logit_scale, logit_softcap, False)
+    log_odds, lse_others, _ = _statistics_(z, target[:, None])
+    return log_odds, lse_others
 
 
-def residual_slice_(
-    logits: Tensor, target: Tensor, lse_others: Tensor, logit_scale: float, logit_softcap: float | None
-) -> None:
-    """The columns [start, start + S) of the residual, in place, from the statistics of the whole row.
+def residual_(logits: Tensor, target: Tensor, logit_scale: float, logit_softcap: float | None) -> Tensor:
+    """Turn a chunk of logits into its residual, in place.
 
     Args:
-        logits: (C, S), these columns of the projection with its bias. Overwritten like `residual_` does.
-        target: (C,) int64, the target minus `start`: in another slice where it is outside [0, S).
-        lse_others: (C,) float64, as `residual_` returned it.
+        logits: (C, V), the projection with its bias, before scale and soft-cap. Overwritten by -dm/dz times the
+            soft-cap's derivative; the factor `logit_scale` is left to the caller.
+        target: (C,) int64 in [0, V).
+
+    Returns:
+        m, (C,) float64.
     """
+    index = target[:, None]
     z, slope = _transform(logits, logit_scale, logit_softcap, True)
+    log_odds, _, total = _statistics_(z, index)
+    z.mul_(total.reciprocal())
+    _finish(z, index, z.new_full((), -1.0).expand_as(index), slope, logits)
+    return log_odds
+
+
+def project_residual(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    lse_others: Tensor,
+    logit_scale: float,
+    logit_softcap: float | None,
+    out: Tensor,
+) -> None:
+    """The columns [start, start + S) of the residual, from the statistics of the whole row.
+
+    Args:
+        x: (R, H) hidden states, in the dtype of the GEMM.
+        w: (S, H) and bias: (S,) or None, these columns' share of the head.
+        target: (R,) int64, the target minus `start`: in another slice where it is outside [0, S).
+        lse_others: (R,) float64, as `project_log_odds` returned it.
+        out: (R, S), written like `residual_` does.
+    """
+    project_slice(x, w, bias, out)
+    z, slope = _transform(out, logit_scale, logit_softcap, True)
     z.sub_(lse_others[:, None].to(z.dtype)).exp_()
     index = target.clamp(0, z.shape[1] - 1)[:, None]
     is_here = ((target >= 0) & (target < z.shape[1]))[:, None]
-    _finish(z, index, torch.where(is_here, -1.0, z.gather(1, index)), slope, logits)
+    _finish(z, index, torch.where(is_here, -1.0, z.gather(1, index)), slope, out)
 
 
-def add_scaled_rows_(out: Tensor, position: Tensor, rows: Tensor, coefficient: Tensor) -> None:
+def gather_rows(hidden: Tensor, position: Tensor, coefficient: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`coefficient * hidden[position]` in `dtype`: hidden (N, H), position (R,) int64, coefficient (R,) or None."""
+    if coefficient is None:
+        return hidden[position].to(dtype)
+    out = hidden.new_empty(position.shape[0], hidden.shape[1], dtype=dtype)
+    for rows in even_chunks(position.shape[0], ROWS_AT_A_TIME):
+        out[rows] = hidden[position[rows]] * coefficient[rows, None]
+    return out
+
+
+def scatter_rows_(out: Tensor, position: Tensor, rows: Tensor, coefficient: Tensor) -> None:
     """`out[position] += coefficient * rows`, deterministic also where a position repeats.
 
-    out (N, H), position (C,) int64, rows (C, H), coefficient (C,).
+    out (N, H), position (R,) int64, rows (R, H), coefficient (R,).
     """
-    values = (rows * coefficient[:, None]).to(out.dtype)
-    if out.is_cuda:
-        out.index_put_((position,), values, accumulate=True)  # sorts; index_add_ would use atomics
-    else:
-        out.index_add_(0, position, values)
-
-
-def segment_sum(values: Tensor, segment: Tensor, num_segments: int) -> Tensor:
-    """(num_segments,) sums of `values` (R,) by `segment` (R,) int64, deterministic."""
-    sums = values.new_zeros(num_segments)
-    if sums.is_cuda:
-        return sums.index_put_((segment,), values, accumulate=True)
-    return sums.index_add_(0, segment, values)
+    for some in even_chunks(position.shape[0], ROWS_AT_A_TIME):
+        values = (rows[some] * coefficient[some, None]).to(out.dtype)
+        if out.is_cuda:
+            out.index_put_((position[some],), values, accumulate=True)  # sorts; index_add_ would use atomics
+        else:
+            out.index_add_(0, position[some], values)
 
 
 def _transform(
@@ -105,6 +136,21 @@ def _transform(
     return z.mul_(logit_softcap), slope
 
 
+def _statistics_(z: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """m, lse_others and the others' sum (C, 1) of the logits z; z becomes exp(z - the largest of the others)."""
+    target_logit = z.gather(1, index)
+    # The lowest finite number rather than -inf: where no other token is possible, lse_others is this number and the
+    # target's log-odds are huge, but nothing is NaN.
+    z.scatter_(1, index, torch.finfo(z.dtype).min)
+    top = z.amax(1, keepdim=True)
+    # Not torch.softmax, which is one pass instead of four: on a CPU its plain running sum is ten times less exact.
+    z.sub_(top).exp_()
+    total = z.sum(1, keepdim=True)
+    # Two numbers a row, in float64: rounding m = 67.3 to fp32 alone moves the loss of a confident row by 4e-6.
+    lse_others = top.double() + total.double().log()
+    return (target_logit - lse_others).squeeze(1), lse_others.squeeze(1), total
+
+
 def _finish(z: Tensor, index: Tensor, target_value: Tensor, slope: Tensor | None, logits: Tensor) -> None:
     """Put the target's entry and the soft-cap's slope into the residual, and the residual into `logits`."""
     z.scatter_(1, index, target_value)
@@ -112,3 +158,14 @@ def _finish(z: Tensor, index: Tensor, target_value: Tensor, slope: Tensor | None
         z.mul_(slope)
     if z is not logits:
         logits.copy_(z)
+
+
+__all__ = [
+    "gather_rows",
+    "odds_ratio",
+    "project_log_odds",
+    "project_residual",
+    "residual_",
+    "scatter_rows_",
+    "sequence_sums",
+]

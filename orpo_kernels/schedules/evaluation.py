@@ -13,10 +13,10 @@ def forward(p: Projection) -> tuple[Tensor, tuple[Tensor, ...]]:
 
 
 def statistics(p: Projection) -> tuple[Tensor, Tensor]:
-    """m and lse_others of every row, (R,) each, one chunk of logits at a time."""
+    """m and lse_others of every row, (R,) each, one chunk of rows at a time."""
     log_odds, lse_others = p.empty_stats(), p.empty_stats()
-    weight, buffer = p.weight_slices(), p.logits_buffer()
+    weight = p.weight_slices()
+    buffer = None if p.plan.fused else p.logits_buffer()
     for rows in p.row_chunks():
-        logits = p.logits(p.hidden_rows(rows), weight, buffer[: rows.stop - rows.start])
-        log_odds[rows], lse_others[rows] = p.residual_(logits, rows, want_residual=False)
+        log_odds[rows], lse_others[rows] = p.log_odds(rows, weight, buffer)
     return log_odds, lse_others

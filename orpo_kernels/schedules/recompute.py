@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..projection import Projection, even_chunks, matmul_into
+from ..gemm import COLUMN_MULTIPLE, even_chunks, matmul_into
+from ..projection import Projection
 from .evaluation import statistics
 from .resident import bias_gradient, head_gradient
 
@@ -32,12 +33,11 @@ def backward(p: Projection, kept: tuple[Tensor, ...], coefficient: Tensor, grads
     scaled = p.scaled_hidden(coefficient) if grads.weight is not None else None
     u = torch.zeros_like(x, dtype=p.sum_dtype) if grads.hidden is not None else None
     buffer = x.new_empty(p.num_rows * min(p.plan.vocab_slice, p.vocab_size))
-    for columns in even_chunks(p.vocab_size, p.plan.vocab_slice):
+    for columns in even_chunks(p.vocab_size, p.plan.vocab_slice, COLUMN_MULTIPLE):
         w = p.weight[columns].to(x.dtype)
         width = columns.stop - columns.start
         residual = buffer[: p.num_rows * width].view(p.num_rows, width)
-        p.slice_logits(x, w, columns, residual)
-        p.residual_slice_(residual, columns, lse_others)
+        p.residual_slice(x, w, columns, lse_others, residual)
         if u is not None:
             matmul_into(u, residual, w, accumulate=True)
         if scaled is not None and grads.weight is not None:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..projection import Projection, even_chunks, matmul_into
+from ..gemm import even_chunks, matmul_into
+from ..projection import Projection
 
 if TYPE_CHECKING:
     from . import Gradients
@@ -20,8 +21,7 @@ def forward(p: Projection) -> tuple[Tensor, tuple[Tensor, ...]]:
     residual = p.weight.new_empty(p.num_rows, p.vocab_size, dtype=p.plan.gemm_dtype)
     weight = p.weight_slices()
     for rows in p.row_chunks():
-        p.logits(p.hidden_rows(rows), weight, residual[rows])
-        log_odds[rows], _ = p.residual_(residual[rows], rows)
+        log_odds[rows] = p.residual(rows, weight, residual[rows])
     return log_odds, (residual,)
 
 

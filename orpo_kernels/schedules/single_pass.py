@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..projection import Projection, matmul_into
+from ..gemm import matmul_into
+from ..projection import Projection
 
 if TYPE_CHECKING:
     from . import Gradients
@@ -20,8 +21,8 @@ def forward(p: Projection) -> tuple[Tensor, tuple[Tensor, ...]]:
     u = p.weight.new_empty(p.num_rows, p.weight.shape[1], dtype=p.plan.gemm_dtype)
     weight, buffer = p.weight_slices(), p.logits_buffer()
     for rows in p.row_chunks():
-        residual = p.logits(p.hidden_rows(rows), weight, buffer[: rows.stop - rows.start])
-        log_odds[rows], _ = p.residual_(residual, rows)
+        residual = buffer[: rows.stop - rows.start]
+        log_odds[rows] = p.residual(rows, weight, residual)
         for columns, w in weight:
             matmul_into(u[rows], residual[:, columns], w, accumulate=columns.start > 0)
     return log_odds, (u,)

@@ -1,0 +1,58 @@
+"""Where every kernel is launched, and on what.
+
+A kernel is compiled anew for another alignment of a pointer, and for a number that is 1 or divisible by 16. Vectors of
+a number a row are cut anywhere, and the number of rows is never the same: kernels leave both out of it
+(`do_not_specialize`, `do_not_specialize_on_alignment`), so that a training run compiles in its first step alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from .. import is_interpreted
+
+
+class Target(NamedTuple):
+    """A GPU's kind: ("cuda", 90) is sm_90, ("hip", "gfx942") an AMD architecture; and its multiprocessors."""
+
+    backend: str
+    arch: int | str
+    processors: int = 132
+
+    @property
+    def name(self) -> str:
+        """As its maker calls it: "sm_90", "gfx942"."""
+        if self.backend == "cuda":
+            return f"sm_{self.arch}"
+        return str(self.arch).partition(":")[0] if self.backend == "hip" else self.backend
+
+
+INTERPRETER = Target("interpreter", 0, 1)
+
+
+def current_target() -> Target:
+    """The GPU that kernels are compiled for."""
+    if is_interpreted():
+        return INTERPRETER
+    driver = triton.runtime.driver.active
+    gpu = driver.get_current_target()
+    properties = driver.utils.get_device_properties(driver.get_current_device())
+    return Target(gpu.backend, gpu.arch, properties["multiprocessor_count"])
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """`kernel[grid](*arguments, **constants)` on the device of the first tensor; an empty grid is nothing to do."""
+    if 0 in grid:
+        return
+    # Kernels read vectors with stride 1; those that are written are made here, and have it.
+    arguments = tuple(a.contiguous() if isinstance(a, Tensor) and a.dim() == 1 else a for a in arguments)
+    device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
+    # Triton launches on the current device, whatever the tensors are on.
+    on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with on_device:
+        kernel[grid](*arguments, **constants, enable_fp_fusion=True)

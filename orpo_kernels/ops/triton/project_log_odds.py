@@ -1,0 +1,184 @@
+"""Kernel 1: hidden states and weight to the target's log-odds; the logits never exist.
+
+A program takes a block of rows and a split of the vocabulary, tile by tile: the logits of a tile are the accumulator of
+a matrix product, and join an online log-sum-exp *of the others* (the target's own logit is set aside). Splits leave
+three numbers a row, which a second kernel joins in a fixed order and in float64: no atomics, no locks, the same bits
+every time.
+
+    split s:  top_s = max_{j in s, j != y} z_j,   total_s = sum_{j in s, j != y} exp(z_j - top_s),   z_y if y is in s
+    joined:   lse_others = top + log(sum_s total_s exp(top_s - top)),   m = z_y - lse_others
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...gemm import WeightSlices
+from .device_math import LOWEST, transform
+from .launch import current_target, launch
+from .tile_matmul import logits_tile, row_block_and_column_block
+from .tiles import GROUP_ROWS, dot_precision, operands, tile_of, vocabulary_splits
+
+BLOCK_REDUCE = 64  # rows of a program that joins splits
+
+
+@triton.jit(
+    do_not_specialize=["R", "tiles_per_split", "num_splits"],
+    do_not_specialize_on_alignment=["BIAS", "TARGET", "TOP", "TOTAL", "TARGET_LOGIT"],
+)
+def split_statistics_kernel(
+    # data
+    X,  # (R, H)
+    W,  # (S, H)
+    BIAS,  # (S,) or None
+    TARGET,  # (R,) int64, in another slice of the weight where it is outside [0, S)
+    TOP,  # (splits, R) fp32, out
+    TOTAL,  # (splits, R) fp32, out
+    TARGET_LOGIT,  # (splits, R) fp32, out; 0 in all splits but the target's
+    # shapes and strides
+    R,
+    S,
+    H,
+    stride_x,
+    stride_w,
+    tiles_per_split,
+    num_splits,
+    # constants
+    scale,
+    softcap,  # or None
+    EVEN_H: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    i_block, i_split = row_block_and_column_block(tl.cdiv(R, BLOCK_R), num_splits, GROUP)
+    o_r = i_block * BLOCK_R + tl.arange(0, BLOCK_R)
+    m_r = o_r < R
+    target = tl.load(TARGET + o_r, mask=m_r, other=-1).to(tl.int32)
+    target = tl.where(target < S, target, -1)  # not a column beyond the slice's end, which a tile may have
+    top = tl.full((BLOCK_R,), LOWEST, tl.float32)
+    total = tl.zeros((BLOCK_R,), tl.float32)
+    target_logit = tl.zeros((BLOCK_R,), tl.float32)
+    last_tile = tl.minimum((i_split + 1) * tiles_per_split, tl.cdiv(S, BLOCK_V))
+    for i_tile in range(i_split * tiles_per_split, last_tile):
+        i_v = i_tile * BLOCK_V
+        z = logits_tile(
+            X, W, BIAS, i_block * BLOCK_R, i_v, R, S, H, stride_x, stride_w,
+            EVEN_H, TMA, PRECISION, BLOCK_R, BLOCK_V, BLOCK_H,
+        )  # fmt: skip
+        z, _ = transform(z, scale, softcap)
+        o_v = i_v + tl.arange(0, BLOCK_V)
+        is_target = o_v[None, :] == target[:, None]
+        target_logit += tl.sum(tl.where(is_target, z, 0.0), 1)
+        # One mask for the target and for columns beyond S: a second costs the registers that a large tile needs.
+        others = tl.where(is_target | (o_v >= S)[None, :], LOWEST, z)
+        new_top = tl.maximum(top, tl.max(others, 1))
+        total = total * tl.exp(top - new_top) + tl.sum(tl.exp(others - new_top[:, None]), 1)
+        top = new_top
+    o_out = i_split.to(tl.int64) * R + o_r
+    tl.store(TOP + o_out, top, mask=m_r)
+    tl.store(TOTAL + o_out, total, mask=m_r)
+    tl.store(TARGET_LOGIT + o_out, target_logit, mask=m_r)
+
+
+@triton.jit(
+    do_not_specialize=["R", "num_splits"],
+    do_not_specialize_on_alignment=["TOP", "TOTAL", "TARGET_LOGIT", "LOG_ODDS", "LSE_OTHERS"],
+)
+def join_splits_kernel(
+    TOP,  # (splits, R) fp32
+    TOTAL,  # (splits, R) fp32
+    TARGET_LOGIT,  # (splits, R) fp32
+    LOG_ODDS,  # (R,) float64, out
+    LSE_OTHERS,  # (R,) float64, out
+    R,
+    num_splits,
+    BLOCK_R: tl.constexpr,
+):
+    o_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    m_r = o_r < R
+    top = tl.full((BLOCK_R,), LOWEST, tl.float32)
+    o_in = o_r
+    for _ in range(num_splits):
+        top = tl.maximum(top, tl.load(TOP + o_in, mask=m_r, other=LOWEST))
+        o_in += R
+    total = tl.zeros((BLOCK_R,), tl.float64)
+    target_logit = tl.zeros((BLOCK_R,), tl.float32)
+    o_in = o_r
+    for _ in range(num_splits):
+        share = tl.exp(tl.load(TOP + o_in, mask=m_r, other=LOWEST) - top)
+        total += (tl.load(TOTAL + o_in, mask=m_r, other=1.0) * share).to(tl.float64)
+        target_logit += tl.load(TARGET_LOGIT + o_in, mask=m_r, other=0.0)
+        o_in += R
+    lse_others = top.to(tl.float64) + tl.log(total)
+    tl.store(LOG_ODDS + o_r, target_logit.to(tl.float64) - lse_others, mask=m_r)
+    tl.store(LSE_OTHERS + o_r, lse_others, mask=m_r)
+
+
+def project_log_odds(
+    x: Tensor,
+    weight: WeightSlices,
+    bias: Tensor | None,
+    target: Tensor,
+    logit_scale: float,
+    logit_softcap: float | None,
+    buffer: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See `torch_ops.project_log_odds`; `buffer` is not needed."""
+    rows, hidden_size = x.shape
+    gpu = current_target()
+    # Odd ends of the vocabulary cost registers, like a bias or a soft-cap.
+    is_plain = bias is None and logit_softcap is None and weight.vocab_size % 16 == 0
+    partials = []
+    for columns, w in weight:
+        w = w.contiguous()
+        tile = tile_of(x, w, is_plain, gpu)
+        splits, tiles_per_split = vocabulary_splits(rows, w.shape[0], tile, gpu)
+        partials.append(x.new_empty(3, splits, rows, dtype=torch.float32))
+        launch(
+            split_statistics_kernel,
+            (-(-rows // tile.rows) * splits,),
+            *operands(x, w, tile),
+            None if bias is None else bias[columns],
+            target - columns.start,
+            *partials[-1],
+            rows,
+            w.shape[0],
+            hidden_size,
+            x.stride(0),
+            w.stride(0),
+            tiles_per_split,
+            splits,
+            logit_scale,
+            logit_softcap,
+            EVEN_H=hidden_size % tile.depth == 0,
+            TMA=tile.tma,
+            PRECISION=dot_precision(x.dtype, gpu),
+            GROUP=GROUP_ROWS,
+            BLOCK_R=tile.rows,
+            BLOCK_V=tile.columns,
+            BLOCK_H=tile.depth,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+    statistics = partials[0] if len(partials) == 1 else torch.cat(partials, 1)
+    log_odds = x.new_empty(rows, dtype=torch.float64)
+    lse_others = torch.empty_like(log_odds)
+    launch(
+        join_splits_kernel,
+        (-(-rows // BLOCK_REDUCE),),
+        *statistics,
+        log_odds,
+        lse_others,
+        rows,
+        statistics.shape[1],
+        BLOCK_R=BLOCK_REDUCE,
+        num_warps=2,
+    )
+    return log_odds, lse_others
