@@ -1,16 +1,39 @@
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import pytest
 import torch
 from hypothesis import settings
 
+# Where there is no GPU, Triton emulates one: to be said before any kernel is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The tensors of most tests are tiny: threads would only wait for each other. Tests of the real model ask for theirs.
 torch.set_num_threads(1)
 settings.register_profile("default", deadline=None, max_examples=60, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("default")
+
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+if HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1":
+    from .interpreter import check_memory, check_overflow, correct_bf16
+
+    correct_bf16()
+    check_overflow()
+    check_memory()
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request, monkeypatch) -> str:
+    """Each of the backends in turn, chosen by backend="auto" on the CPU too; Triton is interpreted there."""
+    if request.param == "triton":
+        if not HAS_TRITON:
+            pytest.skip("triton is not installed")
+        monkeypatch.setattr("orpo_kernels.ops.GPUS", ("cpu", "cuda", "xpu"))
+    return request.param
 
 
 @pytest.fixture(autouse=True)
@@ -23,4 +46,6 @@ def small_chunks(monkeypatch):
     """Chunks small enough that tiny tensors are taken in several of them."""
     monkeypatch.setattr("orpo_kernels.planning.CHUNK_ROWS", {"cpu": 3, "other": 3})
     monkeypatch.setattr("orpo_kernels.planning.CHUNK_BYTES", {"cpu": 512, "other": 512})
+    monkeypatch.setattr("orpo_kernels.planning.LEAST_ROWS", 3)
+    monkeypatch.setattr("orpo_kernels.planning.FUSED_ROWS", 7)
     monkeypatch.setattr("orpo_kernels.planning.MIN_SLICE", 5)

@@ -84,7 +84,7 @@ def test_floor_is_two_or_three_products() -> None:
 
     work = tiny()
     for trained, products in ((False, 2), (True, 3)):
-        floor = peers.gemm_floor(work.rows, work.hidden, work.weight.clone().requires_grad_(trained))
+        floor = peers.GemmFloor(work.rows, work.hidden, work.weight.clone().requires_grad_(trained))
         with FlopCounterMode(display=False) as counter:
             floor()
         assert counter.get_total_flops() == products * work.gemm_flops

@@ -79,7 +79,7 @@ def exact(hidden: Tensor, weight: Tensor, labels: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_ours_is_right_at_every_gap(
-    dtype: torch.dtype, side: str, rivals: str, schedule: str, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, side: str, rivals: str, schedule: str, monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
     """Loss to 1e-6 and gradients to 1e-5; a 16-bit gradient is that, rounded once to its dtype.
 
@@ -100,7 +100,7 @@ def test_ours_is_right_at_every_gap(
 
 @pytest.mark.parametrize("schedule", ["single_pass", "resident", "recompute"])
 @pytest.mark.parametrize("side", SIDES)
-def test_ours_in_16_bit_gemms(side: str, schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ours_in_16_bit_gemms(side: str, schedule: str, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     """Where bf16 multiplies in hardware, operands are rounded too: a few roundings, at every gap, and no more."""
     gemms_in(monkeypatch, lambda dtype: dtype)
     for gap in GAPS:
@@ -113,7 +113,7 @@ def test_ours_in_16_bit_gemms(side: str, schedule: str, monkeypatch: pytest.Monk
 
 
 def gemms_in(monkeypatch: pytest.MonkeyPatch, choose: Callable[[torch.dtype], torch.dtype]) -> None:
-    monkeypatch.setattr("orpo_kernels.planning.gemm_dtype", lambda dtype, device: choose(dtype))
+    monkeypatch.setattr("orpo_kernels.planning.gemm_dtype", lambda dtype, device, backend: choose(dtype))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

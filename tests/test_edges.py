@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -24,7 +26,7 @@ def assert_finite(out, hidden) -> None:
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_nothing_valid_is_zero_and_attached(schedule):
+def test_nothing_valid_is_zero_and_attached(schedule, backend):
     hidden, weight, labels = inputs()
     weight.requires_grad_(schedule != "single_pass")
     out = orpo_loss(hidden, weight, torch.full_like(labels, IGNORE), schedule=schedule)
@@ -38,8 +40,8 @@ def test_nothing_valid_is_zero_and_attached(schedule):
 
 
 @pytest.mark.parametrize("empty", ["chosen", "rejected", "both"])
-def test_pair_with_an_empty_answer_leaves_the_odds_ratio(empty):
-    hidden, weight, labels = inputs(dtype=torch.float64)
+def test_pair_with_an_empty_answer_leaves_the_odds_ratio(empty, backend):
+    hidden, weight, labels = inputs()
     both = {"chosen": [0], "rejected": [2], "both": [0, 2]}[empty]
     labels[both] = IGNORE
     out = orpo_loss(hidden, weight, labels)
@@ -53,10 +55,10 @@ def test_pair_with_an_empty_answer_leaves_the_odds_ratio(empty):
     out.loss.backward()
     assert hidden.grad[[0, 2]].abs().max() == 0
     alone = orpo_loss(hidden[[1, 3]], weight, labels[[1, 3]], alpha=0.0)
-    assert out.loss.item() == pytest.approx(alone.loss.item(), rel=1e-12)
+    assert out.loss.item() == pytest.approx(alone.loss.item(), rel=1e-6)
 
 
-def test_empty_batch():
+def test_empty_batch(backend):
     hidden = torch.randn(0, 5, 8, requires_grad=True)
     out = orpo_loss(hidden, torch.randn(13, 8), torch.empty(0, 5, dtype=torch.int64))
     out.loss.backward()
@@ -64,12 +66,12 @@ def test_empty_batch():
     assert out.chosen_logps.shape == (0,)
 
 
-def test_no_positions_to_predict():
+def test_no_positions_to_predict(backend):
     hidden, weight, labels = inputs(length=1)
     assert orpo_loss(hidden, weight, labels, shift=True).loss.item() == 0
 
 
-def test_vocabulary_of_one():
+def test_vocabulary_of_one(backend):
     """The only token is certain: log-probability 0 (to the last bit of float64), zero gradient, nothing is NaN."""
     hidden, _, labels = inputs()
     out = orpo_loss(hidden, torch.randn(1, 8), torch.zeros_like(labels))
@@ -81,21 +83,21 @@ def test_vocabulary_of_one():
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_masked_vocabulary(schedule):
+def test_masked_vocabulary(schedule, backend):
     """A bias of -inf takes tokens out of the vocabulary, as for padded lm-heads."""
-    hidden, weight, labels = inputs(dtype=torch.float64)
-    bias = torch.zeros(13, dtype=torch.float64)
+    hidden, weight, labels = inputs()
+    bias = torch.zeros(13)
     bias[10:] = -torch.inf
     weight.requires_grad_(schedule != "single_pass")
     out = orpo_loss(hidden, weight, labels % 10, bias=bias, schedule=schedule)
     expected = orpo_loss(hidden, weight[:10], labels % 10)
-    assert out.loss.item() == pytest.approx(expected.loss.item(), rel=1e-12)
+    assert out.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
     (grad,) = torch.autograd.grad(out.loss, hidden)
     torch.testing.assert_close(grad, torch.autograd.grad(expected.loss, hidden)[0])
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_strongly_negative_logits(schedule):
+def test_strongly_negative_logits(schedule, backend):
     hidden, weight, labels = inputs(dtype=torch.float64)
     hidden, weight = hidden.float().detach().requires_grad_(), weight.float()
     bias = torch.full((13,), -1e4)
@@ -106,14 +108,14 @@ def test_strongly_negative_logits(schedule):
     assert out.loss.item() == pytest.approx(orpo_loss(hidden, weight, labels).loss.item(), rel=1e-3)
 
 
-def test_nan_is_not_hidden():
+def test_nan_is_not_hidden(backend):
     hidden, weight, labels = inputs()
     with torch.no_grad():
         hidden[0, 0, 0] = torch.nan
     assert orpo_loss(hidden, weight, labels).loss.isnan()
 
 
-def test_certain_answers_beyond_fp32():
+def test_certain_answers_beyond_fp32(backend):
     """A log-odds of 1e6 rounds every probability to 1, in float64 too: large, finite, zero gradient."""
     hidden = torch.zeros(2, 3, 4, requires_grad=True)
     bias = torch.tensor([1e6, 0.0, 0.0])
@@ -198,7 +200,7 @@ def test_backends_say_why_not():
     assert reasons["torch"] == "available"
     for name, reason in reasons.items():
         if reason != "available":
-            with pytest.raises(RuntimeError, match=reason):
+            with pytest.raises(RuntimeError, match=re.escape(reason)):
                 orpo_loss(*inputs(), backend=name)
 
 

@@ -147,3 +147,34 @@ def test_nothing_is_read_on_the_host_once_the_rows_are_known(schedule, dtype):
         out = orpo_loss_from_rows(hidden, weight, fake_rows(300, 4), bias=bias, logit_softcap=5.0, schedule=schedule)
         out.loss.backward()
         assert hidden.grad.shape == hidden.shape
+
+
+def gpu_plan(rows: int, hidden: int, vocab: int, **options):
+    budget = options.pop("memory_budget", 5 * 2**30)
+    return plan(rows, hidden, vocab, dtype=torch.bfloat16, device="cuda", memory_budget=budget, **options)
+
+
+@pytest.mark.parametrize("vocab", [32768, 128256, 256000])
+def test_chunks_of_a_gpu(vocab):
+    """cuBLAS gets 1k to 4k rows where the kernels work in place and the budget has room; eager torch may get fewer."""
+    pytest.importorskip("triton")
+    chosen = gpu_plan(8192, 2304, vocab, needs_weight=False)
+    assert (chosen.schedule, chosen.fused) == ("single_pass", False)
+    assert 1024 <= chosen.row_chunk <= 4096
+    assert gpu_plan(8192, 2304, vocab, needs_weight=False, backend="torch").row_chunk < chosen.row_chunk or vocab < 5e4
+    tight = gpu_plan(8192, 2304, vocab, needs_weight=False, memory_budget=2**25)
+    assert tight.schedule == "recompute"
+    assert "no room for the logits of 256 rows" in tight.explain()
+    assert gpu_plan(200, 2304, vocab, needs_weight=False, memory_budget=2**25).schedule == "single_pass"
+
+
+@pytest.mark.parametrize(("schedule", "fused"), [("single_pass", False), ("resident", False), ("recompute", True)])
+def test_the_forward_pass_is_fused_where_nothing_else_needs_the_logits(schedule, fused):
+    pytest.importorskip("triton")
+    trained = schedule != "single_pass"
+    assert gpu_plan(8192, 4096, 128256, schedule=schedule, needs_weight=trained).fused == fused
+    assert not gpu_plan(8192, 4096, 128256, schedule=schedule, needs_weight=trained, backend="torch").fused
+    evaluation = gpu_plan(8192, 4096, 128256, needs_hidden=False, needs_weight=False)
+    assert evaluation.fused
+    assert "inside a kernel" in evaluation.explain()
+    assert evaluation.peak_bytes < 2**27

@@ -1,0 +1,65 @@
+"""Inputs of the GPU tests: batches and rows on the device, and one call with everything that it returns."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from orpo_kernels import Rows, orpo_loss_from_rows
+
+from ..batches import Batch, random_labels, random_rows
+
+SCHEDULES = ("evaluation", "single_pass", "resident", "recompute")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def on(batch: Batch, device: torch.device) -> Batch:
+    """The same batch on the device."""
+    tensors = {"labels": batch.labels, "nll_labels": batch.nll_labels} | batch.floats()
+    return replace(batch, **{name: None if t is None else t.to(device) for name, t in tensors.items()})
+
+
+def realistic(
+    dtype: torch.dtype, device: torch.device, *, length: int, size: int, vocab: int, pairs: int = 2, **options: Any
+) -> Batch:
+    """A padded batch of which two thirds matter, logits of spread 2; `options` as in `plain_loss`."""
+    generator = torch.Generator().manual_seed(0)
+    defaults = {"nll_reduction": "token", "shift": False, "logit_scale": 1.0, "logit_softcap": None}
+    return Batch(
+        hidden=torch.randn(2 * pairs, length, size, device=device).to(dtype),
+        weight=(torch.randn(vocab, size, device=device) * (2 / size**0.5)).to(dtype),
+        bias=torch.randn(vocab, device=device).to(dtype),
+        labels=random_labels(generator, (2 * pairs, length), vocab, 0.67).to(device),
+        options={"alpha": 1.0, "beta": 0.1, **defaults, **options},
+    )
+
+
+def packed(
+    dtype: torch.dtype, device: torch.device, *, positions: int, rows: int, size: int, vocab: int, pairs: int = 3
+) -> tuple[Tensor, Tensor, Rows]:
+    """Hidden states, weight and rows, in any order and with repeated positions where there are more rows than those."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(positions, size, generator=generator).to(device, dtype)
+    weight = (torch.randn(vocab, size, generator=generator) * (2 / size**0.5)).to(device, dtype)
+    return hidden, weight, random_rows(generator, positions, vocab, pairs, rows).to(device, non_blocking=False)
+
+
+def all_of_a_call(
+    hidden: Tensor, weight: Tensor, rows: Rows, schedule: str, bias: Tensor | None = None, **options: Any
+) -> dict[str, Tensor]:
+    """The outputs and the gradients of one call under `schedule`; "evaluation" is without gradients."""
+    evaluation, trained = schedule == "evaluation", schedule in ("resident", "recompute")
+    hidden = hidden.detach().requires_grad_()
+    weight = weight.detach().requires_grad_(trained)
+    bias = None if bias is None else bias.detach().requires_grad_(trained)
+    with torch.set_grad_enabled(not evaluation):
+        schedule = "auto" if evaluation else schedule
+        out = orpo_loss_from_rows(hidden, weight, rows, bias=bias, schedule=schedule, **options)
+        if not evaluation:
+            out.loss.backward()
+    leaves = {"hidden": hidden, "weight": weight, "bias": bias}
+    grads = {f"{name}.grad": leaf.grad for name, leaf in leaves.items() if leaf is not None and leaf.grad is not None}
+    return {name: value.detach() for name, value in out._asdict().items()} | grads

@@ -1,0 +1,98 @@
+"""Determinism, no waiting for the host, and torch.compile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+
+from orpo_kernels import Rows, orpo_loss_from_rows
+
+from ..batches import relative_error
+from .inputs import DTYPES, SCHEDULES, all_of_a_call, packed
+
+SIZES = {
+    "repeated positions": {"positions": 300, "rows": 1500, "size": 577, "vocab": 50257},
+    "distinct positions": {"positions": 9000, "rows": 700, "size": 512, "vocab": 32768},
+}
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bitwise_repeatable(dtype, schedule, sizes, device, backend):
+    """The same call twice: every bit of the loss, the metrics and all gradients."""
+    hidden, weight, rows = packed(dtype, device, **SIZES[sizes])
+    bias = torch.randn(weight.shape[0], device=device).to(dtype)
+    assert (rows.position.unique().numel() < 0.5 * len(rows)) == (sizes == "repeated positions")
+    first, second = (all_of_a_call(hidden, weight, rows, schedule, bias, backend=backend) for _ in range(2))
+    assert first["loss"].isfinite()
+    assert len(first) == 7 + {"evaluation": 0, "single_pass": 1, "resident": 3, "recompute": 3}[schedule]
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+@contextmanager
+def no_host_reads() -> Iterator[None]:
+    """Any operation that waits for the GPU raises."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+DENOMINATORS = {
+    "own": lambda device: {},
+    "int": lambda device: {"nll_denominator": 100, "pair_denominator": 7},
+    "tensor": lambda device: {
+        "nll_denominator": torch.full((), 100.0, device=device),
+        "pair_denominator": torch.full((), 7, device=device),
+    },
+}
+
+
+@pytest.mark.parametrize("denominators", DENOMINATORS)
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nothing_waits_for_the_host(dtype, schedule, softcap, denominators, device, backend):
+    """Forward and backward are queued as a whole, once the rows are on the device."""
+    hidden, weight, rows = packed(dtype, device, positions=200, rows=333, size=64, vocab=1000)
+    bias = torch.zeros(1000, device=device, dtype=dtype)
+    options = {"logit_softcap": softcap, "backend": backend, **DENOMINATORS[denominators](device)}
+    all_of_a_call(hidden, weight, rows, schedule, bias, **options)  # compiles and loads the kernels
+    with no_host_reads():
+        all_of_a_call(hidden, weight, rows, schedule, bias, **options)
+
+
+def test_a_host_read_would_be_noticed(device):
+    number = torch.ones((), device=device)
+    with no_host_reads(), pytest.raises(RuntimeError, match="synchronizing"):
+        number.item()
+
+
+@pytest.mark.parametrize("schedule", ["single_pass", "resident", "recompute"])
+def test_compiles_as_one_graph(schedule, device, backend):
+    """A training step of a body and our loss under torch.compile(fullgraph=True): the same loss and gradients."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Embedding(1000, 64), nn.Linear(64, 64), nn.GELU(), nn.LayerNorm(64)).to(device)
+    weight = nn.Parameter(torch.randn(1000, 64, device=device) / 8, requires_grad=schedule != "single_pass")
+    ids = torch.randint(1000, (200,), device=device)
+    _, _, rows = packed(torch.float32, device, positions=200, rows=150, size=64, vocab=1000)
+
+    def step(ids: torch.Tensor, rows: Rows) -> torch.Tensor:
+        return orpo_loss_from_rows(body(ids), weight, rows, schedule=schedule, backend=backend).loss
+
+    parameters = [p for p in (*body.parameters(), weight) if p.requires_grad]
+    expected = step(ids, rows)
+    expected_grads = torch.autograd.grad(expected, parameters)
+    loss = torch.compile(step, fullgraph=True)(ids, rows)
+    torch.testing.assert_close(loss, expected)
+    for grad, true in zip(torch.autograd.grad(loss, parameters), expected_grads, strict=True):
+        assert relative_error(grad, true) <= 1e-4

@@ -1,0 +1,206 @@
+"""Every Triton kernel beside its eager mirror, at sizes that are no multiple of anything.
+
+Both are compared with the mirror in float64 on the same inputs: at most twice the mirror's own error in that dtype.
+The whole loss through the kernels is in `test_loss`, `test_edges` and `test_confident`, by their `backend` fixture.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from types import ModuleType
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from orpo_kernels import orpo_loss_from_rows, reference
+from orpo_kernels.gemm import WeightSlices
+from orpo_kernels.objective import Denominators, pair_loss
+from orpo_kernels.ops import torch_ops
+from orpo_kernels.ops import triton as triton_ops
+
+from .batches import random_rows, relative_error
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+few = settings(max_examples=20)
+
+
+class Head:
+    """Hidden states, a head and targets, with odd sizes and every option."""
+
+    def __init__(self, draw: st.DrawFn):
+        self.generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+        self.rows, self.size = draw(st.sampled_from([1, 2, 15, 16, 17, 33])), draw(st.sampled_from([1, 7, 16, 24, 33]))
+        self.vocab = draw(st.sampled_from([2, 13, 31, 32, 33, 71, 130]))
+        self.scale, self.softcap = draw(st.sampled_from([1.0, 0.25])), draw(st.sampled_from([None, 5.0]))
+        self.shift = draw(st.sampled_from([0.0, 0.0, -1e4]))  # strongly negative logits
+        self.has_bias = draw(st.booleans()) or self.shift != 0
+        self.slices = draw(st.sampled_from([1, 3]))
+
+    def tensors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        x, w = self.normal(self.rows, self.size), self.normal(self.vocab, self.size) * 2 / self.size**0.5
+        bias = self.normal(self.vocab) + self.shift if self.has_bias else None
+        target = torch.randint(self.vocab, (self.rows,), generator=self.generator).to(DEVICE)
+        return x.to(dtype), w.to(dtype), None if bias is None else bias.to(dtype), target
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator, dtype=torch.float64).to(DEVICE)
+
+    @property
+    def transform(self) -> tuple[float, float | None]:
+        return self.scale, self.softcap
+
+
+heads = st.composite(Head)()
+
+
+def assert_as_good_as_the_mirror(run: Callable[[ModuleType, torch.dtype], tuple[Tensor, ...]], dtype: torch.dtype):
+    """`run(ops, dtype)` gives results; `dtype` is that of its inputs, which float64 holds exactly."""
+    results = zip(run(triton_ops, dtype), run(torch_ops, dtype), run(torch_ops, torch.float64), strict=True)
+    for ours, mirror, true in results:
+        assert ours.shape == true.shape
+        assert ours.isfinite().all()
+        eps = torch.finfo(dtype if ours.dtype == torch.float64 else ours.dtype).eps
+        assert relative_error(ours, true) <= 2 * relative_error(mirror, true) + 4 * min(eps, 1e-7)
+
+
+@dtypes
+@few
+@given(head=heads)
+def test_project_log_odds(dtype, head):
+    x, w, bias, target = head.tensors(dtype)
+
+    def run(ops: ModuleType, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        weight = WeightSlices(w.to(dtype), dtype, head.vocab)
+        weight.columns = [slice(*c) for c in cuts(head.vocab, head.slices)]
+        return ops.project_log_odds(x.to(dtype), weight, cast(bias, dtype), target, *head.transform, None)
+
+    assert_as_good_as_the_mirror(run, dtype)
+
+
+@dtypes
+@few
+@given(head=heads)
+def test_residual(dtype, head):
+    x, w, bias, target = head.tensors(dtype)
+    logits = (x.double() @ w.double().t() + (0 if bias is None else bias.double())).to(dtype)
+
+    def run(ops: ModuleType, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        residual = torch.zeros(head.rows, head.vocab + 3, dtype=dtype, device=DEVICE)[:, : head.vocab]  # rows lie apart
+        residual.copy_(logits)
+        return ops.residual_(residual, target, *head.transform), residual
+
+    assert_as_good_as_the_mirror(run, dtype)
+
+
+@dtypes
+@few
+@given(head=heads)
+def test_project_residual(dtype, head):
+    """Slice by slice; targets outside the slice leave no mark in it."""
+    x, w, bias, target = head.tensors(dtype)
+    exact = WeightSlices(w.double(), torch.float64, head.vocab)
+    _, lse_others = torch_ops.project_log_odds(
+        x.double(), exact, cast(bias, torch.float64), target, *head.transform, None
+    )
+
+    def run(ops: ModuleType, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        out = torch.full((head.rows, head.vocab), torch.nan, dtype=dtype, device=DEVICE)
+        for start, stop in cuts(head.vocab, head.slices):
+            some = None if bias is None else bias[start:stop].to(dtype)
+            ops.project_residual(
+                x.to(dtype),
+                w[start:stop].to(dtype),
+                some,
+                target - start,
+                lse_others,
+                *head.transform,
+                out[:, start:stop],
+            )
+        return (out,)
+
+    assert_as_good_as_the_mirror(run, dtype)
+
+
+def cuts(vocab: int, slices: int) -> list[tuple[int, int]]:
+    """Slices of uneven width."""
+    if vocab < slices:
+        return [(0, vocab)]
+    bounds = [0, *(vocab * i // (slices + 1) + 1 for i in range(1, slices)), vocab]
+    return list(itertools.pairwise(bounds))
+
+
+def cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if bias is None else bias.to(dtype)
+
+
+@dtypes
+@few
+@given(seed=st.integers(0, 2**31), rows=st.sampled_from([0, 1, 5, 40]), scaled=st.booleans())
+def test_gather_and_scatter(dtype, seed, rows, scaled):
+    """Repeated positions add up in a fixed order."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(7, 19, generator=generator).to(DEVICE, dtype)
+    values = torch.randn(rows, 19, generator=generator).to(DEVICE, dtype)
+    position = torch.randint(7, (rows,), generator=generator).to(DEVICE)
+    coefficient = torch.randn(rows, generator=generator).to(DEVICE)
+
+    def run(ops: ModuleType, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        gathered = ops.gather_rows(hidden.to(dtype), position, coefficient if scaled else None, dtype)
+        out = hidden.to(dtype, copy=True)
+        ops.scatter_rows_(out, position, values.to(dtype), coefficient)
+        return gathered, out
+
+    assert_as_good_as_the_mirror(run, dtype)
+    assert all(torch.equal(a, b) for a, b in zip(run(triton_ops, dtype), run(triton_ops, dtype), strict=True))
+
+
+@few
+@given(
+    seed=st.integers(0, 2**31),
+    pairs=st.integers(0, 5),
+    rows=st.sampled_from([0, 1, 30, 300, 3000]),
+    spread=st.sampled_from([1.0, 80.0]),
+    count=st.sampled_from([None, 0.0, 1000.0]),
+)
+def test_pair_loss(seed, pairs, rows, spread, count):
+    """Averages, loss, metrics and the gradient of every row in float64: the same numbers to its last digits."""
+    generator = torch.Generator().manual_seed(seed)
+    batch = random_rows(generator, 50, 10, max(pairs, 1), rows if pairs else 0).to(DEVICE)
+    if pairs == 0:
+        object.__setattr__(batch, "num_pairs", 0)
+    log_odds = (torch.randn(len(batch), generator=generator, dtype=torch.float64) * spread).to(DEVICE)
+    nll = batch.nll_weight.sum() if count is None else torch.tensor(count, dtype=torch.float64, device=DEVICE)
+    counts = Denominators(nll, torch.tensor(count or 1.0, dtype=torch.float64, device=DEVICE))
+    ours = pair_loss(log_odds, batch, 0.7, 0.1, counts, triton_ops)
+    mirror = pair_loss(log_odds, batch, 0.7, 0.1, counts, torch_ops)
+    for name, a, b in zip(ours._fields, ours, mirror, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-300, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 60])
+@pytest.mark.parametrize("schedule", ["single_pass", "resident", "recompute"])
+def test_packed_rows(schedule, num_rows, backend, small_chunks):
+    """Rows in any order, their positions repeated: the whole loss, through each backend."""
+    generator = torch.Generator().manual_seed(5)
+    rows = random_rows(generator, num_positions=12, vocab=45, pairs=3, num_rows=num_rows)
+    hidden = torch.randn(12, 17, generator=generator, dtype=torch.float64)
+    weight = torch.randn(45, 17, generator=generator, dtype=torch.float64)
+
+    def run(loss, dtype, **options):
+        leaves = [hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(schedule != "single_pass")]
+        out = loss(*leaves, rows, beta=0.3, **options)
+        out.loss.backward()
+        return (*out, *(leaf.grad for leaf in leaves if leaf.grad is not None))
+
+    ours = run(orpo_loss_from_rows, torch.float32, schedule=schedule)
+    for value, true in zip(ours, run(reference.orpo_loss_from_rows, torch.float64), strict=True):
+        torch.testing.assert_close(value.double(), true.double(), rtol=1e-5, atol=1e-6)

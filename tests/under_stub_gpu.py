@@ -1,0 +1,138 @@
+"""What the wrappers launch on GPUs that are not there: grids, specialisations, resource checks. Nothing is executed.
+
+`test_launches.py` runs this file in a process of its own: kernels have to be compiled here, not interpreted.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.runtime.errors import OutOfResources
+
+from benchmarks.compiled import SCHEDULES, run_loss
+from benchmarks.shapes import SHAPES
+from benchmarks.stub_gpu import GPUS, StubGPU, stub_gpu
+from orpo_kernels.ops.triton import tiles
+
+ROWS = (1000, 1001, 4096, 131072)
+KERNELS = {  # of a loss whose gradient is taken, by schedule
+    "evaluation": {"gather_rows_kernel", "split_statistics_kernel", "join_splits_kernel"},
+    "single_pass": {"gather_rows_kernel", "residual_kernel", "scatter_rows_kernel"},
+    "resident": {"gather_rows_kernel", "residual_kernel", "scatter_rows_kernel"},
+    "resident by groups": {"gather_rows_kernel", "residual_kernel", "scatter_rows_kernel"},
+    "recompute": {
+        "gather_rows_kernel",
+        "split_statistics_kernel",
+        "join_splits_kernel",
+        "project_residual_kernel",
+        "scatter_rows_kernel",
+    },
+}
+EVERY_LOSS = {"sequence_sums_kernel", "odds_ratio_kernel"}
+
+
+def launches_of(gpu: StubGPU, *arguments, **options) -> list:
+    first = len(gpu.launches)
+    run_loss(*arguments, **options)
+    return gpu.launches[first:]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=str)
+def test_grids_and_specialisations_from_1k_to_128k_rows(shape, schedule):
+    with stub_gpu("sm_90", compile=False) as gpu, FakeTensorMode():
+        by_rows = {}
+        for rows in ROWS:
+            launches = launches_of(gpu, shape, torch.bfloat16, rows, schedule)
+            assert {launch.kernel for launch in launches} == KERNELS[schedule] | EVERY_LOSS
+            for launch in launches:
+                x, y, z = launch.grid
+                assert 1 <= x < 2**31, launch
+                assert 1 <= y <= 65535, launch
+                assert 1 <= z <= 65535, launch
+            by_rows[rows] = {launch.specialisation for launch in launches}
+    if schedule == "resident by groups":
+        # Where the gradient of the hidden states is a sum over groups it is in fp32.
+        by_rows = {rows: {s for s in found if s.kernel != "scatter_rows_kernel"} for rows, found in by_rows.items()}
+    assert all(found == by_rows[ROWS[0]] for found in by_rows.values())
+
+
+@pytest.mark.parametrize("target", GPUS)
+def test_every_tile_of_the_product_is_taken_once(target):
+    """Rows times columns of the programs' tiles, from the grids alone."""
+    shape = SHAPES["Llama-3.2-1B"]
+    with stub_gpu(target, compile=False) as gpu, FakeTensorMode():
+        launches = launches_of(gpu, shape, torch.bfloat16, 5000, "recompute")
+    columns = 0
+    for launch in launches:
+        if launch.kernel == "project_residual_kernel":
+            constants = launch.specialisation.constexprs
+            width, rows = launch.arguments["S"], launch.arguments["R"]
+            row_blocks, left = divmod(launch.grid[0], -(-width // constants["BLOCK_V"]))
+            assert left == 0
+            assert (row_blocks - 1) * constants["BLOCK_R"] < rows <= row_blocks * constants["BLOCK_R"]
+            columns += width
+    assert columns == shape.vocab_size
+
+
+@pytest.mark.parametrize(("schedule", "expected"), [("single_pass", 5), ("resident", 6), ("recompute", 8)])
+def test_a_training_run_of_any_lengths_compiles_in_its_first_step(schedule, expected):
+    """50 steps, each with its own number of rows and of pairs."""
+    lengths = random.Random(0)
+    with stub_gpu("sm_90", compile=False) as gpu, FakeTensorMode():
+        counts = []
+        for _ in range(50):
+            rows, pairs = lengths.randint(100, 20000), lengths.randint(1, 9)
+            run_loss(SHAPES["Qwen3-0.6B"], torch.bfloat16, rows, schedule, pairs)
+            counts.append(len(gpu.specialisations))
+    assert counts == [expected] * 50
+
+
+def test_the_stub_tells_specialisations_apart():
+    """Otherwise none of the above could fail."""
+    with stub_gpu("sm_90", compile=False) as gpu, FakeTensorMode():
+        run_loss(SHAPES["Llama-3.2-1B"], torch.bfloat16, 1000, "evaluation")
+        before = len(gpu.specialisations)
+        run_loss(replace(SHAPES["Llama-3.2-1B"], hidden_size=2047), torch.bfloat16, 1000, "evaluation")
+        assert len(gpu.specialisations) > before
+        columns = [s.constexprs["EVEN_H"] for s in gpu.specialisations if s.kernel == "split_statistics_kernel"]
+    assert columns == [True, False]
+
+
+def test_each_gpu_starts_afresh():
+    found = {}
+    for name in ("sm_80", "sm_90", "gfx942"):
+        with stub_gpu(name, compile=False) as gpu, FakeTensorMode():
+            run_loss(SHAPES["Llama-3.2-1B"], torch.bfloat16, 1000, "evaluation")
+        found[name] = {s.target for s in gpu.specialisations}
+    assert found == {name: {name} for name in found}
+
+
+@pytest.fixture
+def override(monkeypatch, tmp_path) -> Callable[[dict], None]:
+    def write(content: dict) -> None:
+        (tmp_path / "tiles.json").write_text(json.dumps(content))
+        monkeypatch.setenv(tiles.TILES_FILE, str(tmp_path / "tiles.json"))
+
+    return write
+
+
+def test_a_tile_that_is_too_large_is_refused_at_launch(override):
+    shape = SHAPES["SmolLM2-135M"]
+    tile = {"rows": 128, "columns": 128, "depth": 64, "warps": 8, "stages": 3}
+    for stages, refused in ((3, False), (5, True)):  # 64 KiB and 128 KiB of the 99 there are
+        override({"sm_89": {"bfloat16": {**tile, "stages": stages}}})
+        tiles.tiles_of_file.cache_clear()
+        with stub_gpu("sm_89") as gpu, FakeTensorMode():
+            if refused:
+                with pytest.raises(OutOfResources, match="shared memory"):
+                    run_loss(shape, torch.bfloat16, 1000, "evaluation")
+            else:
+                run_loss(shape, torch.bfloat16, 1000, "evaluation")
+                assert all(launch.shared is not None and launch.shared <= 99 * 1024 for launch in gpu.launches)

@@ -1,0 +1,180 @@
+"""The kernels as Triton's compiler reads them, executed by ttsem: no access out of bounds, no race, the right values.
+
+`test_bounds_and_races.py` runs this file in a process of its own: kernels have to be compiled here, not interpreted,
+and ttsem lets torch believe in a GPU. Within the session every launch is compiled to Triton's IR for sm_90, which is
+executed on a copy of the tensors; a fault raises with the line of the kernel. Bounds are those of a tensor's storage.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from ttsem import harness, mlir, sanitize
+
+from orpo_kernels import objective
+from orpo_kernels.gemm import WeightSlices
+from orpo_kernels.ops import torch_ops
+from orpo_kernels.ops import triton as triton_ops
+from orpo_kernels.ops.triton.launch import INTERPRETER, Target
+from orpo_kernels.ops.triton.tiles import MatmulTile, matmul_tile
+from tests import faulty_kernels
+from tests.batches import random_rows
+
+SM_90 = Target("cuda", 90)
+TILES = {
+    "small tiles": (INTERPRETER, matmul_tile),
+    "small tiles by descriptors": (INTERPRETER, lambda dtype, target: MatmulTile(16, 32, 16, 4, 1, tma=True)),
+    "tiles of sm_90": (SM_90, matmul_tile),
+}
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+# Rows, vocabulary, hidden size: one of each, below one tile, no multiple of a tile, multiples, one beyond.
+SHAPES = [(1, 2, 1), (5, 7, 5), (7, 100, 24), (33, 71, 40), (32, 64, 48), (17, 33, 17), (129, 130, 64)]
+
+
+def compile_to_ttir(record: harness.LaunchRecord, stage: str, target: object) -> str:
+    """A launch's IR, from the front end alone: ttsem would compile on to machine code first, ten times as long."""
+    return mlir.to_generic(harness._stage_text(record, stage, target), None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def executed_by_ttsem() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)  # with it torch fills uninitialised memory with NaN
+    mlir.enable_generic_printing()
+    harness.ir_for_launch = compile_to_ttir
+    with sanitize.session(cuda_is_cpu=False) as session:
+        yield
+    assert session.launches > 0
+    assert session.races_unchecked == 0
+
+
+@pytest.fixture(params=TILES)
+def tiles(request, monkeypatch) -> None:
+    """How the work is divided: small tiles make many programs of a small matrix."""
+    target, tile = TILES[request.param]
+    monkeypatch.setattr("orpo_kernels.ops.triton.tiles.matmul_tile", tile)
+    for kernel in ("project_log_odds", "project_residual", "residual"):
+        # By the module: the package has each kernel's wrapper under the same name.
+        module = importlib.import_module(f"orpo_kernels.ops.triton.{kernel}")
+        monkeypatch.setattr(module, "current_target", lambda: target)
+
+
+each_shape = pytest.mark.parametrize(("rows", "vocab", "size"), SHAPES)
+each_dtype = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+each_head = pytest.mark.parametrize(
+    ("dtype", "scale", "softcap", "has_bias"),
+    [
+        (torch.float32, 1.0, None, False),
+        (torch.float32, 1.7, 5.0, True),
+        (torch.bfloat16, 1.7, 5.0, True),
+        (torch.float16, 1.0, None, True),
+    ],
+    ids=str,
+)
+
+
+def assert_close(value: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
+    torch.testing.assert_close(value.double(), truth.double(), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+def head(rows: int, vocab: int, size: int, dtype: torch.dtype, has_bias: bool):
+    x, w = torch.randn(rows, size).to(dtype), (torch.randn(vocab, size) / size**0.5).to(dtype)
+    return x, w, torch.randn(vocab).to(dtype) if has_bias else None, torch.randint(vocab, (rows,))
+
+
+@each_shape
+@each_head
+def test_project_log_odds(tiles, rows, vocab, size, dtype, scale, softcap, has_bias):
+    x, w, bias, target = head(rows, vocab, size, dtype, has_bias)
+    truth = torch_ops.project_log_odds(
+        x.double(),
+        WeightSlices(w.double(), torch.float64, vocab),
+        None if bias is None else bias.double(),
+        target,
+        scale,
+        softcap,
+        None,
+    )
+    for weight in (WeightSlices(w, dtype, vocab), WeightSlices(w.double(), dtype, vocab // 2)):  # whole, and two slices
+        ours = triton_ops.project_log_odds(x, weight, bias, target, scale, softcap, None)
+        for value, expected in zip(ours, truth, strict=True):
+            assert_close(value, expected, torch.float32)
+
+
+@pytest.mark.parametrize("tiles", ["small tiles", "tiles of sm_90"], indirect=True)
+@pytest.mark.parametrize(("rows", "vocab"), [(1, 1), (1, 2), (3, 7), (2, 32), (4, 71)])
+@each_head
+def test_residual(tiles, rows, vocab, dtype, scale, softcap, has_bias):
+    logits, target = 3 * torch.randn(rows, vocab + 5).to(dtype), torch.randint(vocab, (rows,))
+    mirror = logits.float().clone()
+    ours = triton_ops.residual_(logits[:, :vocab], target, scale, softcap)
+    truth = torch_ops.residual_(mirror[:, :vocab], target, scale, softcap)
+    assert_close(ours, truth, torch.float32)
+    assert_close(logits, mirror, dtype)  # what lies between the rows is as it was
+
+
+@each_shape
+@each_head
+def test_project_residual(tiles, rows, vocab, size, dtype, scale, softcap, has_bias):
+    x, w, bias, target = head(rows, vocab, size, dtype, has_bias)
+    b = bias.double() if has_bias else None
+    _, lse_others = torch_ops.project_log_odds(
+        x.double(), WeightSlices(w.double(), torch.float64, vocab), b, target, scale, softcap, None
+    )
+    for start, stop in ((0, vocab), (vocab // 2, vocab)):  # the second without some rows' targets
+        columns = slice(start, stop)
+        ours = x.new_empty(rows, stop - start)
+        truth = ours.double()
+        args = target - start, lse_others, scale, softcap
+        triton_ops.project_residual(x, w[columns], bias[columns] if has_bias else None, *args, ours)
+        torch_ops.project_residual(x.double(), w[columns].double(), b[columns] if has_bias else None, *args, truth)
+        assert_close(ours, truth, dtype)
+
+
+@pytest.mark.parametrize(("num_rows", "pairs"), [(1, 1), (9, 2), (4, 7), (1100, 2), (40, 260)])
+def test_sequence_sums_and_odds_ratio(num_rows, pairs):
+    rows = random_rows(torch.Generator().manual_seed(0), 50, 20, pairs, num_rows)
+    token_log_odds = 3 * torch.randn(num_rows, dtype=torch.float64)
+    sums = objective.sequence_sums(token_log_odds, rows)
+    for value, truth in zip(triton_ops.sequence_sums(token_log_odds, rows), sums, strict=True):
+        torch.testing.assert_close(value, truth)
+    counts = objective.denominators(rows, None, None)
+    ours = triton_ops.odds_ratio(token_log_odds, rows, sums, 0.7, 0.1, counts)
+    mirror = objective.odds_ratio(token_log_odds, rows, sums, 0.7, 0.1, counts)
+    for value, truth in zip(ours, mirror, strict=True):
+        torch.testing.assert_close(value, truth, rtol=1e-12, atol=1e-14)
+
+
+@each_dtype
+@pytest.mark.parametrize(
+    ("num_rows", "positions", "size"), [(0, 3, 4), (1, 1, 1), (7, 3, 17), (5, 9, 1030), (40, 4, 8)]
+)
+def test_rows_of_repeated_positions(num_rows, positions, size, dtype):
+    position, coefficient = torch.randint(positions, (num_rows,)), torch.randn(num_rows)
+    hidden, rows = torch.randn(positions, size).to(dtype), torch.randn(num_rows, size).to(dtype)
+    for c in (None, coefficient):
+        ours = triton_ops.gather_rows(hidden, position, c, dtype)
+        assert_close(ours, torch_ops.gather_rows(hidden, position, c, dtype), dtype)
+    out, truth = hidden.clone(), hidden.double()
+    triton_ops.scatter_rows_(out, position, rows, coefficient)
+    torch_ops.scatter_rows_(truth, position, rows.double(), coefficient.double())
+    assert_close(out, truth, dtype)
+
+
+def launch(kernel) -> None:
+    kernel[(3,)](torch.rand(10), torch.zeros(10), 10, BLOCK=4)
+
+
+def test_a_sound_kernel_passes():
+    launch(faulty_kernels.sound)
+
+
+@pytest.mark.parametrize("kernel", faulty_kernels.OUT_OF_BOUNDS + faulty_kernels.RACES, ids=lambda k: k.__name__)
+def test_planted_faults_are_found(kernel):
+    with pytest.raises(sanitize.KernelFault) as found:
+        launch(kernel)
+    assert found.value.fault.kind in (["oob_read", "oob_write"] if kernel in faulty_kernels.OUT_OF_BOUNDS else ["race"])
+    assert found.value.fault.source_line == faulty_kernels.faulty_line(kernel)
