@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -124,7 +125,7 @@ def measure(workload: Workload, *, trained: bool, names: list[str], rounds: int,
     if "ours" in left_out:
         raise RuntimeError(f"Our own loss is not fit to be timed: {left_out['ours']}.")
     floors = {"GEMMs, all rows": workload.labels.numel(), "GEMMs, valid rows": workload.rows}
-    runs |= {name: peers.gemm_floor(rows, hidden, weight) for name, rows in floors.items()}
+    runs |= {name: peers.GemmFloor(rows, hidden, weight) for name, rows in floors.items()}
 
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     order, shuffle = list(runs), random.Random(0).shuffle
@@ -145,12 +146,16 @@ def exact_loss(workload: Workload) -> float:
 
     def logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
         chunks = zip(hidden.split(256), target.split(256), strict=True)
-        return torch.cat([(h @ weight.t()).log_softmax(-1).gather(1, t.unsqueeze(1)).squeeze(1) for h, t in chunks])
+        return torch.cat([logits(h, weight, bias).log_softmax(-1).gather(1, t[:, None]).squeeze(1) for h, t in chunks])
+
+    def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        z, cap = F.linear(hidden, weight, bias), workload.logit_softcap
+        return z if cap is None else cap * torch.tanh(z / cap)
 
     exact = peers.Composed(logps, lambda chosen, rejected, beta: beta * peers.odds_ratio(chosen, rejected))
     double = workload.cast(torch.float64)
     with torch.no_grad():
-        return exact(double.hidden, double.weight, double.labels, double.nll_labels, BETA).item()
+        return exact(double.hidden, double.weight, double.labels, double.nll_labels, BETA, double.bias).item()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ def describe() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "bf16_gemm_hardware": has_bf16_gemm(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": gpu() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
     }
@@ -31,6 +31,18 @@ def describe() -> dict[str, Any]:
 def has_bf16_gemm() -> bool:
     """Whether bf16 matrix products run in hardware. Where they do not, they take 10 to 100 times as long as in fp32."""
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def gpu() -> dict[str, Any]:
+    """The current CUDA or ROCm device: its name, architecture, memory in bytes, and the toolkit torch was built for."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "name": properties.name,
+        "architecture": properties.gcnArchName if torch.version.hip else f"sm_{properties.major}{properties.minor}",
+        "memory": properties.total_memory,
+        "multiprocessors": properties.multi_processor_count,
+        "toolkit": f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}",
+    }
 
 
 def _processor() -> str:

@@ -10,6 +10,7 @@ tensors: fake cuda tensors abort inside autograd.) What no accounting of this ki
 a kernel allocates and frees inside one operation.
 
     python -m benchmarks.memory          # the table at N = 8192 rows, H = 4096, V = 128256, bf16, and the growth with T
+    python -m benchmarks.memory --gpu sm_90    # the same through the wrappers of our Triton kernels; peers as before
 """
 
 from __future__ import annotations
@@ -233,10 +234,24 @@ def gemms_in(native: bool | None) -> Iterator[None]:
     """
     from orpo_kernels import planning
 
-    def gemm_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    def gemm_dtype(dtype: torch.dtype, device: torch.device, backend: str = "torch") -> torch.dtype:
         return dtype if native else torch.promote_types(dtype, torch.float32)
 
     with mock.patch.object(planning, "gemm_dtype", planning.gemm_dtype if native is None else gemm_dtype):
+        yield
+
+
+@contextmanager
+def kernels_of(gpu: str | None) -> Iterator[None]:
+    """Our loss through its Triton kernels, which are launched and not run; None: in eager torch."""
+    if gpu is None:
+        yield
+        return
+    from benchmarks.stub_gpu import GPUS, stub_gpu
+
+    if gpu not in GPUS:
+        raise SystemExit(f"--gpu is {gpu}, it must be one of {', '.join(GPUS)}")
+    with stub_gpu(gpu, compile=False):
         yield
 
 
@@ -277,11 +292,14 @@ def main() -> None:
         action="store_true",
         help="account for our GEMMs as they run here: in fp32 where the dtype would be emulated",
     )
+    parser.add_argument(
+        "--gpu", help="account for our Triton kernels, as planned for and launched on sm_90, gfx942, ..."
+    )
     parser.add_argument("--json", type=Path, help="write the numbers here as well")
     options = parser.parse_args()
     console, dtype = Console(), getattr(torch, options.dtype)
     records: list[dict[str, Any]] = []
-    with gemms_in(native=None if options.this_processor else True):
+    with kernels_of(options.gpu), gemms_in(native=None if options.this_processor else True):
         for title, shapes in (
             ("N = 8192 rows, all of them matter", SAME_POSITIONS),
             ("the same 3440 rows that matter in ever more padding", SAME_ROWS),

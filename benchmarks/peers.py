@@ -9,6 +9,8 @@
     beta        float       weight of the odds ratio: loss = NLL + beta * OR
     loss        0-d, differentiable in hidden, weight and bias
 
+Those with `Peer.softcap` also take logit_softcap=c, for logits c * tanh(logits / c).
+
 Packages are imported when their peer is first called; `available()` says which of them are installed. The registry
 `PEERS` carries what a reader has to know about each (`Peer.note`).
 """
@@ -44,20 +46,46 @@ def odds_ratio(chosen: Tensor, rejected: Tensor) -> Tensor:
 
 
 def plain(
-    hidden: Tensor, weight: Tensor, labels: Tensor, nll_labels: Tensor, beta: float, bias: Tensor | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    nll_labels: Tensor,
+    beta: float,
+    bias: Tensor | None = None,
+    logit_softcap: float | None = None,
 ) -> Tensor:
     """Logits and log-softmax of every position in the dtype of the hidden states; sums over tokens in fp32."""
-    return _plain(F.linear(hidden, weight, bias), labels, nll_labels, beta)
+    return _plain(F.linear(hidden, weight, bias), labels, nll_labels, beta, logit_softcap)
 
 
 def plain_fp32(
-    hidden: Tensor, weight: Tensor, labels: Tensor, nll_labels: Tensor, beta: float, bias: Tensor | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    nll_labels: Tensor,
+    beta: float,
+    bias: Tensor | None = None,
+    logit_softcap: float | None = None,
 ) -> Tensor:
     """The usual upcast: logits in the dtype of the hidden states, log-softmax in fp32."""
-    return _plain(F.linear(hidden, weight, bias).float(), labels, nll_labels, beta)
+    return _plain(F.linear(hidden, weight, bias).float(), labels, nll_labels, beta, logit_softcap)
 
 
-def _plain(logits: Tensor, labels: Tensor, nll_labels: Tensor, beta: float) -> Tensor:
+def plain_compiled(*args: Any, **options: Any) -> Tensor:
+    """`plain_fp32` under torch.compile, which fuses the upcast, the soft-cap and the log-softmax."""
+    return _compiled_plain()(*args, **options)
+
+
+@functools.cache
+def _compiled_plain() -> Callable[..., Tensor]:
+    return torch.compile(plain_fp32, dynamic=False)
+
+
+def _plain(
+    logits: Tensor, labels: Tensor, nll_labels: Tensor, beta: float, logit_softcap: float | None = None
+) -> Tensor:
+    if logit_softcap is not None:
+        logits = logit_softcap * torch.tanh(logits / logit_softcap)
     log_probs = logits.log_softmax(-1)
     del logits  # plain at its strongest: nothing is kept that autograd does not keep, and one gather serves both labels
     pairs = nll_labels.shape[0]
@@ -88,7 +116,8 @@ def liger(
     # `nll_target` must be as long as `target`, chosen half first: the normaliser counts the first half of *its* rows,
     # so the chosen rows alone would be divided by half of their tokens, silently. The rejected half is never read.
     nll_target = torch.cat([nll_labels, torch.full_like(nll_labels, IGNORE)])
-    return _liger(beta, compiled)(weight, hidden, labels, bias=bias, nll_target=nll_target)[0]
+    # It marks the length of `target` as dynamic, on the tensor that it is given: that must not be everybody's.
+    return _liger(beta, compiled)(weight, hidden, labels.view_as(labels), bias=bias, nll_target=nll_target)[0]
 
 
 liger_compiled = functools.partial(liger, compiled=True)
@@ -177,7 +206,7 @@ def valid_rows(labels: Tensor, nll_labels: Tensor) -> ValidRows:
 class Composed:
     """ORPO on top of a function that gives the log-probabilities of rows: only the rows that matter are projected."""
 
-    token_logps: Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]  # (R, H), (V, H), (V) or None, (R) -> (R)
+    token_logps: Callable[..., Tensor]  # (R, H), (V, H), (V) or None, (R), options -> (R)
     pair_loss: Callable[[Tensor, Tensor, float], Tensor]  # mean log-probabilities (B), (B), beta -> 0-d
 
     def __call__(
@@ -188,14 +217,22 @@ class Composed:
         nll_labels: Tensor,
         beta: float,
         bias: Tensor | None = None,
+        **options: Any,
     ) -> Tensor:
-        return self.from_rows(hidden, weight, valid_rows(labels, nll_labels), len(nll_labels), beta, bias)
+        return self.from_rows(hidden, weight, valid_rows(labels, nll_labels), len(nll_labels), beta, bias, **options)
 
     def from_rows(
-        self, hidden: Tensor, weight: Tensor, rows: ValidRows, pairs: int, beta: float, bias: Tensor | None = None
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        rows: ValidRows,
+        pairs: int,
+        beta: float,
+        bias: Tensor | None = None,
+        **options: Any,
     ) -> Tensor:
-        """The same once the rows are known, which is where reading the labels ends."""
-        logps = self.token_logps(hidden.flatten(0, 1)[rows.position], weight, bias, rows.target)
+        """The same once the rows are known, which is where reading the labels ends; `options` are `token_logps`'s."""
+        logps = self.token_logps(hidden.flatten(0, 1)[rows.position], weight, bias, rows.target, **options)
         sums = logps.new_zeros(2 * pairs).index_add(0, rows.sequence, torch.where(rows.scored, logps, 0.0))
         a = sums / logps.new_zeros(2 * pairs).index_add(0, rows.sequence, rows.scored.to(logps.dtype))
         nll = -torch.where(rows.nll, logps, 0.0).sum() / rows.nll.sum()
@@ -207,13 +244,17 @@ def _torch_pair_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
 
 
 def _trl_pair_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    return -_trl_trainer(beta).odds_ratio_loss(chosen, rejected)[0].mean()
+    trainer = _trl_trainer(beta)
+    trainer.accelerator.device = chosen.device  # elsewhere its rewards would wait for a copy between devices
+    return -trainer.odds_ratio_loss(chosen, rejected)[0].mean()
 
 
-def _trl_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
+def _trl_logps(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, logit_softcap: float | None = None
+) -> Tensor:
     from trl.kernels import ChunkedLogProbFunction
 
-    return ChunkedLogProbFunction.apply(hidden, weight, bias, target, 1.0, 32768, None, 1.0, ())[0]
+    return ChunkedLogProbFunction.apply(hidden, weight, bias, target, 1.0, 32768, logit_softcap, 1.0, ())[0]
 
 
 def _native_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
@@ -222,13 +263,15 @@ def _native_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: T
     return -loss.to(torch.promote_types(loss.dtype, torch.float32))
 
 
-def _cce_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
+def _cce_logps(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, logit_softcap: float | None = None
+) -> Tensor:
     from cut_cross_entropy import linear_cross_entropy
 
     if bias is not None:
         raise ValueError("cut_cross_entropy takes no lm-head bias: pass bias=None or leave this peer out.")
     impl = "cce" if hidden.is_cuda else "torch_compile"
-    loss = linear_cross_entropy(hidden, weight, target, reduction="none", impl=impl)
+    loss = linear_cross_entropy(hidden, weight, target, softcap=logit_softcap, reduction="none", impl=impl)
     return -loss.to(torch.promote_types(loss.dtype, torch.float32))
 
 
@@ -257,25 +300,34 @@ def ours(
     return orpo_loss(hidden, weight, labels, bias=bias, nll_labels=nll_labels, beta=beta, **options).loss
 
 
-def gemm_floor(rows: int, hidden: Tensor, weight: Tensor) -> Callable[[], None]:
+class GemmFloor:
     """The matrix products that exact gradients cannot do without, over `rows` rows and nothing else.
 
-    Logits, dh and, if the weight requires grad, dW: two or three GEMMs into buffers that already exist. No softmax, no
-    gather, no loss. In the dtype of the hidden states, or in fp32 on a processor that would emulate it.
+    forward: the logits. backward: dh and, if the weight requires grad, dW. Called, it is both: two or three GEMMs into
+    buffers that already exist. No softmax, no gather, no loss. In the dtype of the hidden states, or in fp32 on a
+    processor that would emulate it.
     """
-    dtype = hidden.dtype if hidden.is_cuda or has_bf16_gemm() else torch.promote_types(hidden.dtype, torch.float32)
-    flat, head = hidden.detach().flatten(0, 1).to(dtype), weight.detach().to(dtype)
-    h = flat[torch.arange(rows, device=flat.device) % len(flat)].contiguous()
-    logits, dh = h.new_empty(rows, len(head)), torch.empty_like(h)
-    dw = torch.empty_like(head) if weight.requires_grad else None
 
-    def floor() -> None:
-        torch.mm(h, head.t(), out=logits)
-        torch.mm(logits, head, out=dh)
-        if dw is not None:
-            torch.mm(logits.t(), h, out=dw)
+    def __init__(self, rows: int, hidden: Tensor, weight: Tensor) -> None:
+        dtype = hidden.dtype
+        if not hidden.is_cuda and not has_bf16_gemm():
+            dtype = torch.promote_types(dtype, torch.float32)
+        flat, self.head = hidden.detach().flatten(0, 1).to(dtype), weight.detach().to(dtype)
+        self.h = flat[torch.arange(rows, device=flat.device) % len(flat)].contiguous()
+        self.logits, self.dh = self.h.new_empty(rows, len(self.head)), torch.empty_like(self.h)
+        self.dw = torch.empty_like(self.head) if weight.requires_grad else None
 
-    return floor
+    def __call__(self) -> None:
+        self.forward()
+        self.backward()
+
+    def forward(self) -> None:
+        torch.mm(self.h, self.head.t(), out=self.logits)
+
+    def backward(self) -> None:
+        torch.mm(self.logits, self.head, out=self.dh)
+        if self.dw is not None:
+            torch.mm(self.logits.t(), self.h, out=self.dw)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -293,6 +345,7 @@ class Peer:
     package: str = "torch"
     compiled: bool = False  # the first call of every new shape pays for torch.compile
     bias: bool = True
+    softcap: bool = False
 
     def __call__(self, *args: Any, **options: Any) -> Tensor:
         return self.loss(*args, **options)
@@ -307,8 +360,22 @@ class Peer:
 PEERS: dict[str, Peer] = {
     peer.name: peer
     for peer in (
-        Peer("plain", plain, "logits and log-softmax of every position, in the dtype of the hidden states"),
-        Peer("plain fp32", plain_fp32, "the same with logits.float(), the usual upcast; in fp32 it is plain"),
+        Peer(
+            "plain", plain, "logits and log-softmax of every position, in the dtype of the hidden states", softcap=True
+        ),
+        Peer(
+            "plain fp32",
+            plain_fp32,
+            "the same with logits.float(), the usual upcast; in fp32 it is plain",
+            softcap=True,
+        ),
+        Peer(
+            "plain compiled",
+            plain_compiled,
+            "plain fp32 under torch.compile: the upcast is fused into the log-softmax; compiles again for a new shape",
+            compiled=True,
+            softcap=True,
+        ),
         Peer(
             "Liger",
             liger,
@@ -335,6 +402,7 @@ PEERS: dict[str, Peer] = {
             trl_composed,
             "our twelve lines on trl.kernels.ChunkedLogProbFunction over the rows that matter; recomputes in backward",
             "trl",
+            softcap=True,
         ),
         Peer(
             "torch native",
@@ -349,6 +417,7 @@ PEERS: dict[str, Peer] = {
             "cut_cross_entropy",
             compiled=True,
             bias=False,
+            softcap=True,
         ),
     )
 }

@@ -32,6 +32,8 @@ class Workload:
     weight: Tensor  # (V, H)
     labels: Tensor  # (2B, T), aligned
     nll_labels: Tensor  # (B, T), aligned
+    bias: Tensor | None = None  # (V,)
+    logit_softcap: float | None = None
 
     @property
     def rows(self) -> int:
@@ -51,7 +53,8 @@ class Workload:
         return 2 * self.rows * self.weight.numel()
 
     def cast(self, dtype: torch.dtype) -> Workload:
-        return replace(self, hidden=self.hidden.to(dtype), weight=self.weight.to(dtype))
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return replace(self, hidden=self.hidden.to(dtype), weight=self.weight.to(dtype), bias=bias)
 
     def smaller(self, pairs: int, vocabulary: int) -> Workload:
         """The most typical pairs and the first words of the vocabulary, where the whole would take too long."""
@@ -69,6 +72,8 @@ class Workload:
             self.weight[:vocabulary].clone(),
             fold(self.labels[keep]),
             fold(self.nll_labels[typical]),
+            None if self.bias is None else self.bias[:vocabulary].clone(),
+            self.logit_softcap,
         )
 
     def __str__(self) -> str:
@@ -89,15 +94,18 @@ def synthetic(
     vocabulary: int = 49152,
     share: float = LLMBAR_SHARE,
     seed: int = 0,
+    bias: bool = False,
+    logit_softcap: float | None = None,
+    device: torch.device | str = "cpu",
 ) -> Workload:
     """Ragged batch in which exactly round(share * 2B * T) positions matter; random hidden states, logits of spread 2.
 
     Chosen sequences have a prompt in front that only the NLL sees, two fifths of their rows; rejected ones start where
     the prompt ends.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     counts = _ragged(2 * pairs, length, round(share * 2 * pairs * length), random.Random(seed))
-    ids = torch.randint(vocabulary, (2 * pairs, length), generator=generator)
+    ids = torch.randint(vocabulary, (2 * pairs, length), generator=generator, device=device)
     labels, nll_labels = torch.full_like(ids, IGNORE), torch.full_like(ids[:pairs], IGNORE)
     for sequence, count in enumerate(counts):
         if sequence < pairs:
@@ -107,9 +115,10 @@ def synthetic(
             begin = min(2 * counts[sequence - pairs] // 5, length - count)
             end = begin + count
         labels[sequence, begin:end] = ids[sequence, begin:end]
-    hidden = torch.randn(2 * pairs, length, hidden_size, generator=generator)
-    weight = torch.randn(vocabulary, hidden_size, generator=generator) * (2 / hidden_size**0.5)
-    return Workload("synthetic", hidden, weight, labels, nll_labels)
+    hidden = torch.randn(2 * pairs, length, hidden_size, generator=generator, device=device)
+    weight = torch.randn(vocabulary, hidden_size, generator=generator, device=device) * (2 / hidden_size**0.5)
+    offset = torch.randn(vocabulary, generator=generator, device=device) if bias else None
+    return Workload("synthetic", hidden, weight, labels, nll_labels, offset, logit_softcap)
 
 
 def _ragged(sequences: int, length: int, total: int, rng: random.Random) -> list[int]:

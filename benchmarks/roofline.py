@@ -1,0 +1,385 @@
+"""ESTIMATE of the loss's time on GPUs that nobody has measured here: FLOPs and bytes, counted from what is launched.
+
+    python -m benchmarks.roofline                        # seven models, four schedules, five GPUs, 8192 rows, bf16
+    python -m benchmarks.roofline --launches --shape Llama-3-8B     # and what each kind of launch contributes
+
+Our loss runs on tensors without data, planned as for the GPU and with its kernels in place; every launch is recorded
+with its shapes. A launch takes the time of its matrix products at the peak of the tensor cores, or of its compulsory
+traffic (every operand read once, every result written once) at the peak of the memory's bandwidth, whichever is longer,
+and launches follow one another:
+
+    time = sum over launches of max(FLOPs / peak, bytes / bandwidth)
+
+No GPU reaches its peaks, so the times are bounds from below; what they are good for is the ratio to the bare GEMMs (the
+lm-head's products that exact gradients cannot do without) under the same two peaks. A ratio of 1.05 says that what we
+do beside the GEMMs costs at least a twentieth of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from benchmarks import memory, shapes
+from benchmarks.shapes import SHAPES, ModelShape
+from orpo_kernels import orpo_loss_from_rows, planning
+from orpo_kernels.ops import torch_ops
+from orpo_kernels.schedules import recompute, resident, single_pass
+
+SCHEDULES = {"evaluation": 1, "single_pass": 2, "resident": 3, "recompute": 3}  # and the GEMMs under each
+TITLE = "ESTIMATE, not a measurement"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a launch costs: its name and sizes -> FLOPs of matrix products, bytes to and from device memory
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Launch:
+    """An operation and its sizes, the arguments of its formula in `COSTS`."""
+
+    name: str
+    sizes: dict[str, int]
+
+    @property
+    def flops(self) -> int:
+        return COSTS[self.name](**self.sizes)[0]
+
+    @property
+    def bytes(self) -> int:
+        return COSTS[self.name](**self.sizes)[1]
+
+
+def _gemm(m: int, k: int, n: int, itemsize: int, out_itemsize: int, accumulates: int) -> tuple[int, int]:
+    """(m, k) @ (k, n): the operands, and the result, which is read as well where it is added to."""
+    return 2 * m * k * n, itemsize * (m * k + k * n) + out_itemsize * m * n * (1 + accumulates)
+
+
+def _project_log_odds(rows: int, hidden_size: int, columns: int, itemsize: int) -> tuple[int, int]:
+    """Kernel 1: rows and weight once, the partial statistics of each split written and read; no logits."""
+    partials = 2 * 12 * -(-columns // planning.COLUMNS_PER_SPLIT) * rows  # in all a thousandth of the weight
+    return 2 * rows * hidden_size * columns, itemsize * (rows + columns) * hidden_size + partials + 24 * rows
+
+
+def _residual(rows: int, columns: int, itemsize: int) -> tuple[int, int]:
+    """Kernel 2: one read and one write. It reads a row twice, but the second time from the L2 cache: the rows of all
+    running programs fit it (132 rows of 128256 bf16 logits are 33 MB)."""
+    return 0, 2 * itemsize * rows * columns + 16 * rows
+
+
+def _project_residual(rows: int, hidden_size: int, columns: int, itemsize: int) -> tuple[int, int]:
+    """Kernel 3: a GEMM whose epilogue writes the residual instead of the logits."""
+    flops, traffic = _gemm(rows, hidden_size, columns, itemsize, itemsize, 0)
+    return flops, traffic + 16 * rows
+
+
+def _gather_rows(rows: int, hidden_size: int, itemsize: int, out_itemsize: int) -> tuple[int, int]:
+    """Kernel 7: a read and a write of H numbers a row, its position and its coefficient."""
+    return 0, rows * (hidden_size * (itemsize + out_itemsize) + 16)
+
+
+def _scatter_rows(rows: int, positions: int, hidden_size: int, itemsize: int, out_itemsize: int) -> tuple[int, int]:
+    """Kernel 6: rows read, positions read and written; the sort of the positions is a few bytes a row."""
+    return 0, rows * (hidden_size * itemsize + 24) + 2 * min(rows, positions) * hidden_size * out_itemsize
+
+
+def _pairs(rows: int, sequences: int) -> tuple[int, int]:
+    """Kernels 4 and 5: a few numbers a row and a sequence."""
+    return 0, 33 * rows + 24 * sequences
+
+
+def _other(bytes: int) -> tuple[int, int]:
+    """Any other operation of torch: all that it reads and writes."""
+    return 0, bytes
+
+
+COSTS: dict[str, Callable[..., tuple[int, int]]] = {
+    "GEMM": _gemm,
+    "project_log_odds": _project_log_odds,
+    "residual_": _residual,
+    "project_residual": _project_residual,
+    "gather_rows": _gather_rows,
+    "scatter_rows_": _scatter_rows,
+    "sequence_sums": _pairs,
+    "odds_ratio": _pairs,
+    "other": _other,
+}
+
+
+def bare_gemms(shape: ModelShape, rows: int, schedule: str, itemsize: int) -> list[Launch]:
+    """Logits, dh and dW, as far as the schedule's gradients need them: what nobody can do without."""
+    h, v = shape.hidden_size, shape.vocab_size
+    products = [(rows, h, v), (rows, v, h), (v, rows, h)][: SCHEDULES[schedule]]
+    return [_gemm_launch(*sizes, itemsize, itemsize, False) for sizes in products]
+
+
+def _gemm_launch(m: int, k: int, n: int, itemsize: int, out_itemsize: int, accumulates: bool) -> Launch:
+    sizes = {"m": m, "k": k, "n": n, "itemsize": itemsize, "out_itemsize": out_itemsize}
+    return Launch("GEMM", sizes | {"accumulates": int(accumulates)})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The GPUs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GPU:
+    """Peaks of one GPU: dense bf16 FLOP/s of its matrix units, bytes/s of its memory, and the memory's bytes."""
+
+    name: str
+    flops: float
+    bandwidth: float
+    memory: int
+
+    def seconds(self, launches: list[Launch]) -> float:
+        return sum(max(launch.flops / self.flops, launch.bytes / self.bandwidth) for launch in launches)
+
+
+GPUS = (
+    # NVIDIA A100 Tensor Core GPU data sheet, A100 80GB SXM: 312 TFLOPS BF16 without sparsity, 2,039 GB/s
+    GPU("A100 80GB", 312e12, 2.039e12, 80 * 10**9),
+    # NVIDIA H100 Tensor Core GPU data sheet, H100 SXM: 1,979 TFLOPS BF16 with sparsity (half of it dense), 3.35 TB/s
+    GPU("H100 SXM", 989.5e12, 3.35e12, 80 * 10**9),
+    # NVIDIA H200 Tensor Core GPU data sheet, H200 SXM: 1,979 TFLOPS BF16 with sparsity, 4.8 TB/s, 141 GB
+    GPU("H200", 989.5e12, 4.8e12, 141 * 10**9),
+    # NVIDIA DGX B200 data sheet, an eighth of the system: 72 PFLOPS FP8 with sparsity, bf16 half of it, dense again
+    # half: 2.25 PFLOPS; 64 TB/s, 1,440 GB
+    GPU("B200", 2.25e15, 8.0e12, 180 * 10**9),
+    # AMD Instinct MI300X data sheet: 1,307.4 TFLOPS bfloat16 without sparsity, 5.3 TB/s, 192 GB
+    GPU("MI300X", 1307.4e12, 5.3e12, 192 * 10**9),
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What our loss launches
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps a `Launch` for all that runs under it: the backend's operations, the library's GEMMs, and the rest.
+
+    `ops` stands in for the Triton backend. It makes results of the right shapes by the eager operations, whose own
+    launches do not count.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches: list[Launch] = []
+        self.paused = False
+        self.ops = SimpleNamespace(**{name: self._operation(name, sizes) for name, sizes in SIZES.items()})
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if not (self.paused or func.is_view or func.__name__.startswith(NO_LAUNCH) or func.namespace == "prim"):
+            self.launches.append(_launch_of(func, args, kwargs, out))
+        return out
+
+    def matmul_into(self, out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> None:
+        """Stands in for `gemm.matmul_into`, which takes a detour on a CPU where `out` is wider than the operands."""
+        (m, k), n = a.shape, b.shape[1]
+        self.launches.append(_gemm_launch(m, k, n, a.itemsize, out.itemsize, accumulate))
+
+    def _operation(self, name: str, sizes: Callable[..., dict[str, int]]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            self.launches.append(Launch(name, sizes(*args)))
+            self.paused = True
+            try:
+                return getattr(torch_ops, name)(*args)
+            finally:
+                self.paused = False
+
+        return run
+
+
+NO_LAUNCH = ("empty", "new_empty", "lift_fresh", "detach")
+FILLS = ("zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "scalar_tensor")  # they read no tensor
+
+
+def _launch_of(func: Any, args: Any, kwargs: Any, out: Any) -> Launch:
+    """The launch of one operation of torch."""
+    if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+        a, b = args[-2:]
+        accumulates = func.overloadpacket is torch.ops.aten.addmm and args[0].shape == out.shape  # else it is a bias
+        return _gemm_launch(a.shape[0], a.shape[1], b.shape[1], a.itemsize, out.itemsize, accumulates)
+    inputs = (args, {name: value for name, value in kwargs.items() if name != "out"})
+    fills = func.__name__.startswith(FILLS)
+    read = [] if fills else [t for t in tree_iter(inputs) if isinstance(t, Tensor)]
+    written = [t for t in tree_iter(out) if isinstance(t, Tensor)]
+    return Launch("other", {"bytes": sum(t.numel() * t.itemsize for t in (*read, *written))})
+
+
+SIZES: dict[str, Callable[..., dict[str, int]]] = {
+    "project_log_odds": lambda x, weight, *_: {
+        "rows": x.shape[0], "hidden_size": x.shape[1], "columns": weight.vocab_size, "itemsize": x.itemsize
+    },
+    "residual_": lambda logits, *_: {
+        "rows": logits.shape[0], "columns": logits.shape[1], "itemsize": logits.itemsize
+    },
+    "project_residual": lambda x, w, *_: {
+        "rows": x.shape[0], "hidden_size": x.shape[1], "columns": w.shape[0], "itemsize": x.itemsize
+    },
+    "gather_rows": lambda hidden, position, coefficient, dtype: {
+        "rows": len(position), "hidden_size": hidden.shape[1], "itemsize": hidden.itemsize,
+        "out_itemsize": dtype.itemsize,
+    },
+    "scatter_rows_": lambda out, position, rows, coefficient: {
+        "rows": len(position), "positions": out.shape[0], "hidden_size": out.shape[1], "itemsize": rows.itemsize,
+        "out_itemsize": out.itemsize,
+    },
+    "sequence_sums": lambda log_odds, rows: {"rows": len(rows), "sequences": 2 * rows.num_pairs},
+    "odds_ratio": lambda log_odds, rows, *_: {"rows": len(rows), "sequences": 2 * rows.num_pairs},
+}  # fmt: skip
+
+
+def launches(
+    shape: ModelShape, rows: int, schedule: str, gpu: GPU, dtype: torch.dtype = torch.bfloat16
+) -> list[Launch]:
+    """All that forward and backward launch on that GPU: `rows` rows, all of which matter, in 8 sequences."""
+    gradient, trained = schedule != "evaluation", schedule in ("resident", "recompute")
+    with _as_on(gpu) as recorder, FakeTensorMode():
+        hidden = torch.empty(rows, shape.hidden_size, dtype=dtype, requires_grad=gradient)
+        weight = torch.empty(shape.vocab_size, shape.hidden_size, dtype=dtype, requires_grad=trained)
+        bias = torch.empty(shape.vocab_size, dtype=dtype, requires_grad=trained) if shape.bias else None
+        batch = memory.fake_rows(memory.Shape(8, rows // 8, rows))
+        with recorder:
+            loss = orpo_loss_from_rows(
+                hidden,
+                weight,
+                batch,
+                bias=bias,
+                logit_softcap=shape.logit_softcap,
+                schedule=schedule if gradient else "auto",
+            ).loss
+            if gradient:
+                loss.backward()
+    return recorder.launches
+
+
+@contextmanager
+def _as_on(gpu: GPU) -> Iterator[Recorder]:
+    """Our loss plans as on that GPU with its kernels, and the recorder stands in for those."""
+    recorder = Recorder()
+    with ExitStack() as stack:
+        for module in (single_pass, resident, recompute):
+            stack.enter_context(mock.patch.object(module, "matmul_into", recorder.matmul_into))
+        stack.enter_context(mock.patch("orpo_kernels.projection.select", return_value=recorder.ops))
+        stack.enter_context(mock.patch("orpo_kernels.planning.resolve", return_value="triton"))
+        stack.enter_context(mock.patch("orpo_kernels.planning.default_budget", return_value=gpu.memory // 16))
+        for sizes in (planning.CHUNK_ROWS, planning.CHUNK_BYTES):
+            stack.enter_context(mock.patch.dict(sizes, {"cpu": sizes["other"]}))
+        yield recorder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The estimate
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One model under one schedule on one GPU: seconds at its peaks, of ours and of the bare GEMMs."""
+
+    shape: str
+    schedule: str
+    gpu: str
+    rows: int
+    flops: int
+    bytes: int
+    seconds: float
+    bare_gemm_seconds: float
+
+    @property
+    def ratio(self) -> float:
+        return self.seconds / self.bare_gemm_seconds
+
+
+def estimate(
+    shape: ModelShape, rows: int, schedule: str, gpu: GPU, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Estimate, list[Launch]]:
+    """The estimate, and the launches that it is made of."""
+    ours = launches(shape, rows, schedule, gpu, dtype)
+    floor = bare_gemms(shape, rows, schedule, dtype.itemsize)
+    flops, traffic = sum(launch.flops for launch in ours), sum(launch.bytes for launch in ours)
+    times = gpu.seconds(ours), gpu.seconds(floor)
+    return Estimate(shape.name, schedule, gpu.name, rows, flops, traffic, *times), ours
+
+
+def table(shape: ModelShape, estimates: list[Estimate], rows: int) -> Table:
+    """A row for each schedule, a column for each GPU: milliseconds, and how many times the bare GEMMs they are."""
+    shown = Table(title=f"{TITLE}: {shape}, {rows} rows, bf16", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("schedule", "TFLOP", "GB", *(gpu.name.replace(" ", "\n") for gpu in GPUS)):
+        shown.add_column(column, justify="left" if column == "schedule" else "right", no_wrap=True)
+    for schedule in SCHEDULES:
+        mine = [e for e in estimates if (e.shape, e.schedule) == (shape.name, schedule)]
+        cells = (f"{e.seconds * 1e3:.3g}\n({e.ratio:.2f})" for e in mine)
+        shown.add_row(schedule, f"{mine[0].flops / 1e12:.3g}", f"{mine[0].bytes / 1e9:.3g}", *cells)
+    shown.caption = "ms at the peaks of the data sheets (over the bare GEMMs at the same peaks)"
+    return shown
+
+
+def launch_table(shape: ModelShape, schedule: str, ours: list[Launch]) -> Table:
+    """How often each kind of launch runs, and its share."""
+    shown = Table(title=f"{shape.name}, {schedule}: launches", box=SIMPLE_HEAD)
+    for column in ("operation", "launches", "TFLOP", "GB"):
+        shown.add_column(column, justify="left" if column == "operation" else "right")
+    for name in COSTS:
+        if mine := [launch for launch in ours if launch.name == name]:
+            flops, traffic = sum(launch.flops for launch in mine), sum(launch.bytes for launch in mine)
+            shown.add_row(name, str(len(mine)), f"{flops / 1e12:.3g}", f"{traffic / 1e9:.3g}")
+    return shown
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.roofline",
+        description="ESTIMATE of the loss's time from FLOPs, bytes and data sheets.",
+    )
+    parser.add_argument(
+        "--shape", nargs="+", default=list(SHAPES), metavar="MODEL", help=f"{', '.join(SHAPES)}, or HxV"
+    )
+    parser.add_argument("--rows", type=int, default=8192, help="that matter (default: 8192)")
+    parser.add_argument("--launches", action="store_true", help="show what each kind of launch contributes")
+    parser.add_argument("--json", type=Path, help="write the numbers here as well")
+    options = parser.parse_args(arguments)
+    try:
+        models = [shapes.named(text) for text in options.shape]
+    except ValueError as error:
+        parser.error(str(error))
+    console = Console()
+    estimates: list[Estimate] = []
+    for shape in track(models, "counting", console=Console(stderr=True), transient=True):
+        kinds = []
+        for schedule in SCHEDULES:
+            for gpu in GPUS:
+                found, ours = estimate(shape, options.rows, schedule, gpu)
+                estimates.append(found)
+            kinds.append(launch_table(shape, schedule, ours))
+        console.print(table(shape, estimates, options.rows), *(kinds if options.launches else ()), "")
+    if options.json:
+        options.json.write_text(
+            json.dumps([{"label": TITLE, **asdict(e), "ratio": e.ratio} for e in estimates], indent=1)
+        )
+
+
+if __name__ == "__main__":
+    main()
