@@ -1,0 +1,20 @@
+// The hidden states of the rows that matter, scaled and cast on their way into one matrix.
+
+#include "elements.h"
+#include "kernels.h"
+
+namespace orpo::ORPO_ISA {
+
+void gather_rows(const GatherRows& a, int64_t begin, int64_t end) {
+  for_dtype(a.hidden.dtype, [&](auto from) {
+    for_dtype(a.out.dtype, [&](auto to) {
+      for (int64_t r = begin; r < end; ++r) {
+        const float coefficient = a.coefficient ? a.coefficient[r] : 1.0f;
+        map(a.hidden.row<decltype(from)>(a.position[r]), a.out.row<decltype(to)>(r), a.hidden.columns,
+            [&](Vec v, int64_t) { return v * coefficient; });
+      }
+    });
+  });
+}
+
+}  // namespace orpo::ORPO_ISA
