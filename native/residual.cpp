@@ -11,28 +11,28 @@ namespace {
 
 template <bool CAPPED, class T>
 double residual_of_row(T* row, int64_t columns, int64_t target, Transform t, float* scratch) {
-  const Vec target_value = load_some(row + target, 1);
-  const float z_target = transformed<CAPPED>(target_value, t)[0];
+  const Target y = target_of<CAPPED>(row + target, t);
   float* references = scratch + (columns + BLOCK - 1) / BLOCK * BLOCK;
-  alignas(64) float z[BLOCK], slope[BLOCK];
-
+  alignas(64) float z[BLOCK], slopes[BLOCK];
   Others others;
-  for (int64_t start = 0, block = 0; start < columns; start += BLOCK, ++block) {
+  for (int64_t start = 0, i = 0; start < columns; start += BLOCK, ++i) {
     const int64_t count = least(columns - start, BLOCK);
-    others.raise(load_block<CAPPED>(row + start, count, target - start, t, z, slope));
-    others.total += sum_block(z, count, others.reference, [&](Vec e, int64_t i) {
-      store(scratch + start + i, CAPPED ? e * load(slope + i) : e);
-    });
-    references[block] = others.reference;
+    others.raise(load_block<CAPPED>(row + start, count, target - start, t, z, slopes));
+    others.total += exp_block(z, count, others.reference, CAPPED ? slopes : nullptr, scratch + start);
+    references[i] = others.reference;
   }
 
-  for (int64_t start = 0, block = 0; start < columns; start += BLOCK, ++block) {
-    const double factor = ::exp(static_cast<double>(references[block]) - others.reference) / others.total;
+  for (int64_t start = 0, i = 0; start < columns; start += BLOCK, ++i) {
+    const double factor = ::exp(static_cast<double>(references[i]) - others.reference) / others.total;
     const float share = static_cast<float>(factor);
-    map(scratch + start, row + start, least(columns - start, BLOCK), [&](Vec e, int64_t) { return e * share; });
+    for (int64_t j = start; j < least(start + BLOCK, columns); j += PAIR) {
+      Pair e = load_pair(scratch + j);
+      for (Vec& v : e.v) v = v * share;
+      store_pair(row + j, e, columns - j);
+    }
   }
-  store_some(row + target, -slope_of<CAPPED>(target_value, t), 1);
-  return z_target - others.lse();
+  store(row + target, splat(-y.slope), 1);
+  return y.z - others.lse();
 }
 
 template <bool CAPPED, class T>
@@ -46,7 +46,8 @@ void residual_of_rows(const Logits& a, double* log_odds, int64_t begin, int64_t 
 void residual(const Logits& a, double* log_odds, int64_t begin, int64_t end, float* scratch) {
   for_dtype(a.z.dtype, [&](auto element) {
     using T = decltype(element);
-    (a.transform.softcap ? residual_of_rows<true, T> : residual_of_rows<false, T>)(a, log_odds, begin, end, scratch);
+    const auto run = a.transform.softcap ? residual_of_rows<true, T> : residual_of_rows<false, T>;
+    run(a, log_odds, begin, end, scratch);
   });
 }
 

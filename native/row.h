@@ -14,18 +14,65 @@
 
 namespace orpo::ORPO_ISA {
 
-constexpr float LOWEST = -3.4028234663852886e38f;  // the logit of the target among the others: out of the question
+ORPO_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Scaled and capped logits of a vector.
+// Scales and caps the logits; with a cap, its slopes go to `slope`.
 template <bool CAPPED>
-ORPO_INLINE Vec transformed(Vec z, Transform t) {
-  z = z * t.scale;
-  return CAPPED ? tanh_of(z / t.softcap).value * t.softcap : z;
+ORPO_INLINE void transform_(Pair& z, Pair& slope, Transform t) {
+  for (Vec& v : z.v) v = v * t.scale;
+  if (!CAPPED) return;
+  for (Vec& v : z.v) v = v / t.softcap;
+  tanh_(z.v, slope.v);
+  for (Vec& v : z.v) v = v * t.softcap;
 }
 
-template <bool CAPPED>
-ORPO_INLINE Vec slope_of(Vec z, Transform t) {
-  return CAPPED ? tanh_of(z * t.scale / t.softcap).slope : splat(1.0f);
+struct Target {
+  float z, slope;
+};
+
+// The transformed logit of one token.
+template <bool CAPPED, class T>
+ORPO_INLINE Target target_of(const T* logit, Transform t) {
+  Pair z = {load(logit, 1)}, slope = {splat(1.0f)};
+  transform_<CAPPED>(z, slope, t);
+  return {z.v[0][0], slope.v[0][0]};
+}
+
+constexpr float LOWEST = -3.4028234663852886e38f;  // the logit of the target among the others: out of the question
+
+// The transformed logits of a block into `z`, as the pairs of T, with LOWEST for its target (if it is here) and -inf
+// beyond its end. With a cap, and where they are wanted, its slopes go to `slopes`. Returns the largest.
+template <bool CAPPED, class T>
+ORPO_INLINE float load_block(const T* row, int64_t count, int64_t target, Transform t, float* z, float* slopes) {
+  for (int64_t i = 0; i < count; i += PAIR) {
+    Pair p = load_pair(row + i, count - i), slope;
+    transform_<CAPPED>(p, slope, t);
+    store_pair(z + i, p);
+    if (CAPPED && slopes) store_pair(slopes + i, slope);
+  }
+  if (target >= 0 && target < count) z[place_in_pairs(row, target)] = LOWEST;
+  for (int64_t i = count; i % PAIR != 0; ++i) z[place_in_pairs(row, i)] = -__builtin_inff();
+  Pair top = {splat(LOWEST), splat(LOWEST)};
+  for (int64_t i = 0; i < count; i += PAIR)
+    for (int k = 0; k < 2; ++k) top.v[k] = max_of(load(z + i + k * LANES), top.v[k]);
+  return largest(max_of(top.v[0], top.v[1]));
+}
+
+// exp(z - reference) of a block as `load_block` left it, times `slopes` (unless null) into `out` (unless null).
+// Returns the sum, without the slopes.
+ORPO_INLINE double exp_block(const float* z, int64_t count, float reference, const float* slopes, float* out) {
+  Pair sum = {};
+  for (int64_t i = 0; i < count; i += PAIR) {
+    Pair e = load_pair(z + i);
+    for (Vec& v : e.v) v = v - reference;
+    exp_(e.v);
+    for (int k = 0; k < 2; ++k) {
+      sum.v[k] += e.v[k];
+      if (slopes) e.v[k] = e.v[k] * load(slopes + i + k * LANES);
+    }
+    if (out) store_pair(out + i, e);
+  }
+  return sum_of(sum.v[0] + sum.v[1]);
 }
 
 // The running statistics of the others.
@@ -33,7 +80,7 @@ struct Others {
   float reference = LOWEST;
   double total = 0;  // sum of exp(z_j - reference)
 
-  // Before a block whose largest logit is `top`: nothing so far was relative to less than the reference.
+  // Before a block whose largest logit is `top`.
   void raise(float top) {
     if (!(top > reference)) return;
     total *= ::exp(static_cast<double>(reference) - top);
@@ -42,39 +89,5 @@ struct Others {
 
   double lse() const { return reference + ::log(total); }
 };
-
-// The transformed logits of a block into `z`, filled up with -inf, and its target (if it is here) with LOWEST.
-// Where `slope` is wanted, the soft-cap's slopes go there. Returns the largest.
-template <bool CAPPED, class T>
-ORPO_INLINE float load_block(const T* row, int64_t count, int64_t target, Transform t, float* z, float* slope) {
-  map(row, z, count, [&](Vec v, int64_t i) {
-    if (!CAPPED) return v * t.scale;
-    const Tanh capped = tanh_of(v * t.scale / t.softcap);
-    if (slope) store_as(slope + i, capped.slope);
-    return capped.value * t.softcap;
-  });
-  for (int64_t i = count; i % (4 * LANES) != 0; ++i) z[i] = -__builtin_inff();
-  if (target >= 0 && target < count) z[target] = LOWEST;
-  Vec tops[4] = {splat(LOWEST), splat(LOWEST), splat(LOWEST), splat(LOWEST)};
-  for (int64_t i = 0; i < count; i += 4 * LANES)
-    for (int k = 0; k < 4; ++k) tops[k] = max_of(tops[k], load(z + i + k * LANES));
-  return largest(max_of(max_of(tops[0], tops[1]), max_of(tops[2], tops[3])));
-}
-
-// Sum of e = exp(z - reference) over a block as `load_block` left it; `use(e, i)` sees every vector.
-template <class Use>
-ORPO_INLINE double sum_block(const float* z, int64_t count, float reference, Use use) {
-  Vec sums[2] = {};
-  for (int64_t i = 0; i < count; i += 2 * LANES) {
-    for (int k = 0; k < 2; ++k) {
-      const Vec e = exp_of(load(z + i + k * LANES) - reference);
-      use(e, i + k * LANES);
-      sums[k] += e;
-    }
-  }
-  return sum_of(sums[0] + sums[1]);
-}
-
-ORPO_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 }  // namespace orpo::ORPO_ISA

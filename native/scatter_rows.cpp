@@ -11,14 +11,11 @@ namespace orpo::ORPO_ISA {
 void scatter_rows(const ScatterRows& a, int64_t begin, int64_t end) {
   for_dtype(a.rows.dtype, [&](auto from) {
     for_dtype(a.out.dtype, [&](auto to) {
-      using To = decltype(to);
       for (int64_t r = 0; r < a.rows.rows; ++r) {
-        To* out = a.out.row<To>(a.position[r]) + begin;
-        const int64_t count = end - begin;
-        map(a.rows.row<decltype(from)>(r) + begin, out, count, [&](Vec v, int64_t i) {
-          const Vec sum = i + LANES <= count ? load(out + i) : load_some(out + i, count - i);
-          return sum + v * a.coefficient[r];
-        });
+        const auto* source = a.rows.row<decltype(from)>(r) + begin;
+        auto* out = a.out.row<decltype(to)>(a.position[r]) + begin;
+        for (int64_t left = end - begin; left > 0; left -= LANES, source += LANES, out += LANES)
+          store(out, load(out, left) + load(source, left) * a.coefficient[r], left);
       }
     });
   });

@@ -15,10 +15,10 @@ void statistics_of_rows(const Logits& a, double* log_odds, double* lse_others, i
     for (int64_t start = 0; start < a.z.columns; start += BLOCK) {
       const int64_t count = least(a.z.columns - start, BLOCK);
       others.raise(load_block<CAPPED>(row + start, count, a.target[i] - start, a.transform, z, nullptr));
-      others.total += sum_block(z, count, others.reference, [](Vec, int64_t) {});
+      others.total += exp_block(z, count, others.reference, nullptr, nullptr);
     }
     lse_others[i] = others.lse();
-    log_odds[i] = transformed<CAPPED>(load_some(row + a.target[i], 1), a.transform)[0] - lse_others[i];
+    log_odds[i] = target_of<CAPPED>(row + a.target[i], a.transform).z - lse_others[i];
   }
 }
 
@@ -27,7 +27,8 @@ void statistics_of_rows(const Logits& a, double* log_odds, double* lse_others, i
 void statistics(const Logits& a, double* log_odds, double* lse_others, int64_t begin, int64_t end) {
   for_dtype(a.z.dtype, [&](auto element) {
     using T = decltype(element);
-    (a.transform.softcap ? statistics_of_rows<true, T> : statistics_of_rows<false, T>)(a, log_odds, lse_others, begin, end);
+    const auto run = a.transform.softcap ? statistics_of_rows<true, T> : statistics_of_rows<false, T>;
+    run(a, log_odds, lse_others, begin, end);
   });
 }
 

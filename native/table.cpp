@@ -18,12 +18,20 @@ void scatter_rows(const ScatterRows&, int64_t, int64_t);
 namespace {
 
 void exp(const float* x, float* out, int64_t count) {
-  map(x, out, count, [](Vec v, int64_t) { return exp_of(v); });
+  for (int64_t i = 0; i < count; i += PAIR) {
+    Pair p = load_pair(x + i, count - i);
+    exp_(p.v);
+    store_pair(out + i, p, count - i);
+  }
 }
 
 void tanh(const float* x, float* out, float* slope, int64_t count) {
-  map(x, out, count, [](Vec v, int64_t) { return tanh_of(v).value; });
-  map(x, slope, count, [](Vec v, int64_t) { return tanh_of(v).slope; });
+  for (int64_t i = 0; i < count; i += PAIR) {
+    Pair p = load_pair(x + i, count - i), slopes;
+    tanh_(p.v, slopes.v);
+    store_pair(out + i, p, count - i);
+    store_pair(slope + i, slopes, count - i);
+  }
 }
 
 }  // namespace

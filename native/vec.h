@@ -37,8 +37,27 @@ ORPO_INLINE Bits bits_of(Vec x) { return (Bits)x; }
 ORPO_INLINE Vec floats_of(Bits x) { return (Vec)x; }
 
 // Of a number and a NaN, both give the second: a bound comes first, so that NaN stays NaN.
-ORPO_INLINE Vec max_of(Vec a, Vec b) { return a > b ? a : b; }
-ORPO_INLINE Vec min_of(Vec a, Vec b) { return a < b ? a : b; }
+// (x86's instructions do just that, but GCC makes a comparison and a blend of it.)
+ORPO_INLINE Vec max_of(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+ORPO_INLINE Vec min_of(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
 ORPO_INLINE Vec magnitude(Vec x) { return floats_of(bits_of(x) & 0x7fffffffu); }
 
 template <class V, class T>
