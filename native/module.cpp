@@ -69,7 +69,7 @@ Matrix matrix(const Array& array, const std::string& name, int64_t rows = -1, in
            std::to_string(array.dtype().code) + ", it must be float32, bfloat16 or float16");
   }
   if (array.shape(1) > 1 && array.stride(1) != 1)
-    refuse(name + "'s columns are " + std::to_string(array.stride(1)) + " elements apart, they must lie side by side");
+    refuse("the columns of " + name + " are " + std::to_string(array.stride(1)) + " elements apart, they must lie side by side");
   return {array.data(), static_cast<int64_t>(array.shape(0)), static_cast<int64_t>(array.shape(1)), array.stride(0),
           dtype};
 }
