@@ -383,7 +383,11 @@ def test_wrong_arguments_name_both_sides():
         (lambda: _native.residual_(z[0], target, m, 1.0, None, 1), ValueError, r"logits has shape \(8\).*\(any, any\)"),
         (lambda: _native.residual_(z.double(), target, m, 1.0, None, 1), ValueError, "64 bits.*float32"),
         (lambda: _native.residual_(z, target, m.float(), 1.0, None, 1), ValueError, "log_odds .*32 bits.* 64"),
-        (lambda: _native.residual_(z.t(), target, m, 1.0, None, 1), ValueError, "the columns of logits are 8 elements apart, they must lie side by side"),
+        (
+            lambda: _native.residual_(z.t(), target, m, 1.0, None, 1),
+            ValueError,
+            "the columns of logits are 8 elements apart, they must lie side by side",
+        ),
         (lambda: _native.residual_(z, target + 6, m, 1.0, None, 1), IndexError, r"target holds 8.*\[0, 8\)"),
         (lambda: _native.gather_rows(z, target + 1, None, z.clone(), 1), IndexError, r"position holds 3.*\[0, 3\)"),
     ):
