@@ -39,7 +39,13 @@ std::string shape_of(const Array& array) {
   return text + ")";
 }
 
-[[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument("orpo_kernels._native: " + message); }
+[[noreturn]] void refuse(const std::string& message) {
+  throw std::invalid_argument("orpo_kernels._native: " + message);
+}
+
+std::string type_of(const Array& array) {
+  return std::to_string(array.dtype().bits) + " bits and DLPack's type code " + std::to_string(array.dtype().code);
+}
 
 void check_shape(const Array& array, const std::string& name, std::initializer_list<int64_t> wanted) {
   bool is_right = array.ndim() == wanted.size();
@@ -65,11 +71,11 @@ Matrix matrix(const Array& array, const std::string& name, int64_t rows = -1, in
   } else if (code == nb::dlpack::dtype_code::Bfloat && array.dtype().bits == 16) {
     dtype = DType::bf16;
   } else {
-    refuse(name + " has elements of " + std::to_string(array.dtype().bits) + " bits and DLPack's type code " +
-           std::to_string(array.dtype().code) + ", it must be float32, bfloat16 or float16");
+    refuse(name + " has elements of " + type_of(array) + ", it must be float32, bfloat16 or float16");
   }
   if (array.shape(1) > 1 && array.stride(1) != 1)
-    refuse("the columns of " + name + " are " + std::to_string(array.stride(1)) + " elements apart, they must lie side by side");
+    refuse("the columns of " + name + " are " + std::to_string(array.stride(1)) +
+           " elements apart, they must lie side by side");
   return {array.data(), static_cast<int64_t>(array.shape(0)), static_cast<int64_t>(array.shape(1)), array.stride(0),
           dtype};
 }
@@ -78,10 +84,10 @@ template <class T>
 T* vector(const Array& array, const std::string& name, int64_t size) {
   check_shape(array, name, {size});
   if (array.dtype() != nb::dtype<T>())
-    refuse(name + " has elements of " + std::to_string(array.dtype().bits) + " bits and DLPack's type code " +
-           std::to_string(array.dtype().code) + ", it must have " + std::to_string(nb::dtype<T>().bits) + " and " +
-           std::to_string(nb::dtype<T>().code));
-  if (size > 1 && array.stride(0) != 1) refuse(name + " has stride " + std::to_string(array.stride(0)) + ", it must be 1");
+    refuse(name + " has elements of " + type_of(array) + ", it must have " + std::to_string(nb::dtype<T>().bits) +
+           " and " + std::to_string(nb::dtype<T>().code));
+  if (size > 1 && array.stride(0) != 1)
+    refuse(name + " has stride " + std::to_string(array.stride(0)) + ", it must be 1");
   return static_cast<T*>(array.data());
 }
 

@@ -1,7 +1,8 @@
 // A chunk of logits becomes its softmax residual, in place; one read and one write of the chunk.
 //
 // Every logit is exponentiated once. The first pass leaves exp(z_j - reference) * slope_j in fp32, relative to the
-// largest logit that was known at its block; the second multiplies each block by exp(reference - lse_others) and rounds.
+// largest logit that was known at its block; the second multiplies each block by exp(reference - lse_others) and
+// rounds.
 
 #include "row.h"
 

@@ -18,6 +18,7 @@ using Region = void (*)(void*);
 using GompParallel = void (*)(Region, void*, unsigned threads, unsigned flags);
 
 std::atomic<bool> forked{false};
+[[maybe_unused]] const int at_fork = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
 // The file of PyTorch's library, if it is loaded: whatever its name is looked up in, its own OpenMP comes first.
 std::string torch_library() {
@@ -44,10 +45,7 @@ GompParallel find_openmp() {
 }
 
 GompParallel openmp() {
-  static const GompParallel found = [] {
-    pthread_atfork(nullptr, nullptr, [] { forked = true; });
-    return find_openmp();
-  }();
+  static const GompParallel found = find_openmp();
   return found;
 }
 

@@ -34,7 +34,8 @@ inline int64_t size_of(DType dtype) { return dtype == DType::fp32 ? 4 : 2; }
 inline double rounded(double x, const Format& f) {
   if (!std::isfinite(x) || x == 0) return x;
   const int exponent = std::max(std::ilogb(x), f.least_exponent);
-  const double value = std::ldexp(std::nearbyint(std::ldexp(x, f.fraction_bits - exponent)), exponent - f.fraction_bits);
+  const int shift = f.fraction_bits - exponent;
+  const double value = std::ldexp(std::nearbyint(std::ldexp(x, shift)), -shift);
   return std::fabs(value) < std::ldexp(1.0, f.largest_exponent + 1) ? value : std::copysign(HUGE_VAL, x);
 }
 

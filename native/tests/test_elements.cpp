@@ -34,9 +34,10 @@ void check_rounding(const Kernels& kernels, const Format& format) {
     const double x = decoded(i, format), next = decoded(i + 1, format);
     if (!std::isfinite(x) || !std::isfinite(next)) continue;
     const auto tie = static_cast<float>((x + next) / 2);
-    for (const float near : {std::nextafter(tie, -HUGE_VALF), tie, std::nextafter(tie, HUGE_VALF)}) wide.push_back(near);
+    wide.insert(wide.end(), {std::nextafter(tie, -HUGE_VALF), tie, std::nextafter(tie, HUGE_VALF)});
   }
-  for (const uint32_t nan : {0x7f800001u, 0x7fffffffu, 0xff800001u, 0xffffffffu, 0x7fc00000u}) wide.push_back(float_of(nan));
+  for (const uint32_t nan : {0x7f800001u, 0x7fffffffu, 0xff800001u, 0xffffffffu, 0x7fc00000u})
+    wide.push_back(float_of(nan));
   const auto count = static_cast<int64_t>(wide.size());
   std::vector<uint16_t> narrow(wide.size());
   copy(kernels, wide.data(), DType::fp32, narrow.data(), format.dtype, count);

@@ -26,7 +26,8 @@ void check(const Kernels& kernels, uint64_t step) {
   double worst_exp = 0, worst_tanh = 0, worst_slope = 0;
   for (uint64_t bits = 0; bits < uint64_t{1} << 32;) {
     x.clear();
-    for (; x.size() < CHUNK && bits < uint64_t{1} << 32; bits += step) x.push_back(float_of(static_cast<uint32_t>(bits)));
+    for (; x.size() < CHUNK && bits < uint64_t{1} << 32; bits += step)
+      x.push_back(float_of(static_cast<uint32_t>(bits)));
     const auto count = static_cast<int64_t>(x.size());
     kernels.exp(x.data(), y.data(), count);
     kernels.tanh(x.data(), t.data(), slope.data(), count);
