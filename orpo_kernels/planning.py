@@ -27,7 +27,7 @@ SCHEDULES = ("auto", "single_pass", "resident", "recompute")
 # (2 bytes a bf16 logit), while eager row-wise work (6 bytes) has to keep to the peak memory that we promise.
 CHUNK_ROWS = {"cpu": 512, "other": 4096}
 CHUNK_BYTES = {"cpu": 128 * 2**20, "other": 256 * 2**20}
-LEAST_ROWS = 1024  # of a chunk, where the budget has room for them and the kernels work in place
+LEAST_ROWS = 1024  # of a chunk on a GPU, where the budget has room for them and the kernels work in place
 STARVED_ROWS = 256  # of a chunk: with fewer, two GEMMs through the library cost more than three inside kernels
 FUSED_ROWS = 16384  # of a chunk that has no logits, only its hidden states and partial statistics
 COLUMNS_PER_SPLIT = 4096  # of the vocabulary, whose statistics a fused forward pass takes apart: 12 bytes a row
@@ -110,6 +110,11 @@ class Work:
     @property
     def in_place(self) -> bool:
         """Whether row-wise work needs no memory of its own."""
+        return self.backend in ("native", "triton")
+
+    @property
+    def has_fused_products(self) -> bool:
+        """Whether statistics and recomputed residuals come out of the kernel that makes the logits."""
         return self.backend == "triton"
 
     @property
@@ -139,6 +144,12 @@ class Work:
             return itemsize
         wide = max(4, itemsize)
         return itemsize + (wide if itemsize < 4 else 0) + (2 * wide if self.softcap else 0)
+
+    @property
+    def product_bytes(self) -> int:
+        """A product of 16-bit operands before it joins its sum in fp32, which only GPUs add up as they multiply."""
+        is_apart = self.device.type == "cpu" and self.gemm_dtype.itemsize < 4 and self.needs_hidden
+        return self.rows * self.weight_row_bytes if is_apart else 0
 
     @property
     def fused_row_bytes(self) -> int:
@@ -227,7 +238,7 @@ def _choose(
     if schedule == "recompute":
         return "recompute", "asked for", None
     starved = work.rows > STARVED_ROWS and _most_bytes(budget) < STARVED_ROWS * work.vocab_size * work.logit_bytes
-    if schedule == "auto" and not trained and work.in_place and starved:
+    if schedule == "auto" and not trained and work.has_fused_products and starved:
         return "recompute", f"the budget has no room for the logits of {STARVED_ROWS} rows", None
     if schedule == "single_pass" or (schedule == "auto" and not trained):
         return "single_pass", "asked for" if schedule == "single_pass" else "the lm-head is frozen", None
@@ -259,12 +270,12 @@ def _sized(work: Work, name: str, reason: str, group_rows: int | None, budget: i
     most_bytes = _most_bytes(budget)
     chunk_bytes = min(CHUNK_BYTES[kind], most_bytes)
     recomputes = name == "recompute"
-    fused = work.in_place and (recomputes or name == "evaluation")
+    fused = work.has_fused_products and (recomputes or name == "evaluation")
     if fused:
         row_chunk = min(FUSED_ROWS, _fit(most_bytes, work.fused_row_bytes))
     else:
         row_chunk = min(CHUNK_ROWS[kind], _fit(chunk_bytes, work.vocab_size * work.logit_bytes))
-        if work.in_place:
+        if work.has_fused_products:
             row_chunk = max(row_chunk, min(LEAST_ROWS, _fit(most_bytes, work.vocab_size * work.logit_bytes)))
     vocab_slice = min(work.vocab_size, max(MIN_SLICE, _fit(chunk_bytes, work.column_bytes)))
     weight_slice = work.vocab_size
@@ -306,7 +317,10 @@ def _memory(
         return held, held + chunk, held
     if name == "recompute":
         sums = work.rows * work.hidden_size * max(4, work.gemm_dtype.itemsize)
-        return statistics, statistics + chunk, statistics + vocab_slice * work.column_bytes + 2 * hidden_rows + sums
+        # Row-wise work and the product with the weight take turns on top of the residual.
+        row_wise = vocab_slice * work.rows * (work.logit_bytes - work.gemm_dtype.itemsize)
+        columns = vocab_slice * work.column_bytes + max(work.product_bytes - row_wise, 0)
+        return statistics, statistics + chunk, statistics + columns + 2 * hidden_rows + sums
     # The residual is the logits' own buffer: of a chunk only what the row-wise work adds is on top of it.
     chunk -= chunk_rows * work.vocab_size * work.gemm_dtype.itemsize
     if group_rows is None:

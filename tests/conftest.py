@@ -26,9 +26,15 @@ if HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1":
     check_memory()
 
 
-@pytest.fixture(params=["torch", "triton"])
+@pytest.fixture(params=["torch", "native", "triton"])
 def backend(request, monkeypatch) -> str:
-    """Each of the backends in turn, chosen by backend="auto" on the CPU too; Triton is interpreted there."""
+    """Each of the backends in turn, chosen by backend="auto" on the CPU; Triton is interpreted there."""
+    from orpo_kernels.ops import why_not
+
+    if request.param == "torch":
+        monkeypatch.setattr("orpo_kernels.ops.CPUS", ())
+    if request.param == "native" and (reason := why_not("native", torch.device("cpu"))):
+        pytest.skip(reason)
     if request.param == "triton":
         if not HAS_TRITON:
             pytest.skip("triton is not installed")

@@ -5,6 +5,7 @@ A backend is a module with the functions of `torch_ops`, same names and signatur
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -13,8 +14,9 @@ from types import ModuleType
 import torch
 
 BACKENDS = ("auto", "torch", "native", "triton")
-MODULES = {"torch": ".torch_ops", "triton": ".triton"}
+MODULES = {"torch": ".torch_ops", "native": ".native", "triton": ".triton"}
 GPUS = ("cuda", "xpu")  # torch calls AMD's GPUs cuda as well
+CPUS = ("cpu",)  # where "auto" is native
 
 
 def backends() -> dict[str, str]:
@@ -28,7 +30,9 @@ def backends() -> dict[str, str]:
 
 
 def resolve(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
-    """The name of the backend that serves tensors on `device`: "auto" is Triton on a GPU and torch elsewhere.
+    """The name of the backend that serves tensors on `device`.
+
+    "auto" is Triton on a GPU and native on a CPU, where they can be used, and torch elsewhere.
 
     Raises:
         ValueError: a name that is not a backend.
@@ -37,7 +41,8 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype = torch.float
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, it must be one of {', '.join(map(repr, BACKENDS))}")
     if backend == "auto":
-        return "triton" if device.type in GPUS and why_not("triton", device, dtype) is None else "torch"
+        best = "triton" if device.type in GPUS else "native" if device.type in CPUS else "torch"
+        return best if why_not(best, device, dtype) is None else "torch"
     if reason := why_not(backend, device, dtype):
         raise RuntimeError(f'backend="{backend}": {reason}; use backend="auto" or backend="torch"')
     return backend
@@ -46,7 +51,12 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype = torch.float
 def why_not(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
     """Why a backend cannot serve tensors of `dtype` on `device`; None where it can."""
     if backend == "native":
-        return "the native CPU kernels are not part of this version"
+        if reason := _not_built():
+            return reason
+        if dtype == torch.float64:
+            return "float64 is for checking, which eager torch does; the native kernels take fp32, fp16 and bf16"
+        if device.type != "cpu":
+            return f"the tensors are on {device.type} and the native kernels run on a CPU"
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed"
@@ -54,6 +64,21 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype = torch.float
             return "float64 is for checking, which eager torch does; Triton's kernels take fp32, fp16 and bf16"
         if device.type not in GPUS and not is_interpreted():
             return f"the tensors are on {device.type} and Triton's kernels need a GPU (TRITON_INTERPRET=1 emulates one)"
+    return None
+
+
+@functools.cache
+def _not_built() -> str | None:
+    """Why there are no native kernels, and what to do; None where there are."""
+    if importlib.util.find_spec("orpo_kernels._native") is None:
+        return (
+            "the native CPU kernels were not built, for want of a C++17 compiler or of an install: "
+            "get g++ or clang and run `pip install .` in the source folder"
+        )
+    try:
+        importlib.import_module("orpo_kernels._native")
+    except ImportError as error:  # a processor or an ORPO_KERNELS_ISA without kernels, a build for another Python
+        return f"the native CPU kernels cannot be loaded: {error}"
     return None
 
 

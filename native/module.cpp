@@ -1,0 +1,229 @@
+// The Python module `orpo_kernels._native`. Tensors come in through DLPack, without a copy and without PyTorch's
+// headers; shapes, dtypes and indices are checked here, so that no kernel reads or writes where it should not.
+
+#include <cstdlib>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "dispatch.h"
+#include "kernels.h"
+#include "sequence_sums.h"
+#include "threads.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace orpo {
+
+namespace {
+
+using Array = nb::ndarray<nb::device::cpu>;
+
+const Kernels* kernels = nullptr;  // chosen when the module is imported
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Arguments
+// ---------------------------------------------------------------------------------------------------------------------
+
+std::string shape_of(const Array& array) {
+  std::string text = "(";
+  for (size_t i = 0; i < array.ndim(); ++i) text += (i ? ", " : "") + std::to_string(array.shape(i));
+  return text + ")";
+}
+
+[[noreturn]] void refuse(const std::string& message) {
+  throw std::invalid_argument("orpo_kernels._native: " + message);
+}
+
+std::string type_of(const Array& array) {
+  return std::to_string(array.dtype().bits) + " bits and DLPack's type code " + std::to_string(array.dtype().code);
+}
+
+void check_shape(const Array& array, const std::string& name, std::initializer_list<int64_t> wanted) {
+  bool is_right = array.ndim() == wanted.size();
+  std::string text;
+  size_t i = 0;
+  for (const int64_t size : wanted) {
+    is_right = is_right && (size < 0 || array.shape(i) == static_cast<size_t>(size));
+    text += (i++ ? ", " : "") + (size < 0 ? "any" : std::to_string(size));
+  }
+  if (!is_right) refuse(name + " has shape " + shape_of(array) + ", it must be (" + text + ")");
+}
+
+// A matrix whose columns lie side by side; its rows may lie anywhere.
+Matrix matrix(const Array& array, const std::string& name, int64_t rows = -1, int64_t columns = -1) {
+  check_shape(array, name, {rows, columns});
+  const auto code = static_cast<nb::dlpack::dtype_code>(array.dtype().code);
+  const bool is_float = code == nb::dlpack::dtype_code::Float;
+  DType dtype;
+  if (is_float && array.dtype().bits == 32) {
+    dtype = DType::fp32;
+  } else if (is_float && array.dtype().bits == 16) {
+    dtype = DType::fp16;
+  } else if (code == nb::dlpack::dtype_code::Bfloat && array.dtype().bits == 16) {
+    dtype = DType::bf16;
+  } else {
+    refuse(name + " has elements of " + type_of(array) + ", it must be float32, bfloat16 or float16");
+  }
+  if (array.shape(1) > 1 && array.stride(1) != 1)
+    refuse("the columns of " + name + " are " + std::to_string(array.stride(1)) +
+           " elements apart, they must lie side by side");
+  return {array.data(), static_cast<int64_t>(array.shape(0)), static_cast<int64_t>(array.shape(1)), array.stride(0),
+          dtype};
+}
+
+template <class T>
+T* vector(const Array& array, const std::string& name, int64_t size) {
+  check_shape(array, name, {size});
+  if (array.dtype() != nb::dtype<T>())
+    refuse(name + " has elements of " + type_of(array) + ", it must have " + std::to_string(nb::dtype<T>().bits) +
+           " and " + std::to_string(nb::dtype<T>().code));
+  if (size > 1 && array.stride(0) != 1)
+    refuse(name + " has stride " + std::to_string(array.stride(0)) + ", it must be 1");
+  return static_cast<T*>(array.data());
+}
+
+const int64_t* indices(const Array& array, const std::string& name, int64_t size, int64_t limit) {
+  const int64_t* index = vector<int64_t>(array, name, size);
+  for (int64_t i = 0; i < size; ++i)
+    if (index[i] < 0 || index[i] >= limit)
+      throw std::out_of_range("orpo_kernels._native: " + name + " holds " + std::to_string(index[i]) +
+                              ", it must be in [0, " + std::to_string(limit) + ")");
+  return index;
+}
+
+Transform transform(float scale, std::optional<float> softcap) { return {scale, softcap.value_or(0.0f)}; }
+
+// As many items as are worth waking a thread for.
+int64_t grain(int64_t width) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, width)); }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The functions
+// ---------------------------------------------------------------------------------------------------------------------
+
+void residual_(const Array& logits, const Array& target, const Array& log_odds, float scale,
+               std::optional<float> softcap, int threads) {
+  const Matrix z = matrix(logits, "logits");
+  const Logits a{z, indices(target, "target", z.rows, z.columns), transform(scale, softcap)};
+  double* m = vector<double>(log_odds, "log_odds", z.rows);
+  const nb::gil_scoped_release release;
+  const int64_t room = scratch_floats(z.columns);
+  const std::unique_ptr<float[]> scratch(new float[room * threads]);
+  for_ranges(threads, z.rows, grain(z.columns), [&](int thread, int64_t begin, int64_t end) {
+    kernels->residual(a, m, begin, end, scratch.get() + thread * room);
+  });
+}
+
+void statistics(const Array& logits, const Array& target, const Array& log_odds, const Array& lse_others, float scale,
+                std::optional<float> softcap, int threads) {
+  const Matrix z = matrix(logits, "logits");
+  const Logits a{z, indices(target, "target", z.rows, z.columns), transform(scale, softcap)};
+  double* m = vector<double>(log_odds, "log_odds", z.rows);
+  double* lse = vector<double>(lse_others, "lse_others", z.rows);
+  const nb::gil_scoped_release release;
+  for_ranges(threads, z.rows, grain(z.columns),
+             [&](int, int64_t begin, int64_t end) { kernels->statistics(a, m, lse, begin, end); });
+}
+
+void recomputed_residual_(const Array& logits, const Array& target, const Array& lse_others, float scale,
+                          std::optional<float> softcap, int threads) {
+  const Matrix z = matrix(logits, "logits");
+  const Logits a{z, vector<int64_t>(target, "target", z.rows), transform(scale, softcap)};
+  const double* lse = vector<double>(lse_others, "lse_others", z.rows);
+  const nb::gil_scoped_release release;
+  for_ranges(threads, z.rows, grain(z.columns),
+             [&](int, int64_t begin, int64_t end) { kernels->recomputed_residual(a, lse, begin, end); });
+}
+
+void gather_rows(const Array& hidden, const Array& position, const std::optional<Array>& coefficient, const Array& out,
+                 int threads) {
+  const Matrix from = matrix(hidden, "hidden");
+  const Matrix to = matrix(out, "out", -1, from.columns);
+  const GatherRows a{from, to, indices(position, "position", to.rows, from.rows),
+                     coefficient ? vector<float>(*coefficient, "coefficient", to.rows) : nullptr};
+  const nb::gil_scoped_release release;
+  for_ranges(threads, to.rows, grain(to.columns),
+             [&](int, int64_t begin, int64_t end) { kernels->gather_rows(a, begin, end); });
+}
+
+void scatter_rows_(const Array& out, const Array& position, const Array& rows, const Array& coefficient, int threads) {
+  const Matrix to = matrix(out, "out");
+  const Matrix from = matrix(rows, "rows", -1, to.columns);
+  const ScatterRows a{to, from, indices(position, "position", from.rows, to.rows),
+                      vector<float>(coefficient, "coefficient", from.rows)};
+  const nb::gil_scoped_release release;
+  // A cache line at least: two threads never write to the same one.
+  const int64_t columns = std::max<int64_t>(64, ((to.columns + threads - 1) / std::max(threads, 1) + 63) / 64 * 64);
+  for_ranges(threads, to.columns, columns,
+             [&](int, int64_t begin, int64_t end) { kernels->scatter_rows(a, begin, end); });
+}
+
+void sums(const Array& log_odds, const Array& sequence, const Array& scored, const Array& nll_weight,
+          const Array& mean_logps, const Array& scored_rows, const Array& nll) {
+  check_shape(log_odds, "log_odds", {-1});
+  check_shape(mean_logps, "mean_logps", {-1});
+  const int64_t rows = log_odds.shape(0), sequences = mean_logps.shape(0);
+  const SequenceSums a{
+      vector<double>(log_odds, "log_odds", rows),
+      indices(sequence, "sequence", rows, sequences),
+      vector<bool>(scored, "scored", rows),
+      vector<double>(nll_weight, "nll_weight", rows),
+      rows,
+      vector<double>(mean_logps, "mean_logps", sequences),
+      vector<double>(scored_rows, "scored_rows", sequences),
+      vector<double>(nll, "nll", sequences),
+      sequences,
+  };
+  const nb::gil_scoped_release release;
+  sequence_sums(a);
+}
+
+void exp_into(const Array& x, const Array& out, int64_t repeats, int threads) {
+  check_shape(x, "x", {-1});
+  const int64_t count = x.shape(0);
+  const float* from = vector<float>(x, "x", count);
+  float* to = vector<float>(out, "out", count * threads);
+  const nb::gil_scoped_release release;
+  for_ranges(threads, threads, 1, [&](int, int64_t begin, int64_t) {
+    for (int64_t i = 0; i < repeats; ++i) kernels->exp(from, to + begin * count, count);
+  });
+}
+
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (const Kernels* supported : supported_kernels()) names.emplace_back(supported->isa);
+  return names;
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  const char* isa = std::getenv("ORPO_KERNELS_ISA");
+  kernels = &select_kernels(isa ? isa : "");
+
+  m.doc() = "The row-wise operations of orpo_kernels on a CPU; `orpo_kernels.ops.native` is how they are called.";
+  m.def("residual_", residual_, "logits"_a, "target"_a, "log_odds"_a, "scale"_a, "softcap"_a.none(), "threads"_a);
+  m.def("statistics", statistics, "logits"_a, "target"_a, "log_odds"_a, "lse_others"_a, "scale"_a, "softcap"_a.none(),
+        "threads"_a);
+  m.def("recomputed_residual_", recomputed_residual_, "logits"_a, "target"_a, "lse_others"_a, "scale"_a,
+        "softcap"_a.none(), "threads"_a);
+  m.def("gather_rows", gather_rows, "hidden"_a, "position"_a, "coefficient"_a.none(), "out"_a, "threads"_a);
+  m.def("scatter_rows_", scatter_rows_, "out"_a, "position"_a, "rows"_a, "coefficient"_a, "threads"_a);
+  m.def("sequence_sums", sums, "log_odds"_a, "sequence"_a, "scored"_a, "nll_weight"_a, "mean_logps"_a,
+        "scored_rows"_a, "nll"_a);
+  m.def("exp", exp_into, "x"_a, "out"_a, "repeats"_a, "threads"_a,
+        "exp(x) into `out`, which has room for it once a thread; to be tested, and timed by `repeats`.");
+  m.def("isa", [] { return std::string(kernels->isa); }, "The instruction set whose kernels run.");
+  m.def("isas", isas, "The instruction sets that this processor has kernels for, the best first.");
+  m.def("thread_source", thread_source, "The OpenMP library whose threads are used, or \"std::thread\".");
+}
+
+}  // namespace orpo

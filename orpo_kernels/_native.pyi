@@ -1,0 +1,44 @@
+"""The C++ module that `native/module.cpp` defines; it is there where a compiler was when the package was installed.
+
+Matrices may have rows that lie apart. Whatever the kernels write into comes as an argument.
+"""
+
+from torch import Tensor
+
+def residual_(
+    logits: Tensor, target: Tensor, log_odds: Tensor, scale: float, softcap: float | None, threads: int
+) -> None: ...
+def statistics(
+    logits: Tensor,
+    target: Tensor,
+    log_odds: Tensor,
+    lse_others: Tensor,
+    scale: float,
+    softcap: float | None,
+    threads: int,
+) -> None: ...
+def recomputed_residual_(
+    logits: Tensor, target: Tensor, lse_others: Tensor, scale: float, softcap: float | None, threads: int
+) -> None: ...
+def gather_rows(hidden: Tensor, position: Tensor, coefficient: Tensor | None, out: Tensor, threads: int) -> None: ...
+def scatter_rows_(out: Tensor, position: Tensor, rows: Tensor, coefficient: Tensor, threads: int) -> None: ...
+def sequence_sums(
+    log_odds: Tensor,
+    sequence: Tensor,
+    scored: Tensor,
+    nll_weight: Tensor,
+    mean_logps: Tensor,
+    scored_rows: Tensor,
+    nll: Tensor,
+) -> None: ...
+def exp(x: Tensor, out: Tensor, repeats: int, threads: int) -> None:
+    """exp(x) into `out`, which has room for it once a thread; to be tested, and timed by `repeats`."""
+
+def isa() -> str:
+    """The instruction set whose kernels run."""
+
+def isas() -> list[str]:
+    """The instruction sets that this processor has kernels for, the best first."""
+
+def thread_source() -> str:
+    """The OpenMP library whose threads are used, or "std::thread"."""

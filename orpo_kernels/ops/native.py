@@ -1,0 +1,106 @@
+"""The operations of `torch_ops` as C++ kernels (`native/`), for fp32, bf16 and fp16 tensors on a CPU.
+
+Matrix products are the library's; what stands between them is one pass over the logits, in place and without memory of
+its own but a row a thread. On as many threads as torch itself uses, and the same bits on any number of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from .. import _native
+from ..gemm import WeightSlices, project, project_slice
+from ..objective import SequenceSums, odds_ratio
+from ..rows import Rows
+
+
+def call(function: Any, *arguments: Any) -> None:
+    """`function(*arguments)`, which writes into some of them; nothing for tensors without data."""
+    if any(isinstance(argument, FakeTensor) for argument in arguments):
+        return
+    # DLPack refuses tensors that require grad; kernels read vectors with stride 1.
+    function(*(prepared(argument) if isinstance(argument, Tensor) else argument for argument in arguments))
+
+
+def prepared(tensor: Tensor) -> Tensor:
+    """Without its history, a vector with its numbers side by side; those that are written are made so."""
+    tensor = tensor.detach()
+    return tensor.contiguous() if tensor.dim() == 1 else tensor
+
+
+def project_log_odds(
+    x: Tensor,
+    weight: WeightSlices,
+    bias: Tensor | None,
+    target: Tensor,
+    logit_scale: float,
+    logit_softcap: float | None,
+    buffer: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See `torch_ops.project_log_odds`."""
+    logits = x.new_empty(x.shape[0], weight.vocab_size) if buffer is None else buffer[: x.shape[0]]
+    project(x, weight, bias, logits)
+    log_odds = x.new_empty(x.shape[0], dtype=torch.float64)
+    lse_others = torch.empty_like(log_odds)
+    threads = torch.get_num_threads()
+    call(_native.statistics, logits, target, log_odds, lse_others, logit_scale, logit_softcap, threads)
+    return log_odds, lse_others
+
+
+def residual_(logits: Tensor, target: Tensor, logit_scale: float, logit_softcap: float | None) -> Tensor:
+    """See `torch_ops.residual_`. The rows of `logits` may lie apart, its columns not."""
+    log_odds = logits.new_empty(logits.shape[0], dtype=torch.float64)
+    call(_native.residual_, logits, target, log_odds, logit_scale, logit_softcap, torch.get_num_threads())
+    return log_odds
+
+
+def project_residual(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    lse_others: Tensor,
+    logit_scale: float,
+    logit_softcap: float | None,
+    out: Tensor,
+) -> None:
+    """See `torch_ops.project_residual`."""
+    project_slice(x, w, bias, out)
+    threads = torch.get_num_threads()
+    call(_native.recomputed_residual_, out, target, lse_others, logit_scale, logit_softcap, threads)
+
+
+def gather_rows(hidden: Tensor, position: Tensor, coefficient: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """See `torch_ops.gather_rows`."""
+    hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
+    out = hidden.new_empty(position.shape[0], hidden.shape[1], dtype=dtype)
+    coefficient = None if coefficient is None else coefficient.float()
+    call(_native.gather_rows, hidden, position, coefficient, out, torch.get_num_threads())
+    return out
+
+
+def scatter_rows_(out: Tensor, position: Tensor, rows: Tensor, coefficient: Tensor) -> None:
+    """See `torch_ops.scatter_rows_`."""
+    call(_native.scatter_rows_, out, position, rows, coefficient.float(), torch.get_num_threads())
+
+
+def sequence_sums(token_log_odds: Tensor, rows: Rows) -> SequenceSums:
+    """See `objective.sequence_sums`."""
+    sums = [token_log_odds.new_empty(2 * rows.num_pairs) for _ in SequenceSums._fields]
+    call(_native.sequence_sums, token_log_odds, rows.sequence, rows.scored, rows.nll_weight, *sums)
+    return SequenceSums(*sums)
+
+
+__all__ = [
+    "gather_rows",
+    "odds_ratio",
+    "project_log_odds",
+    "project_residual",
+    "residual_",
+    "scatter_rows_",
+    "sequence_sums",
+]
