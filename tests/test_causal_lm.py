@@ -15,112 +15,16 @@ pytest.importorskip("transformers")
 
 import transformers
 
-from orpo_kernels import ORPOOutput, reference
+from orpo_kernels import reference
 from orpo_kernels.transformers import causal_lm_orpo_loss, probe, resolve_lm_head
 
-VOCAB = 97
-SIZES = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    # Weights ten times as large as usual, so that logits reach the soft-caps.
-    "initializer_range": 0.2,
-}
-GPT2 = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.2}
-WITHOUT_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-FALCON_H1 = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_ssm": 64, "mamba_d_state": 8, "num_key_value_heads": 4}
+from .models import MODELS, SIZES, VOCAB, assert_same, build, by_logits, gradients, make_batch
 
-# Name of the architecture, and what its config says beyond the sizes.
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "Llama": ("Llama", {}),
-    "Llama, tied": ("Llama", {"tie_word_embeddings": True}),
-    "Mistral": ("Mistral", {}),
-    "Qwen2": ("Qwen2", {}),
-    "Qwen2, tied": ("Qwen2", {"tie_word_embeddings": True}),
-    "Mixtral": ("Mixtral", {"num_local_experts": 4}),
-    "Gemma2: soft-cap, tied": ("Gemma2", {"final_logit_softcapping": 2.0, "tie_word_embeddings": True}),
-    "Gemma2 without soft-cap": ("Gemma2", {"final_logit_softcapping": None}),
-    "Gemma3: soft-cap": ("Gemma3Text", {"final_logit_softcapping": 2.0}),
-    "Cohere: factor, tied": ("Cohere", {"logit_scale": 0.25, "tie_word_embeddings": True}),
-    "Granite: divisor": ("Granite", {"logits_scaling": 4.0}),
-    "HyperCLOVAX: factor under Granite's name": ("HyperCLOVAX", {"logits_scaling": 4.0}),
-    "FalconH1: factor": ("FalconH1", {"lm_head_multiplier": 3.0, **FALCON_H1}),
-    "RecurrentGemma: soft-cap": ("RecurrentGemma", {"logits_soft_cap": 0.5, "lru_width": 32}),
-    "Phi: bias": ("Phi", {}),
-    "GPT-2: absolute positions, tied": ("GPT2", {}),
-}
 each_model = pytest.mark.parametrize("name", MODELS)
-
-
-def build(name: str, **changes: Any) -> nn.Module:
-    architecture, extra = MODELS[name]
-    sizes = {**GPT2, **WITHOUT_DROPOUT} if architecture == "GPT2" else SIZES
-    config = getattr(transformers, f"{architecture}Config")(
-        **{"tie_word_embeddings": False, **sizes, **extra, **changes}
-    )
-    if architecture == "GPT2":
-        config.tie_word_embeddings = True
-    torch.manual_seed(1)
-    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
 def llama(**changes: Any) -> nn.Module:
     return build("Llama", **changes)
-
-
-def make_batch(left: bool = False) -> dict[str, Tensor]:
-    """Two pairs of different lengths, and prompts of 4 tokens."""
-    generator = torch.Generator().manual_seed(3)
-    lengths, prompt = [12, 9, 10, 7], 4
-    batch = {"input_ids": torch.zeros(4, 12), "attention_mask": torch.zeros(4, 12), "labels": torch.full((4, 12), -100)}
-    batch = {key: value.long() for key, value in batch.items()}
-    for row, length in enumerate(lengths):
-        ids = torch.randint(3, VOCAB, (length,), generator=generator)
-        place = slice(12 - length, 12) if left else slice(0, length)
-        batch["input_ids"][row, place] = ids
-        batch["attention_mask"][row, place] = 1
-        batch["labels"][row, place] = torch.where(torch.arange(length) < prompt, -100, ids)
-    return batch
-
-
-def by_logits(model: nn.Module, batch: dict[str, Tensor], prompt_nll: bool = True, **options: Any) -> ORPOOutput:
-    """The definition in float64 on the model's own logits, which pass for hidden states of an identity head."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-    mask, labels = batch["attention_mask"], batch["labels"]
-    after_token = nn.functional.pad(mask[:, :-1], (1, 0))
-    nll = torch.where(mask * after_token == 1, batch["input_ids"] if prompt_nll else labels, -100)
-    identity = torch.eye(logits.shape[-1], dtype=torch.float64)
-    return reference.orpo_loss(
-        logits.double(), identity, labels, nll_labels=nll[: len(labels) // 2], shift=True, **options
-    )
-
-
-def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    model.zero_grad(set_to_none=True)
-    loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same(ours: ORPOOutput, theirs: ORPOOutput, model: nn.Module, tolerance: float = 2e-5) -> None:
-    for field in ("loss", "nll_loss", "or_loss", "chosen_logps", "rejected_logps", "log_odds"):
-        torch.testing.assert_close(
-            getattr(ours, field).double(), getattr(theirs, field).double(), rtol=tolerance, atol=tolerance, msg=field
-        )
-    expected, found = gradients(model, theirs.loss), gradients(model, ours.loss)
-    assert found.keys() == expected.keys()
-    assert found
-    largest = max(float(grad.norm()) for grad in expected.values())
-    for name, grad in expected.items():
-        difference = float((found[name] - grad).norm())
-        assert difference <= 10 * tolerance * float(grad.norm()) + 1e-6 * largest, name
 
 
 # --- models --------------------------------------------------------------------------------------------------------

@@ -94,9 +94,10 @@ def wants_router_loss(model: PreTrainedModel) -> bool:
 
 
 def router_loss_coef(model: PreTrainedModel) -> float:
-    """What the model multiplies its router loss by, before it adds it."""
-    config = model.config.get_text_config(decoder=True)
-    return getattr(model, "router_aux_loss_coef", getattr(config, "router_aux_loss_coef", None)) or 0.0
+    """What the model multiplies its router loss by, before it adds it. 0 for a model that has none."""
+    places = (model, model.config.get_text_config(decoder=True))
+    coefs = [getattr(place, name, None) for place in places for name in ("router_aux_loss_coef", "aux_loss_coef")]
+    return next((coef for coef in coefs if coef is not None), 0.0)
 
 
 def _router_loss(model: PreTrainedModel, output: Any, attention_mask: Tensor | None) -> Tensor:
@@ -122,7 +123,7 @@ def shared_prompt_mask(model: PreTrainedModel, packed: PackedPairs) -> Any:
     """The 4-D mask of `packed` in the form that the model's attention takes, or one for each kind of its layers."""
     config = model.config.get_text_config(decoder=True)
     forms = {"sdpa": _boolean_mask, "eager": _additive_mask, "flex_attention": _block_mask}
-    form, window = forms[config._attn_implementation], getattr(config, "sliding_window", None)
+    form, window = forms[config._attn_implementation], getattr(config, "sliding_window", None) or None
     kinds = layer_kinds(config)
     if "sliding_attention" in kinds:
         windows = {"full_attention": None, "sliding_attention": window}

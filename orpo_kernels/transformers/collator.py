@@ -103,16 +103,8 @@ class PreferenceCollator:
         pairs = [self._tokenized(index, example) for index, example in enumerate(examples)]
         if not pairs:
             raise ValueError("The batch holds no pair; give the collator at least one example.")
-        padding_id = _padding_id(self.tokenizer)
-        if self.packing == "shared":
-            return pack_pairs(pairs, padding_id)
-        ids = [pair[f"{side}_input_ids"] for side in SIDES for pair in pairs]
-        labels = [pair[f"{side}_labels"] for side in SIDES for pair in pairs]
-        return {
-            "input_ids": _pad(ids, padding_id),
-            "attention_mask": _pad([[1] * len(row) for row in ids], 0),
-            "labels": _pad(labels, IGNORE_INDEX),
-        }
+        make = pack_pairs if self.packing == "shared" else pad_pairs
+        return make(pairs, _padding_id(self.tokenizer))
 
     def _tokenized(self, index: int, example: Mapping[str, Any]) -> Mapping[str, Any]:
         try:
@@ -378,6 +370,17 @@ def _checked(pair: Mapping[str, Any], max_length: int | None) -> Mapping[str, An
         if max_length is not None and len(ids) > max_length:
             raise UnusablePair(f"its {side} side was tokenised to {len(ids)} tokens, more than max_length={max_length}")
     return pair
+
+
+def pad_pairs(pairs: Sequence[Mapping[str, Any]], padding_id: int) -> dict[str, Tensor]:
+    """The padded batch of tokenised pairs."""
+    ids = [pair[f"{side}_input_ids"] for side in SIDES for pair in pairs]
+    labels = [pair[f"{side}_labels"] for side in SIDES for pair in pairs]
+    return {
+        "input_ids": _pad(ids, padding_id),
+        "attention_mask": _pad([[1] * len(row) for row in ids], 0),
+        "labels": _pad(labels, IGNORE_INDEX),
+    }
 
 
 def _padding_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -55,6 +55,8 @@ def _known_obstacle(inner: PreTrainedModel, config: PreTrainedConfig) -> str | N
         return "its ALiBi measures distances along the row, not by position_ids"
     if "local" in getattr(config, "attention_layers", ()):  # GPT-Neo
         return "the window of its local attention runs along the row, not by position_ids"
+    if getattr(config, "keep_window_size", None):  # Doge
+        return "its attention chooses among the keys of the row"
     if strange := [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]:
         return f"it has layers of the kind {strange[0]}"
     if "position_ids" not in inspect.signature(inner.base_model.forward).parameters:
@@ -120,7 +122,7 @@ def _tolerance(hidden: Tensor) -> float:
 def _short_window(config: PreTrainedConfig) -> Iterator[None]:
     """A sliding window so short that it must show. Models read it from the config when they make their masks."""
     window = getattr(config, "sliding_window", None)
-    if window is None:
+    if not window:
         yield
         return
     config.sliding_window = min(window, PROBE_WINDOW)
