@@ -22,7 +22,7 @@ from .lm_head import LMHead, head_layers, match_dtype
 PROBE_TOKENS = 8
 # Both sides compute the same products in the same dtype. They differ by the roundings of the transform, which a model
 # may do in low precision, and by how a GPU rounds float32 products (TF32). Relative to the largest logit.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 _LARGE_LOGIT = 64.0  # beyond every soft-cap in use
 
 _verified: weakref.WeakKeyDictionary[nn.Module, tuple] = weakref.WeakKeyDictionary()
@@ -73,7 +73,7 @@ def _compare(model: nn.Module, inner: PreTrainedModel, head: LMHead, tokens: Ten
     if ours.shape != theirs.shape:
         raise _refusal(inner, head, f"its logits have shape {tuple(theirs.shape)}, ours {tuple(ours.shape)}")
     difference = float((ours - theirs).abs().max() / theirs.abs().max())
-    tolerance = TOLERANCE[nn.functional.linear(match_dtype(hidden, head.weight)[:, :1], head.weight).dtype]
+    tolerance = _TOLERANCE[nn.functional.linear(match_dtype(hidden, head.weight)[:, :1], head.weight).dtype]
     if not difference <= tolerance:  # NaN is a difference, too
         raise _refusal(inner, head, f"its logits differ by {difference:.2g} of the largest (allowed: {tolerance:.0e})")
     if aux_loss is not None and not torch.isclose(aux_loss, output.aux_loss, rtol=tolerance):

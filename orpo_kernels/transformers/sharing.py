@@ -16,12 +16,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .body import SHARED_PROMPT_ATTENTION, layer_kinds, run_body, unwrap, wants_router_loss
-from .packing import IGNORE_INDEX, SIDES, PackedPairs, pack_pairs
-from .probe import TOLERANCE, undisturbed
+from .packing import IGNORE_INDEX, SIDES, pack_pairs
+from .probe import undisturbed
 
 # Lengths of prompt, chosen and rejected answer. They pack into two rows: one pair, then two pairs and a padding token.
-PROBE_PAIRS = ((3, 4, 3), (2, 2, 1), (2, 1, 1))
+PROBE_PAIRS = ((5, 8, 7), (4, 4, 3), (3, 3, 2))
 PROBE_WINDOW = 3  # shorter than these sequences, so that a sliding window must show
+# Of the mean over a segment of |shared - alone| / |alone|. SmolLM2-135M has 2e-6 in float32, 4e-3 in float16, 3e-2 in
+# bfloat16, and 0.3 where positions are wrong. Float32 may be TF32 on a GPU, as coarse as float16.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 3e-2, torch.bfloat16: 8e-2}
 _ALIBI = ("bloom", "mpt")
 
 _tried: weakref.WeakKeyDictionary[nn.Module, tuple] = weakref.WeakKeyDictionary()
@@ -69,7 +72,7 @@ def _known_obstacle(inner: PreTrainedModel, config: PreTrainedConfig) -> str | N
 def _trial(inner: PreTrainedModel, config: PreTrainedConfig) -> str | None:
     """Compare the hidden states of every sequence in a shared row with those of the sequence alone."""
     device = inner.get_input_embeddings().weight.device
-    pairs = [_pair(lengths, 10 * index, config.vocab_size) for index, lengths in enumerate(PROBE_PAIRS)]
+    pairs = [_pair(lengths, 20 * index, config.vocab_size) for index, lengths in enumerate(PROBE_PAIRS)]
     batch = pack_pairs(pairs, padding_id=0)
     packed = batch["packed"].to(device)
     try:
@@ -83,18 +86,20 @@ def _trial(inner: PreTrainedModel, config: PreTrainedConfig) -> str | None:
         for side, name in enumerate(SIDES):
             ids = torch.tensor([pair[f"{name}_input_ids"]], device=device)
             alone = run_body(inner, ids, None).hidden[0]
-            difference = _difference(shared[_sequence(packed, index, side)], alone)
-            if not difference <= _tolerance(alone):  # NaN is a difference, too
-                return (
-                    f"the hidden states of a {name} sequence differ by {difference:.2g} from those of the sequence "
-                    f"alone (allowed: {_tolerance(alone):.0e})"
-                )
+            prompt, answer = alone.split([PROBE_PAIRS[index][0], PROBE_PAIRS[index][1 + side]])
+            for segment, expected in ((3 * index, prompt), (3 * index + 1 + side, answer)):
+                difference = _difference(shared[packed.segments == segment], expected)
+                if not difference <= _tolerance(alone):  # NaN is a difference, too
+                    return (
+                        f"the hidden states of a {name} sequence differ by {difference:.2g} from those of the "
+                        f"sequence alone (allowed: {_tolerance(alone):.0e})"
+                    )
     return None
 
 
 def _pair(lengths: tuple[int, int, int], start: int, vocab_size: int) -> dict[str, list[int]]:
     """A pair of tokens from all over the vocabulary."""
-    prompt, chosen, rejected = torch.arange(start, start + sum(lengths)).mul(max(1, vocab_size // 29)).split(lengths)
+    prompt, chosen, rejected = torch.arange(start, start + sum(lengths)).mul(max(1, vocab_size // 60)).split(lengths)
     pair = {}
     for name, answer in zip(SIDES, (chosen, rejected), strict=True):
         ids = ((torch.cat((prompt, answer)) + 4) % vocab_size).tolist()
@@ -103,14 +108,10 @@ def _pair(lengths: tuple[int, int, int], start: int, vocab_size: int) -> dict[st
     return pair
 
 
-def _sequence(packed: PackedPairs, index: int, side: int) -> Tensor:
-    """(R, T) bool: the tokens of one sequence, which lie in their order."""
-    return (packed.segments == 3 * index) | (packed.segments == 3 * index + 1 + side)
-
-
 def _difference(shared: Tensor, alone: Tensor) -> float:
-    """The largest of any token, relative to the norm of its hidden state."""
-    return float(((shared - alone).norm(dim=-1) / alone.norm(dim=-1)).max())
+    """The mean over tokens of the distance, relative to the norm."""
+    shared, alone = shared.float(), alone.float()
+    return float(((shared - alone).norm(dim=-1) / alone.norm(dim=-1)).mean())
 
 
 def _tolerance(hidden: Tensor) -> float:
