@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import Any, NamedTuple
 
@@ -105,15 +106,19 @@ def _router_loss(model: PreTrainedModel, output: Any, attention_mask: Tensor | N
     modules = [sys.modules[cls.__module__] for cls in type(model).__mro__]
     functions = (getattr(module, "load_balancing_loss_func", None) for module in modules)
     function = next((function for function in functions if function is not None), None)
-    counts = [getattr(model, name, None) for name in ("num_experts", "num_experts_per_tok")]
-    router_logits = getattr(output, "router_logits", None)
-    if function is None or router_logits is None or None in counts:
+    arguments = {
+        "gate_logits": getattr(output, "router_logits", None),
+        "num_experts": getattr(model, "num_experts", None),
+        "top_k": getattr(model, "num_experts_per_tok", None),
+    }
+    known = function is not None and set(inspect.signature(function).parameters) == {*arguments, "attention_mask"}
+    if function is None or not known or not all(arguments.values()):
         raise ValueError(
-            f"{type(model).__name__} asks for a router loss (config.output_router_logits=True), but its body does not "
-            "offer what that is computed from (router_logits, load_balancing_loss_func, num_experts, "
-            "num_experts_per_tok). Set model.config.output_router_logits = False to train without it."
+            f"{type(model).__name__} asks for a router loss (config.output_router_logits=True), but does not offer "
+            "what Mixtral computes it from: its body's router_logits, num_experts, num_experts_per_tok, and "
+            "load_balancing_loss_func. Set model.config.output_router_logits = False to train without it."
         )
-    return function(router_logits, *counts, attention_mask)
+    return function(**arguments, attention_mask=attention_mask)
 
 
 # --- attention masks of rows that share their prompt ---------------------------------------------------------------
