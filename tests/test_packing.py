@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 from orpo_kernels import Rows
 from orpo_kernels.rows import rows_from_labels
 from orpo_kernels.transformers import PackedPairs, PreferenceCollator, causal_lm_orpo_loss
-from orpo_kernels.transformers.body import _block_mask
+from orpo_kernels.transformers.body import block_mask
 from orpo_kernels.transformers.collator import pad_pairs
 from orpo_kernels.transformers.packing import first_fit_decreasing, pack_pairs
 
@@ -194,7 +194,7 @@ def test_a_flex_attention_mask_is_the_same_mask():
     model = build("Llama")
     packed = pack_pairs(make_pairs(), 0)["packed"]
     for window in (None, 3):
-        mask = _block_mask(model, packed, window)
+        mask = block_mask(model, packed, window)
         assert torch.equal(create_mask(mask.mask_mod, 2, 1, 15, 15, "cpu"), packed.attention_mask(window))
         assert mask.shape == (2, 1, 15, 15)
 

@@ -72,12 +72,12 @@ def run_body(
     """Call the body as the model's own forward calls it. With `packed`, `attention_mask` is not read."""
     arguments: dict[str, Any] = {"attention_mask": attention_mask}
     if packed is not None:
-        mask = shared_prompt_mask(model, packed)
-        arguments = {"attention_mask": mask, "position_ids": packed.position_ids}
-    if not wants_router_loss(model):
-        return BodyOutput(model.base_model(input_ids=input_ids, use_cache=False, **arguments)[0], None)
-    output = model.base_model(input_ids=input_ids, use_cache=False, output_router_logits=True, **arguments)
-    return BodyOutput(output[0], _router_loss(model, output, attention_mask))
+        arguments = {"attention_mask": shared_prompt_mask(model, packed), "position_ids": packed.position_ids}
+    routed = wants_router_loss(model)
+    if routed:
+        arguments["output_router_logits"] = True
+    output = model.base_model(input_ids=input_ids, use_cache=False, **arguments)
+    return BodyOutput(output[0], _router_loss(model, output, attention_mask) if routed else None)
 
 
 def last_hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -124,27 +124,6 @@ def _router_loss(model: PreTrainedModel, output: Any, attention_mask: Tensor | N
 # --- attention masks of rows that share their prompt ---------------------------------------------------------------
 
 
-def shared_prompt_mask(model: PreTrainedModel, packed: PackedPairs) -> Any:
-    """The 4-D mask of `packed` in the form that the model's attention takes, or one for each kind of its layers."""
-    config = model.config.get_text_config(decoder=True)
-    forms = {"sdpa": _boolean_mask, "eager": _additive_mask, "flex_attention": _block_mask}
-    form, window = forms[config._attn_implementation], getattr(config, "sliding_window", None) or None
-    kinds = layer_kinds(config)
-    if "sliding_attention" in kinds:
-        windows = {"full_attention": None, "sliding_attention": window}
-        return {kind: form(model, packed, windows[kind]) for kind in kinds}
-    # Models without kinds of layers (Mistral, StarCoder2) have the window in all of them.
-    return form(model, packed, None if kinds else window)
-
-
-SHARED_PROMPT_ATTENTION = ("sdpa", "eager", "flex_attention")
-
-
-def layer_kinds(config: PreTrainedConfig) -> list[str]:
-    """The kinds of attention (or other mixing) that the config lists for the layers; [] where it lists none."""
-    return sorted(set(getattr(config, "layer_types", None) or ()))
-
-
 def _boolean_mask(model: PreTrainedModel, packed: PackedPairs, window: int | None) -> Tensor:
     return packed.attention_mask(window)
 
@@ -155,8 +134,8 @@ def _additive_mask(model: PreTrainedModel, packed: PackedPairs, window: int | No
     return torch.zeros_like(visible, dtype=model.dtype).masked_fill(~visible, torch.finfo(model.dtype).min)
 
 
-def _block_mask(model: PreTrainedModel, packed: PackedPairs, window: int | None) -> Any:
-    """FlexAttention skips blocks that nothing is seen in: the other answers and the other pairs cost nothing."""
+def block_mask(model: PreTrainedModel, packed: PackedPairs, window: int | None) -> Any:
+    """FlexAttention skips blocks in which nothing is seen: the other answers and the other pairs cost nothing."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     rows, width = packed.segments.shape
@@ -168,3 +147,24 @@ def _block_mask(model: PreTrainedModel, packed: PackedPairs, window: int | None)
         KV_LEN=width,
         device=packed.segments.device,
     )
+
+
+# The attention implementations that take a 4-D mask, and in which form.
+MASKS = {"sdpa": _boolean_mask, "eager": _additive_mask, "flex_attention": block_mask}
+
+
+def shared_prompt_mask(model: PreTrainedModel, packed: PackedPairs) -> Any:
+    """The 4-D mask of `packed` in the form that the model's attention takes, or one for each kind of its layers."""
+    config = model.config.get_text_config(decoder=True)
+    mask, window = MASKS[config._attn_implementation], getattr(config, "sliding_window", None) or None
+    kinds = layer_kinds(config)
+    if "sliding_attention" in kinds:
+        windows = {"full_attention": None, "sliding_attention": window}
+        return {kind: mask(model, packed, windows[kind]) for kind in kinds}
+    # Models without kinds of layers (Mistral, StarCoder2) have the window in all of them.
+    return mask(model, packed, None if kinds else window)
+
+
+def layer_kinds(config: PreTrainedConfig) -> list[str]:
+    """The kinds of attention (or other mixing) that the config lists for the layers; [] where it lists none."""
+    return sorted(set(getattr(config, "layer_types", None) or ()))

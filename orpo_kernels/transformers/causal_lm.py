@@ -45,9 +45,10 @@ def causal_lm_orpo_loss(
     """ORPO loss of one batch, without its logits: a padded one, or one whose rows share their prompts.
 
     Args:
-        model: a `transformers` causal LM, or a `peft` model around one (adapters in the body, or `modules_to_save` on
-            the head). Its body is called as its own forward calls it; no forward is copied or patched. The first call
-            also runs the model's own forward on a few tokens, to check that its head is what it seems (`probe.py`).
+        model: a `transformers` causal LM, or a `peft` model around one (adapters in the body, LoRA or `modules_to_save`
+            on the head). Its body is called as its own forward calls it; no forward is copied or patched. The first
+            call also runs the model's own forward on a few tokens, to check that its head is what it seems
+            (`probe.py`).
         input_ids: (2B, T) int64, the B chosen sequences first, then the rejected ones in the same order; (R, T) with
             `packed`.
         attention_mask: (2B, T) int or bool, 1 on tokens and 0 on padding, on either side; None if there is no padding.
@@ -72,7 +73,7 @@ def causal_lm_orpo_loss(
 
     Raises `TypeError` or `ValueError`, naming what was given and what is needed, for inputs that do not fit together,
     for an option that is not the caller's to give, and for a model that cannot be served (`body.py`, `lm_head.py`,
-    `probe.py`).
+    `probe.py`, `sharing.py`).
     """
     _check_options(options)
     inner = unwrap(model)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .body import SHARED_PROMPT_ATTENTION, layer_kinds, run_body, unwrap, wants_router_loss
+from .body import MASKS, layer_kinds, run_body, unwrap, wants_router_loss
 from .packing import IGNORE_INDEX, SIDES, pack_pairs
 from .probe import undisturbed
 
@@ -64,7 +64,7 @@ def _known_obstacle(inner: PreTrainedModel, config: PreTrainedConfig) -> str | N
         return f"it has layers of the kind {strange[0]}"
     if "position_ids" not in inspect.signature(inner.base_model.forward).parameters:
         return "its body takes no position_ids"
-    if attention not in SHARED_PROMPT_ATTENTION:
+    if attention not in MASKS:
         return f"{attention} takes no 4-D attention mask (model.set_attn_implementation('sdpa') does)"
     return None
 
