@@ -15,7 +15,7 @@ from .packing import IGNORE_INDEX, PackedPairs
 from .probe import verify_lm_head
 from .sharing import refuses_shared_prompt
 
-_FROM_THE_MODEL = ("hidden", "weight", "bias", "logit_scale", "logit_softcap")
+_FROM_THE_MODEL = ("hidden", "weight", "bias", "low_rank", "logit_scale", "logit_softcap")
 _FROM_THE_BATCH = ("nll_labels", "shift", "rows")
 
 
@@ -95,6 +95,7 @@ def causal_lm_orpo_loss(
         operands.weight,
         rows,
         bias=operands.bias,
+        low_rank=operands.low_rank,
         logit_scale=head.logit_scale,
         logit_softcap=head.logit_softcap,
         **options,

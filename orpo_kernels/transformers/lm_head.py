@@ -8,10 +8,9 @@ is refused here by its class, and `probe.py` checks the rest once against the mo
 
     [W, B] @ [h, s * A dropout(h)]        (V, H + r) @ (H + r)
 
-which is exact with dropout too, and gives A and B their gradients through autograd. The merged weight W + s * B A would
-not: it rounds small steps of B A away in 16 bits. The price is that W is copied: V * (H + r) elements from the forward
-to the backward pass, and as many for the gradient while that is made, as for a head that is trained in full; but what
-is kept of it, and what the optimizer holds, is only as large as A and B.
+which is exact with dropout too. (The merged weight W + s * B A rounds small steps of B A away in 16 bits.) W is copied
+for it, V * (H + r) elements from the forward to the backward pass; but the gradient of the frozen W is not made, only
+that of B, (V, r), and of the longer hidden states, through which A gets its own.
 """
 
 from __future__ import annotations
@@ -49,11 +48,15 @@ class LoRA:
 
 
 class Operands(NamedTuple):
-    """What the loss multiplies: hidden (..., H), weight (V, H), bias (V) or None. LoRA adds its rank to H."""
+    """What the loss multiplies: [weight, low_rank] @ hidden + bias.
+
+    hidden (..., H + r), weight (V, H), bias (V) or None, low_rank (V, r) or None; r is 0 without LoRA.
+    """
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
+    low_rank: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,22 +77,21 @@ class LMHead:
         """Hidden states (..., H) and head as one product, adapters included."""
         hidden, weight, bias = match_dtype(hidden, self.weight), self.weight, self.bias
         if not self.lora:
-            return Operands(hidden, weight, bias)
-        low = [lora.scaling * lora.down(lora.dropout(match_dtype(hidden, lora.down.weight))) for lora in self.lora]
-        up = [lora.up.weight for lora in self.lora]
+            return Operands(hidden, weight, bias, None)
+        down = [lora.scaling * lora.down(lora.dropout(match_dtype(hidden, lora.down.weight))) for lora in self.lora]
         for lora in self.lora:
             if lora.up.bias is not None:
                 shift = lora.scaling * lora.up.bias.to(weight.dtype)
                 bias = shift if bias is None else bias + shift
-        return Operands(
-            torch.cat([hidden, *(part.to(hidden.dtype) for part in low)], dim=-1),
-            torch.cat([weight, *(part.to(weight.dtype) for part in up)], dim=1),
-            bias,
-        )
+        hidden = torch.cat([hidden, *(part.to(hidden.dtype) for part in down)], dim=-1)
+        return Operands(hidden, weight, bias, torch.cat([lora.up.weight for lora in self.lora], dim=1))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The plain computation, for the probe: as the model does it up to the product, then in at least float32."""
-        logits = nn.functional.linear(*self.operands(hidden))
+        hidden, weight, bias, low_rank = self.operands(hidden)
+        if low_rank is not None:
+            weight = torch.cat((weight, low_rank.to(weight.dtype)), dim=1)
+        logits = nn.functional.linear(hidden, weight, bias)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * self.logit_scale
         return logits if self.logit_softcap is None else self.logit_softcap * torch.tanh(logits / self.logit_softcap)
 
