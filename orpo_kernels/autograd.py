@@ -25,7 +25,11 @@ from .schedules import Gradients, schedule_of
 
 
 class TokenLogOdds(torch.autograd.Function):
-    """(hidden (N, H), weight (V, H), bias (V,) or None, position (R,), target (R,), options) -> m (R,) float64."""
+    """(hidden (N, H), weight (V, H), bias (V,) or None, position (R,), target (R,), options) -> m (R,) float64.
+
+    A last input `columns` (V, r), or None, stands for the last r columns of a frozen weight that holds its values: the
+    gradient is made for them alone.
+    """
 
     @staticmethod
     def forward(
@@ -36,11 +40,13 @@ class TokenLogOdds(torch.autograd.Function):
         position: Tensor,
         target: Tensor,
         options: HeadOptions,
+        columns: Tensor | None,
     ) -> Tensor:
         p = Projection(hidden, weight, bias, position, target, options)
         with no_autocast(hidden):
             log_odds, kept = schedule_of(p).forward(p)
         ctx.options = options
+        ctx.trained_columns = weight.shape[1] if columns is None else columns.shape[1]
         ctx.hidden_shape, ctx.hidden_dtype = hidden.shape, hidden.dtype
         # A single pass has already taken all it needs from the hidden states: u is kept instead of them.
         keeps_hidden = options.plan.schedule != "single_pass"
@@ -51,10 +57,11 @@ class TokenLogOdds(torch.autograd.Function):
     def backward(ctx: Any, coefficient: Tensor) -> tuple:
         refuse_second_derivative()
         hidden, weight, bias, position, target, *kept = ctx.saved_tensors
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        needs_hidden, needs_weight, needs_bias, *_, needs_columns = ctx.needs_input_grad
+        trained = weight.shape[0], ctx.trained_columns
         grads = Gradients(
             hidden=weight.new_zeros(ctx.hidden_shape, dtype=ctx.hidden_dtype) if needs_hidden else None,
-            weight=torch.empty_like(weight) if needs_weight else None,
+            weight=weight.new_empty(trained) if needs_weight or needs_columns else None,
             bias=torch.zeros_like(bias, dtype=accumulation_dtype(bias.dtype)) if needs_bias else None,
         )
         if hidden is None:
@@ -62,7 +69,8 @@ class TokenLogOdds(torch.autograd.Function):
         p = Projection(hidden, weight, bias, position, target, ctx.options)
         with no_autocast(weight):
             schedule_of(p).backward(p, tuple(kept), coefficient.to(p.sum_dtype), grads)
-        return grads.hidden, grads.weight, _cast(grads.bias, weight.dtype), None, None, None
+        of_weight, of_columns = (None, grads.weight) if needs_columns else (grads.weight, None)
+        return grads.hidden, of_weight, _cast(grads.bias, weight.dtype), None, None, None, of_columns
 
 
 class PairLossFunction(torch.autograd.Function):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from .checks import (
 from .graph import loss_in_a_graph
 from .objective import denominators
 from .planning import accumulation_dtype
-from .projection import HeadOptions
+from .projection import HeadOptions, needs_grad
 from .rows import Rows, padded_rows
 
 
@@ -128,6 +129,7 @@ def orpo_loss_from_rows(
     rows: Rows,
     *,
     bias: Tensor | None = None,
+    low_rank: Tensor | None = None,
     beta: float = 0.1,
     alpha: float = 1.0,
     nll_denominator: int | Tensor | None = None,
@@ -143,6 +145,8 @@ def orpo_loss_from_rows(
     Args:
         hidden: (N, H) last hidden states of all positions.
         rows: which positions predict which targets, in which sequence; see `Rows`, `rows_from_labels` and `dialects`.
+        low_rank: (V, r), more columns of the weight in any dtype: LoRA's B, where hidden (N, H + r) goes on with what B
+            multiplies. The weight is copied. If it is frozen, these columns alone get a gradient and alone cost one.
         nll_denominator: instead of the sum of `rows.nll_weight`.
 
     All else is as in `orpo_loss`. Nothing is read back from a GPU here, except each pair's number of rows where a
@@ -150,6 +154,9 @@ def orpo_loss_from_rows(
     """
     if hidden.dim() != 2:
         raise ValueError(f"hidden has shape {tuple(hidden.shape)}, it must be (N, H); see orpo_loss for (2B, T, H)")
+    columns = None
+    if low_rank is not None:
+        weight, columns = _extended(weight, low_rank)
     check_head(hidden, weight, bias)
     check_options(logit_scale, logit_softcap)
     check_denominator("nll_denominator", nll_denominator)
@@ -162,27 +169,46 @@ def orpo_loss_from_rows(
     rows = rows.live()
     check_targets("labels", rows.target, weight.shape[0])
     check_positions(rows.position, hidden.shape[0])
-    options = HeadOptions.planned(
+    plan_with = partial(
+        HeadOptions.planned,
         hidden,
         weight,
         bias,
         num_rows=len(rows),
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
-        schedule=schedule,
         memory_budget=memory_budget,
         backend=backend,
         largest_pair=rows.largest_pair,
+        needs=needs_grad(hidden, weight if columns is None else columns, bias),
     )
+    options = plan_with(schedule=schedule)
+    if options.plan.group_rows and columns is not None:  # groups would accumulate the gradient of the whole weight
+        options = plan_with(schedule="recompute")
     counts = denominators(rows, nll_denominator, pair_denominator)
     if options.plan.group_rows:
         outputs = GroupedLoss.apply(hidden, weight, bias, rows, options, alpha, beta, counts)
     else:
-        token_log_odds = TokenLogOdds.apply(hidden, weight, bias, rows.position, rows.target, options)
+        token_log_odds = TokenLogOdds.apply(hidden, weight, bias, rows.position, rows.target, options, columns)
         outputs = PairLossFunction.apply(
             token_log_odds, rows, alpha, beta, counts, options.ops, accumulation_dtype(hidden.dtype)
         )
     return ORPOOutput(*outputs)
+
+
+def _extended(weight: Tensor, low_rank: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The weight with the columns of `low_rank`, and those again if they alone are to get a gradient."""
+    if low_rank.dim() != 2 or low_rank.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"low_rank has shape {tuple(low_rank.shape)}, but weight {tuple(weight.shape)} asks for "
+            f"({weight.shape[0]}, r)"
+        )
+    check_same_device("weight", weight, "low_rank", low_rank)
+    columns = low_rank.to(weight.dtype)
+    extended = torch.cat((weight, columns), dim=1)
+    if weight.requires_grad or torch.compiler.is_compiling():
+        return extended, None
+    return extended.detach(), columns
 
 
 class ORPOLoss(nn.Module):

@@ -68,6 +68,10 @@ class Rows:
         """The same rows on another device. Built by a collator on the CPU they need no synchronisation on a GPU."""
         return self._map(lambda vector: vector.to(device, non_blocking=non_blocking))
 
+    def pin_memory(self) -> Rows:
+        """The same rows in page-locked memory, as a `DataLoader(pin_memory=True)` asks for."""
+        return self._map(lambda vector: vector.pin_memory())
+
     def select(self, index: Tensor) -> Rows:
         """The rows at `index` (int64 or bool), still numbered as pairs of the whole batch."""
         return self._map(lambda vector: vector[index])
@@ -147,12 +151,13 @@ def padded_rows(labels: Tensor, nll_labels: Tensor | None, shift: bool, ignore_i
     position, target, sequence, scored, is_nll = (
         torch.cat([v.flatten() for v in vs]) for vs in zip(*planes, strict=True)
     )
-    weight = _nll_weight(is_nll, sequence, 2 * pairs, nll_reduction)
+    weight = nll_weight(is_nll, sequence, 2 * pairs, nll_reduction)
     return Rows(position, target, sequence, scored, weight, pairs, padded=True)
 
 
-def _nll_weight(is_nll: Tensor, sequence: Tensor, num_sequences: int, reduction: str) -> Tensor:
+def nll_weight(is_nll: Tensor, sequence: Tensor, num_sequences: int, reduction: str) -> Tensor:
     """(R,) float64: 1 for every NLL row, divided by its sequence's number of them for the "sequence" reduction."""
+    check_reduction(reduction)
     weight = is_nll.double()
     if reduction == "token":
         return weight
@@ -161,8 +166,7 @@ def _nll_weight(is_nll: Tensor, sequence: Tensor, num_sequences: int, reduction:
 
 
 def check_labels(labels: Tensor, nll_labels: Tensor | None, nll_reduction: str) -> None:
-    if nll_reduction not in ("token", "sequence"):
-        raise ValueError(f'nll_reduction is {nll_reduction!r}, it must be "token" or "sequence"')
+    check_reduction(nll_reduction)
     if labels.dim() != 2:
         raise ValueError(f"labels has shape {tuple(labels.shape)}, it must be (2B, T): chosen sequences, then rejected")
     if labels.shape[0] % 2:
@@ -183,3 +187,8 @@ def check_labels(labels: Tensor, nll_labels: Tensor | None, nll_reduction: str) 
         raise TypeError(f"nll_labels is {nll_labels.dtype}, it must be torch.int64")
     if nll_labels.device != labels.device:
         raise TypeError(f"nll_labels is on {nll_labels.device}, but labels is on {labels.device}")
+
+
+def check_reduction(nll_reduction: str) -> None:
+    if nll_reduction not in ("token", "sequence"):
+        raise ValueError(f'nll_reduction is {nll_reduction!r}, it must be "token" or "sequence"')

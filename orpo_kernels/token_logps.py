@@ -70,6 +70,6 @@ def token_logps(
         memory_budget=memory_budget,
         backend=backend,
     )
-    log_odds = TokenLogOdds.apply(hidden.reshape(-1, hidden.shape[-1]), weight, bias, position, target, options)
+    log_odds = TokenLogOdds.apply(hidden.reshape(-1, hidden.shape[-1]), weight, bias, position, target, options, None)
     logps = F.logsigmoid(log_odds).to(accumulation_dtype(hidden.dtype))
     return logps.new_zeros(flat.shape[0]).index_put((position,), logps).view(targets.shape)

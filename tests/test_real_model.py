@@ -95,6 +95,22 @@ def test_five_steps_are_those_of_trl():
     assert all(step.out.valid_pairs.all() for step in steps)
 
 
+def test_shared_prompts_change_neither_the_loss_nor_its_gradient():
+    model, tokenizer = load_smollm2()
+    examples, steps = whole_examples()[:PAIRS], []
+    for packing in ("padded", "shared"):
+        batch = PreferenceCollator(tokenizer, max_length=MAX_LENGTH, packing=packing)(examples)
+        out = causal_lm_orpo_loss(model, **batch, beta=BETA)
+        model.zero_grad()
+        out.loss.backward()
+        steps.append((out, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}))
+    (padded, expected), (shared, found) = steps
+    for ours, theirs in zip(shared, padded, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    for name, grad in expected.items():
+        assert float((found[name] - grad).norm()) < 1e-3 * float(grad.norm()), name
+
+
 @pytest.mark.slow
 def test_twenty_steps_are_those_that_trl_logged():
     steps = train(whole_examples(), in_order(20))

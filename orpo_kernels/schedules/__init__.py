@@ -24,7 +24,8 @@ from . import evaluation, recompute, resident, single_pass
 class Gradients:
     """Where a backward pass leaves its results; None is not wanted.
 
-    hidden (N, H) and bias (V,) are accumulated into. weight (V, H) is written, or accumulated into if `accumulate`.
+    hidden (N, H) and bias (V,) are accumulated into. weight (V, H) is written, or accumulated into if `accumulate`;
+    it may have the last columns alone.
     """
 
     hidden: Tensor | None

@@ -41,8 +41,12 @@ def backward(p: Projection, kept: tuple[Tensor, ...], coefficient: Tensor, grads
 
 
 def head_gradient(residual: Tensor, scaled: tuple[Tensor, Tensor | None], out: Tensor, accumulate: bool) -> None:
-    """dW = residual.T @ (coefficient * hidden) into `out`, rows of the weight's gradient; see `scaled_hidden`."""
+    """dW = residual.T @ (coefficient * hidden) into `out`, rows of the weight's gradient; see `scaled_hidden`.
+
+    `out` may be as narrow as the last columns of the weight: all others are frozen.
+    """
     x, factor = scaled
+    x = x[:, x.shape[1] - out.shape[1] :]
     if factor is None:
         matmul_into(out, residual.t(), x, accumulate)
         return

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+import sys
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .packing import PackedPairs
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
@@ -47,18 +52,119 @@ def _check_adapter(config: Any) -> None:
 
 
 def _check_config(model: PreTrainedModel) -> None:
-    name, text = type(model).__name__, model.config.get_text_config(decoder=True)
+    name = type(model).__name__
     if model.config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder model; the loss serves decoder-only language models.")
     if model.base_model is model:
         raise ValueError(f"{name} has no body apart from its head (no attribute {model.base_model_prefix!r}).")
-    if getattr(text, "output_router_logits", False) and getattr(text, "router_aux_loss_coef", 0):
-        raise ValueError(
-            f"{name} asks for a router loss (config.output_router_logits=True), which this loss leaves out; it would "
-            "be dropped. Set model.config.output_router_logits = False to train without it."
-        )
+
+
+class BodyOutput(NamedTuple):
+    """What the body gives: `hidden` (rows, T, H), that the model feeds its head, and the router loss, 0-d, or None."""
+
+    hidden: Tensor
+    aux_loss: Tensor | None
+
+
+def run_body(
+    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, packed: PackedPairs | None = None
+) -> BodyOutput:
+    """Call the body as the model's own forward calls it. With `packed`, `attention_mask` is not read."""
+    arguments: dict[str, Any] = {"attention_mask": attention_mask}
+    if packed is not None:
+        arguments = {"attention_mask": shared_prompt_mask(model, packed), "position_ids": packed.position_ids}
+    routed = wants_router_loss(model)
+    if routed:
+        arguments["output_router_logits"] = True
+    output = model.base_model(input_ids=input_ids, use_cache=False, **arguments)
+    return BodyOutput(output[0], _router_loss(model, output, attention_mask) if routed else None)
 
 
 def last_hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """(2B, T, H): what the model feeds its head. The body is called as the model's own forward calls it."""
-    return model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
+    """(2B, T, H): what the model feeds its head."""
+    return run_body(model, input_ids, attention_mask).hidden
+
+
+# --- the router loss of a mixture of experts -----------------------------------------------------------------------
+
+
+def wants_router_loss(model: PreTrainedModel) -> bool:
+    """Whether the model's own forward would add a router loss to its loss."""
+    config = model.config.get_text_config(decoder=True)
+    return bool(getattr(config, "output_router_logits", False) and router_loss_coef(model))
+
+
+def router_loss_coef(model: PreTrainedModel) -> float:
+    """What the model multiplies its router loss by, before it adds it. 0 for a model that has none."""
+    places = (model, model.config.get_text_config(decoder=True))
+    coefs = [getattr(place, name, None) for place in places for name in ("router_aux_loss_coef", "aux_loss_coef")]
+    return next((coef for coef in coefs if coef is not None), 0.0)
+
+
+def _router_loss(model: PreTrainedModel, output: Any, attention_mask: Tensor | None) -> Tensor:
+    """The model's own `load_balancing_loss_func`, called as the models of transformers call it."""
+    modules = [sys.modules[cls.__module__] for cls in type(model).__mro__]
+    functions = (getattr(module, "load_balancing_loss_func", None) for module in modules)
+    function = next((function for function in functions if function is not None), None)
+    arguments = {
+        "gate_logits": getattr(output, "router_logits", None),
+        "num_experts": getattr(model, "num_experts", None),
+        "top_k": getattr(model, "num_experts_per_tok", None),
+    }
+    known = function is not None and set(inspect.signature(function).parameters) == {*arguments, "attention_mask"}
+    if function is None or not known or not all(arguments.values()):
+        raise ValueError(
+            f"{type(model).__name__} asks for a router loss (config.output_router_logits=True), but does not offer "
+            "what Mixtral computes it from: its body's router_logits, num_experts, num_experts_per_tok, and "
+            "load_balancing_loss_func. Set model.config.output_router_logits = False to train without it."
+        )
+    return function(**arguments, attention_mask=attention_mask)
+
+
+# --- attention masks of rows that share their prompt ---------------------------------------------------------------
+
+
+def _boolean_mask(model: PreTrainedModel, packed: PackedPairs, window: int | None) -> Tensor:
+    return packed.attention_mask(window)
+
+
+def _additive_mask(model: PreTrainedModel, packed: PackedPairs, window: int | None) -> Tensor:
+    """Eager attention adds its mask to the scores; of True and False it would make 1 and 0."""
+    visible = packed.attention_mask(window)
+    return torch.zeros_like(visible, dtype=model.dtype).masked_fill(~visible, torch.finfo(model.dtype).min)
+
+
+def block_mask(model: PreTrainedModel, packed: PackedPairs, window: int | None) -> Any:
+    """FlexAttention skips blocks in which nothing is seen: the other answers and the other pairs cost nothing."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    rows, width = packed.segments.shape
+    return create_block_mask(
+        lambda row, _, query, key: packed.visible(row, query, key, window),
+        B=rows,
+        H=None,
+        Q_LEN=width,
+        KV_LEN=width,
+        device=packed.segments.device,
+    )
+
+
+# The attention implementations that take a 4-D mask, and in which form.
+MASKS = {"sdpa": _boolean_mask, "eager": _additive_mask, "flex_attention": block_mask}
+
+
+def shared_prompt_mask(model: PreTrainedModel, packed: PackedPairs) -> Any:
+    """The 4-D mask of `packed` in the form that the model's attention takes, or one for each kind of its layers."""
+    config = model.config.get_text_config(decoder=True)
+    mask, window = MASKS[config._attn_implementation], getattr(config, "sliding_window", None) or None
+    kinds = layer_kinds(config)
+    if "sliding_attention" in kinds:
+        windows = {"full_attention": None, "sliding_attention": window}
+        return {kind: mask(model, packed, windows[kind]) for kind in kinds}
+    # Models without kinds of layers (Mistral, StarCoder2) have the window in all of them.
+    return mask(model, packed, None if kinds else window)
+
+
+def layer_kinds(config: PreTrainedConfig) -> list[str]:
+    """The kinds of attention (or other mixing) that the config lists for the layers; [] where it lists none."""
+    return sorted(set(getattr(config, "layer_types", None) or ()))

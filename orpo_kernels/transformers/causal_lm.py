@@ -7,65 +7,136 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import ORPOOutput, orpo_loss
-from .body import last_hidden_states, unwrap
+from .. import ORPOOutput, Rows, orpo_loss_from_rows
+from ..rows import padded_rows
+from .body import router_loss_coef, run_body, unwrap
 from .lm_head import resolve_lm_head
-from .probe import match_dtype, verify_lm_head
+from .packing import IGNORE_INDEX, PackedPairs
+from .probe import verify_lm_head
+from .sharing import refuses_shared_prompt
 
-_FROM_THE_MODEL = ("hidden", "weight", "bias", "logit_scale", "logit_softcap")
-_FROM_THE_BATCH = ("nll_labels", "shift")
+_FROM_THE_MODEL = ("hidden", "weight", "bias", "low_rank", "logit_scale", "logit_softcap")
+_FROM_THE_BATCH = ("nll_labels", "shift", "rows")
+
+
+class CausalLMORPOOutput(ORPOOutput):
+    """`ORPOOutput`, and one thing more.
+
+    Attributes:
+        aux_loss: 0-d, the router loss of a mixture of experts, which is a part of `loss`; None where there is none.
+    """
+
+    aux_loss: Tensor | None = None
 
 
 def causal_lm_orpo_loss(
     model: nn.Module,
     input_ids: Tensor,
-    attention_mask: Tensor | None,
-    labels: Tensor,
+    attention_mask: Tensor | None = None,
+    labels: Tensor | None = None,
     *,
+    packed: PackedPairs | None = None,
     prompt_nll: bool = True,
+    nll_reduction: str = "token",
+    ignore_index: int = IGNORE_INDEX,
+    router_aux_loss_coef: float | None = None,
     **options: Any,
-) -> ORPOOutput:
-    """ORPO loss of one concatenated batch, without its logits.
+) -> CausalLMORPOOutput:
+    """ORPO loss of one batch, without its logits: a padded one, or one whose rows share their prompts.
 
     Args:
-        model: a `transformers` causal LM, or a `peft` model around one (adapters in the body, or `modules_to_save` on
-            the head). Its body is called as its own forward calls it; no forward is copied or patched. The first call
-            also runs the model's own forward on a few tokens, to check that its head is what it seems (`probe.py`).
-        input_ids: (2B, T) int64, the B chosen sequences first, then the rejected ones in the same order.
+        model: a `transformers` causal LM, or a `peft` model around one (adapters in the body, LoRA or `modules_to_save`
+            on the head). Its body is called as its own forward calls it; no forward is copied or patched. The first
+            call also runs the model's own forward on a few tokens, to check that its head is what it seems
+            (`probe.py`).
+        input_ids: (2B, T) int64, the B chosen sequences first, then the rejected ones in the same order; (R, T) with
+            `packed`.
         attention_mask: (2B, T) int or bool, 1 on tokens and 0 on padding, on either side; None if there is no padding.
             With padding on the left, a model with absolute positions (GPT-2) counts the padding, as its own
             forward does; pad on the right.
         labels: (2B, T) int64, unshifted: the response's ids, `ignore_index` on prompt and padding.
+        packed: where everything is in a batch of `PreferenceCollator(packing="shared")`, instead of attention_mask and
+            labels. Loss and gradients are those of the padded batch, or the model is refused: the first call also
+            compares a few shared tokens with the sequences alone (`refuses_shared_prompt`).
         prompt_nll: whether the NLL of the chosen side covers its prompt as well (TRL) or only its response (the paper).
-        options: anything else that `orpo_loss` takes: beta, alpha, nll_reduction, nll_denominator, pair_denominator,
-            ignore_index, schedule, memory_budget, backend.
+        nll_reduction: as in `orpo_loss`.
+        ignore_index: the label that is no target; a packed batch has none.
+        router_aux_loss_coef: the weight of the router loss of a mixture of experts with
+            `config.output_router_logits=True`, which is added to the loss as the model's own forward adds it; by
+            default the model's own. It is a mean over the tokens of this batch: where the denominators are those of k
+            micro-batches, pass the model's coefficient / k.
+        options: anything else that `orpo_loss` takes: beta, alpha, nll_denominator, pair_denominator, schedule,
+            memory_budget, backend.
 
     Returns:
-        `ORPOOutput`. `loss` is differentiable with respect to whatever of the model requires grad.
+        `CausalLMORPOOutput`. `loss` is differentiable with respect to whatever of the model requires grad.
 
     Raises `TypeError` or `ValueError`, naming what was given and what is needed, for inputs that do not fit together,
     for an option that is not the caller's to give, and for a model that cannot be served (`body.py`, `lm_head.py`,
-    `probe.py`).
+    `probe.py`, `sharing.py`).
     """
     _check_options(options)
-    _check_batch(input_ids, attention_mask, labels)
     inner = unwrap(model)
+    if packed is None:
+        rows = _padded_rows(input_ids, attention_mask, labels, prompt_nll, nll_reduction, ignore_index)
+    else:
+        _check_packed(input_ids, attention_mask, labels, packed)
+        packed = packed.to(input_ids.device)
+        rows = packed.rows(prompt_nll, nll_reduction)
+        if reason := refuses_shared_prompt(model):
+            raise ValueError(f'{reason} Use PreferenceCollator(packing="padded").')
     head = resolve_lm_head(inner)
     verify_lm_head(model, inner, head, input_ids)
 
-    ignore_index = options.get("ignore_index", -100)
-    nll_source = input_ids if prompt_nll else labels
-    hidden = last_hidden_states(inner, input_ids, attention_mask)
-    return orpo_loss(
-        match_dtype(hidden, head.weight),
-        head.weight,
-        _predictable(labels, attention_mask, ignore_index),
-        nll_labels=_predictable(nll_source, attention_mask, ignore_index)[: labels.shape[0] // 2],
-        shift=True,
-        bias=head.bias,
+    hidden, aux_loss = run_body(inner, input_ids, attention_mask, packed)
+    operands = head.operands(hidden)
+    out = orpo_loss_from_rows(
+        operands.hidden.flatten(0, 1),
+        operands.weight,
+        rows,
+        bias=operands.bias,
+        low_rank=operands.low_rank,
         logit_scale=head.logit_scale,
         logit_softcap=head.logit_softcap,
         **options,
+    )
+    return _with_router_loss(out, aux_loss, router_loss_coef(inner), router_aux_loss_coef)
+
+
+def _with_router_loss(
+    out: ORPOOutput, aux_loss: Tensor | None, own_coef: float, coef: float | None
+) -> CausalLMORPOOutput:
+    if aux_loss is None:
+        if coef:
+            raise ValueError(
+                f"router_aux_loss_coef is {coef}, but the model gives no router loss; for a mixture of experts, set "
+                "model.config.output_router_logits = True."
+            )
+        return CausalLMORPOOutput(*out)
+    loss = out.loss + (own_coef if coef is None else coef) * aux_loss.to(out.loss.device)
+    routed = CausalLMORPOOutput(*out._replace(loss=loss))
+    routed.aux_loss = aux_loss.detach()
+    return routed
+
+
+def _padded_rows(
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    labels: Tensor | None,
+    prompt_nll: bool,
+    nll_reduction: str,
+    ignore_index: int,
+) -> Rows:
+    if labels is None:
+        raise TypeError("labels are missing; a batch has labels and an attention_mask, or `packed`.")
+    _check_batch(input_ids, attention_mask, labels)
+    nll_source = input_ids if prompt_nll else labels
+    return padded_rows(
+        _predictable(labels, attention_mask, ignore_index),
+        _predictable(nll_source, attention_mask, ignore_index)[: labels.shape[0] // 2],
+        True,
+        ignore_index,
+        nll_reduction,
     )
 
 
@@ -86,6 +157,19 @@ def _check_options(options: dict[str, Any]) -> None:
             )
         if name in _FROM_THE_BATCH:
             raise TypeError(f"{name} is made from the batch (see prompt_nll); call orpo_kernels.orpo_loss to set it.")
+
+
+def _check_packed(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None, packed: PackedPairs) -> None:
+    if not isinstance(packed, PackedPairs):
+        raise TypeError(f"packed must be PackedPairs, but is a {type(packed).__name__}.")
+    for name, tensor in (("attention_mask", attention_mask), ("labels", labels)):
+        if tensor is not None:
+            raise TypeError(f"{name} and packed cannot both be given: a packed batch has its own.")
+    if input_ids.shape != packed.segments.shape:
+        raise ValueError(
+            f"input_ids and packed must be of one shape (R, T), but are {tuple(input_ids.shape)} and "
+            f"{tuple(packed.segments.shape)}."
+        )
 
 
 def _check_batch(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor) -> None:

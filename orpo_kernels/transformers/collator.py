@@ -1,4 +1,5 @@
-"""Preference data as batches: tokenise (prompt, chosen, rejected) and pad the pairs into one concatenated batch.
+"""Preference data as batches: tokenise (prompt, chosen, rejected), then pad the pairs into one concatenated batch, or
+pack them into rows that hold every prompt once (`packing.py`).
 
 **The boundary.** Prompt and response are rendered as one text and tokenised together, so that the model sees exactly
 the ids that the whole text has, and the boundary between them is a *character* position, found among the tokens by
@@ -31,11 +32,13 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, get_args
 import torch
 from torch import Tensor
 
+from .packing import IGNORE_INDEX, SIDES, pack_pairs
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORE_INDEX = -100
 End = Literal["single", "trl"]
+Packing = Literal["padded", "shared"]
 
 
 class TokenizedPair(TypedDict):
@@ -73,9 +76,14 @@ class _Side(NamedTuple):
 class PreferenceCollator:
     """Makes batches for `causal_lm_orpo_loss` of raw examples, or of pairs that `tokenize_pair` has tokenised.
 
-    `collator(examples)` of B pairs returns int64 tensors of shape (2B, T), the B chosen sequences first, padded on the
-    right: `input_ids`, `attention_mask` (1 on tokens, made from the lengths: pad and EOS may be one id) and `labels`
-    (unshifted, -100 on prompt and padding).
+    `collator(examples)` of B pairs returns, for either `packing`:
+
+    - "padded": int64 tensors of shape (2B, T), the B chosen sequences first, padded on the right: `input_ids`,
+      `attention_mask` (1 on tokens, made from the lengths: pad and EOS may be one id) and `labels` (unshifted, -100 on
+      prompt and padding). Right for every model, and therefore the default.
+    - "shared": `input_ids` (R, T) int64 in at most B rows, every prompt once, and `packed`, the `PackedPairs` that says
+      where everything is. The loss and its gradients are the same, but some models do not allow it (ALiBi, recurrent
+      layers, flash-attention); `refuses_shared_prompt(model)` says why, and the loss refuses such a batch.
 
     See `tokenize_pair` for the forms of an example and for the options. Raises `ValueError`, naming the index and the
     reason, when a pair cannot be used.
@@ -84,22 +92,19 @@ class PreferenceCollator:
     tokenizer: PreTrainedTokenizerBase
     max_length: int | None = None
     end: End = "single"
+    packing: Packing = "padded"
 
     def __post_init__(self) -> None:
         _check_options(self.tokenizer, self.max_length, self.end)
+        if self.packing not in get_args(Packing):
+            raise ValueError(f"packing must be one of {get_args(Packing)}; got {self.packing!r}.")
 
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         pairs = [self._tokenized(index, example) for index, example in enumerate(examples)]
         if not pairs:
             raise ValueError("The batch holds no pair; give the collator at least one example.")
-        sides = ("chosen", "rejected")
-        ids = [pair[f"{side}_input_ids"] for side in sides for pair in pairs]
-        labels = [pair[f"{side}_labels"] for side in sides for pair in pairs]
-        return {
-            "input_ids": _pad(ids, _padding_id(self.tokenizer)),
-            "attention_mask": _pad([[1] * len(row) for row in ids], 0),
-            "labels": _pad(labels, IGNORE_INDEX),
-        }
+        make = pack_pairs if self.packing == "shared" else pad_pairs
+        return make(pairs, _padding_id(self.tokenizer))
 
     def _tokenized(self, index: int, example: Mapping[str, Any]) -> Mapping[str, Any]:
         try:
@@ -365,6 +370,17 @@ def _checked(pair: Mapping[str, Any], max_length: int | None) -> Mapping[str, An
         if max_length is not None and len(ids) > max_length:
             raise UnusablePair(f"its {side} side was tokenised to {len(ids)} tokens, more than max_length={max_length}")
     return pair
+
+
+def pad_pairs(pairs: Sequence[Mapping[str, Any]], padding_id: int) -> dict[str, Tensor]:
+    """The padded batch of tokenised pairs."""
+    ids = [pair[f"{side}_input_ids"] for side in SIDES for pair in pairs]
+    labels = [pair[f"{side}_labels"] for side in SIDES for pair in pairs]
+    return {
+        "input_ids": _pad(ids, padding_id),
+        "attention_mask": _pad([[1] * len(row) for row in ids], 0),
+        "labels": _pad(labels, IGNORE_INDEX),
+    }
 
 
 def _padding_id(tokenizer: PreTrainedTokenizerBase) -> int:

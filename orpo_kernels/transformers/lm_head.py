@@ -1,15 +1,23 @@
 """The lm head of a Hugging Face model as the numbers the loss needs: logits = cap(scale * (W h + b)).
 
 The loss multiplies by the head's weight itself and never calls the head. Whatever a head does beyond a matrix product
-and the transform above would be bypassed. So a head that is anything but a plain `nn.Linear` is refused here by its
-class, and `probe.py` checks the rest once against the model's own logits.
+and the transform above would be bypassed. So a head that is anything but a plain `nn.Linear`, or plain LoRA around one,
+is refused here by its class, and `probe.py` checks the rest once against the model's own logits.
+
+**LoRA on the head** adds s * B A dropout(h) to W h. That is one product of longer vectors,
+
+    [W, B] @ [h, s * A dropout(h)]        (V, H + r) @ (H + r)
+
+which is exact with dropout too. (The merged weight W + s * B A rounds small steps of B A away in 16 bits.) W is copied
+for it, V * (H + r) elements from the forward to the backward pass; but the gradient of the frozen W is not made, only
+that of B, (V, r), and of the longer hidden states, through which A gets its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,59 +38,138 @@ _MULTIPLIES_BY_DIVISOR = ("hyperclovax",)  # the same field as Granite, the othe
 
 
 @dataclass(frozen=True, eq=False)
+class LoRA:
+    """One adapter of the head, as `peft` holds it: adds scaling * up(down(dropout(h)))."""
+
+    down: nn.Linear  # A, (r, H)
+    up: nn.Linear  # B, (V, r), and perhaps a bias
+    dropout: nn.Module
+    scaling: float
+
+
+class Operands(NamedTuple):
+    """What the loss multiplies: [weight, low_rank] @ hidden + bias.
+
+    hidden (..., H + r), weight (V, H), bias (V) or None, low_rank (V, r) or None; r is 0 without LoRA.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    low_rank: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
 class LMHead:
     """logits = cap(logit_scale * (weight @ h + bias)), where cap(z) = logit_softcap * tanh(z / logit_softcap), or z.
 
-    `weight` (V, H) and `bias` (V) are the model's own parameters, tied to the embeddings or not.
+    `weight` (V, H) and `bias` (V) are the model's own parameters, tied to the embeddings or not; `lora` the adapters
+    that are active on them.
     """
 
     weight: Tensor
     bias: Tensor | None
     logit_scale: float
     logit_softcap: float | None
+    lora: tuple[LoRA, ...] = ()
+
+    def operands(self, hidden: Tensor) -> Operands:
+        """Hidden states (..., H) and head as one product, adapters included."""
+        hidden, weight, bias = match_dtype(hidden, self.weight), self.weight, self.bias
+        if not self.lora:
+            return Operands(hidden, weight, bias, None)
+        down = [lora.scaling * lora.down(lora.dropout(match_dtype(hidden, lora.down.weight))) for lora in self.lora]
+        for lora in self.lora:
+            if lora.up.bias is not None:
+                shift = lora.scaling * lora.up.bias.to(weight.dtype)
+                bias = shift if bias is None else bias + shift
+        hidden = torch.cat([hidden, *(part.to(hidden.dtype) for part in down)], dim=-1)
+        return Operands(hidden, weight, bias, torch.cat([lora.up.weight for lora in self.lora], dim=1))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The plain computation, for the probe: as the model does it up to the product, then in at least float32."""
-        logits = nn.functional.linear(hidden, self.weight, self.bias)
+        hidden, weight, bias, low_rank = self.operands(hidden)
+        if low_rank is not None:
+            weight = torch.cat((weight, low_rank.to(weight.dtype)), dim=1)
+        logits = nn.functional.linear(hidden, weight, bias)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * self.logit_scale
         return logits if self.logit_softcap is None else self.logit_softcap * torch.tanh(logits / self.logit_softcap)
 
 
-def resolve_lm_head(model: nn.Module) -> LMHead:
-    """Weight, bias, scale and soft-cap of `model`'s head: a `PreTrainedModel`, or a `peft` model around one.
+def match_dtype(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Hidden states in the weight's dtype. Autocast does that itself, and a model that does not fails in the probe."""
+    return hidden if torch.is_autocast_enabled(hidden.device.type) else hidden.to(weight.dtype)
 
-    Raises `TypeError` for a head that is not exactly an `nn.Linear` with ordinary floating-point parameters (LoRA on
-    lm_head, quantized, parametrized, sharded, offloaded) and `ValueError` for one that is changed by hooks.
+
+def resolve_lm_head(model: nn.Module) -> LMHead:
+    """Weight, bias, scale, soft-cap and LoRA of `model`'s head: a `PreTrainedModel`, or a `peft` model around one.
+
+    Raises `TypeError` for a head that is not exactly an `nn.Linear` with ordinary floating-point parameters, or LoRA
+    around one (DoRA and other variants, quantized, parametrized, sharded, offloaded), and `ValueError` for one that is
+    changed by hooks.
     """
     inner = unwrap(model)
-    module = head_module(inner)
+    module, lora = head_layers(inner)
     scale, softcap = logit_transform(inner.config.get_text_config(decoder=True))
-    return LMHead(module.weight, module.bias, scale, softcap)
+    return LMHead(module.weight, module.bias, scale, softcap, lora)
 
 
-def head_module(model: PreTrainedModel) -> nn.Linear:
-    """The plain `nn.Linear` that is the head, out of `peft`'s `modules_to_save` if it is there."""
+def head_layers(model: PreTrainedModel) -> tuple[nn.Linear, tuple[LoRA, ...]]:
+    """The plain `nn.Linear` that is the head, out of `peft`'s wrappers, and the LoRA that is active on it."""
     head = model.get_output_embeddings()
     if head is None:
         raise TypeError(f"{type(model).__name__} has no output embeddings (get_output_embeddings() is None).")
+    lora: tuple[LoRA, ...] = ()
     if type(head).__name__ == "ModulesToSaveWrapper":
         adapters = [] if head.disable_adapters else head.active_adapters
         head = head.modules_to_save[adapters[0]] if adapters else head.original_module
+    elif _class_name(head) == "peft.tuners.lora.layer.Linear":
+        head, lora = head.base_layer, _active_lora(head)
     _check_module(head)
-    for parameter in (head.weight, head.bias):
-        if parameter is not None:
-            _check_parameter(parameter)
-    return head
+    return head, lora
+
+
+def _active_lora(layer: Any) -> tuple[LoRA, ...]:
+    """What the forward of `peft`'s LoRA layer would add to that of its base layer."""
+    _check_hooks(layer)
+    if layer.merged and layer.disable_adapters:
+        raise ValueError("The lm head has merged adapters that are disabled; call unmerge_adapter() on the model.")
+    if layer.merged or layer.disable_adapters:
+        return ()
+    return tuple(_lora(layer, name) for name in layer.active_adapters if name in layer.lora_A)
+
+
+def _lora(layer: Any, name: str) -> LoRA:
+    if name in layer.lora_variant:
+        raise TypeError(
+            f"The adapter {name!r} on the lm head is not plain LoRA but a {type(layer.lora_variant[name]).__name__}, "
+            "and what that does beyond LoRA would be bypassed. Use plain LoRA on lm_head (use_dora=False), or take "
+            "lm_head out of target_modules."
+        )
+    down, up = layer.lora_A[name], layer.lora_B[name]
+    for module in (down, up):
+        _check_module(module)
+    return LoRA(down, up, layer.lora_dropout[name], layer.scaling[name])
+
+
+def _class_name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def _check_module(head: nn.Module) -> None:
-    name = f"{type(head).__module__}.{type(head).__qualname__}"
     if type(head) is not nn.Linear:
         raise TypeError(
-            f"The lm head is a {name}, not a plain torch.nn.Linear, and what it does beyond one would be bypassed. "
-            "Take lm_head out of LoRA's target_modules (modules_to_save=['lm_head'] trains it in full), leave it out "
-            "of quantization, and remove parametrizations from it."
+            f"The lm head is a {_class_name(head)}, not a plain torch.nn.Linear, and what it does beyond one would be "
+            "bypassed. Leave lm_head out of quantization, remove parametrizations from it, and of adapters put plain "
+            "LoRA on it or train it in full (modules_to_save=['lm_head'])."
         )
+    _check_hooks(head)
+    for parameter in (head.weight, head.bias):
+        if parameter is not None:
+            _check_parameter(parameter)
+
+
+def _check_hooks(head: nn.Module) -> None:
     hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
     if any(hooks) or "forward" in vars(head):
         raise ValueError(

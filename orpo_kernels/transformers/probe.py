@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .body import last_hidden_states
-from .lm_head import LMHead, head_module
+from .body import run_body, wants_router_loss
+from .lm_head import LMHead, head_layers, match_dtype
 
 PROBE_TOKENS = 8
 # Both sides compute the same products in the same dtype. They differ by the roundings of the transform, which a model
@@ -31,44 +31,53 @@ _verified: weakref.WeakKeyDictionary[nn.Module, tuple] = weakref.WeakKeyDictiona
 def verify_lm_head(model: nn.Module, inner: PreTrainedModel, head: LMHead, input_ids: Tensor) -> None:
     """Compare on the first tokens of `input_ids`, unless this model has passed with this head before.
 
-    `inner` is `unwrap(model)`. Raises `ValueError`, naming the class, when the logits differ.
+    `inner` is `unwrap(model)`. Raises `ValueError`, naming the class, when the logits or the router loss differ.
     """
-    module = head_module(inner)
-    state = (type(inner), weakref.ref(module), head.weight.dtype, head.logit_scale, head.logit_softcap)
+    state = (
+        type(inner),
+        weakref.ref(head_layers(inner)[0]),
+        head.weight.dtype,
+        head.logit_scale,
+        head.logit_softcap,
+        tuple((weakref.ref(lora.up), lora.scaling) for lora in head.lora),
+        wants_router_loss(inner),
+    )
     if _verified.get(model) == state:
         return
-    with _undisturbed(model):
-        _compare(model, inner, head, module, input_ids[:1, :PROBE_TOKENS])
+    with undisturbed(model):
+        _compare(model, inner, head, input_ids[:1, :PROBE_TOKENS])
     _verified[model] = state
 
 
-def _compare(model: nn.Module, inner: PreTrainedModel, head: LMHead, module: nn.Linear, tokens: Tensor) -> None:
-    body_output = last_hidden_states(inner, tokens, None)
-    hidden = match_dtype(body_output, head.weight)
+def _compare(model: nn.Module, inner: PreTrainedModel, head: LMHead, tokens: Tensor) -> None:
+    hidden, aux_loss = run_body(inner, tokens, None)
     if hidden.shape[-1] != head.weight.shape[1]:
         raise _refusal(
             inner, head, f"the body gives {hidden.shape[-1]} features, the head takes {head.weight.shape[1]}"
         )
     gain = _gain(head.logits(hidden))
     ours = head.logits(hidden * gain)
-    amplifier = module.register_forward_pre_hook(lambda _, args: (args[0] * gain, *args[1:]))
+    amplifier = inner.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0] * gain, *args[1:]))
     try:
-        theirs = model(input_ids=tokens, use_cache=False, return_dict=True).logits
+        output = model(input_ids=tokens, use_cache=False, return_dict=True)
     except RuntimeError as error:
-        if body_output.dtype == hidden.dtype:
+        if hidden.dtype == head.weight.dtype:
             raise
         raise TypeError(
-            f"The body of {type(inner).__name__} gives {body_output.dtype}, its lm head is {head.weight.dtype}, and "
+            f"The body of {type(inner).__name__} gives {hidden.dtype}, its lm head is {head.weight.dtype}, and "
             "the model's own forward fails on that; give both one dtype, or use autocast."
         ) from error
     finally:
         amplifier.remove()
+    theirs = output.logits
     if ours.shape != theirs.shape:
         raise _refusal(inner, head, f"its logits have shape {tuple(theirs.shape)}, ours {tuple(ours.shape)}")
     difference = float((ours - theirs).abs().max() / theirs.abs().max())
-    tolerance = _TOLERANCE[nn.functional.linear(hidden[:, :1], head.weight).dtype]
+    tolerance = _TOLERANCE[nn.functional.linear(match_dtype(hidden, head.weight)[:, :1], head.weight).dtype]
     if not difference <= tolerance:  # NaN is a difference, too
         raise _refusal(inner, head, f"its logits differ by {difference:.2g} of the largest (allowed: {tolerance:.0e})")
+    if aux_loss is not None and not torch.isclose(aux_loss, output.aux_loss, rtol=tolerance):
+        raise _refusal(inner, head, f"its router loss is {float(output.aux_loss):.6g}, ours {float(aux_loss):.6g}")
 
 
 def _gain(logits: Tensor) -> float:
@@ -91,13 +100,8 @@ def _refusal(inner: PreTrainedModel, head: LMHead, finding: str) -> ValueError:
     )
 
 
-def match_dtype(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Hidden states in the weight's dtype. Autocast does that itself, and a model that does not fails in the probe."""
-    return hidden if torch.is_autocast_enabled(hidden.device.type) else hidden.to(weight.dtype)
-
-
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, without gradient, eager. Nothing has changed afterwards: not the mode, not the RNG."""
     training = [module for module in model.modules() if module.training]
     device = next(model.parameters()).device

@@ -1,0 +1,206 @@
+"""Several pairs in one row, every prompt once: [prompt | chosen | rejected | prompt | chosen | rejected | padding].
+
+In a padded batch the prompt runs through the model twice and the shorter answers end in padding. Here
+
+    segments      0     0     1      1     2      2    | 3 ...  (prompt, chosen, rejected of pair i: 3i, 3i+1, 3i+2)
+    position_ids  0     1     2      3     2      3    | 0 ...  (both answers continue their prompt)
+
+a token sees its own segment and its pair's prompt, never the other answer nor another pair. So every hidden state is
+that of the sequence alone, in any model whose layers mix tokens by attention only and know places by `position_ids`
+only. (`probe.refuses_shared_prompt` tells which do.)
+
+What is shared is what the two sequences have in common from their beginning: the prompt; less of it where a token
+straddles its end or truncation cut the sides apart; more where the answers begin alike.
+
+**Rows** are as wide as the longest pair, which they have to be in any case, and as few as first-fit-decreasing makes
+them. Attention costs the square of the width: a wider row would pay for pairs that do not see each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..rows import Rows, nll_weight
+
+IGNORE_INDEX = -100
+PADDING = -1  # its segment
+SIDES = ("chosen", "rejected")
+
+
+@dataclass(frozen=True)
+class PackedPairs:
+    """How the pairs of a batch lie in its rows; made by `pack_pairs` on the host, so that a GPU never waits for it.
+
+    Attributes:
+        segments: (R, T) int64, 3i, 3i+1 and 3i+2 on prompt, chosen and rejected answer of pair i, -1 on padding.
+        position_ids: (R, T) int64, the place of a token in its own sequence; 0 on padding.
+        answers: the rows that the answers' labels make, scored; those of the chosen side weigh 1 in the NLL.
+        prompts: the rows that the rest of the chosen sequences makes: not scored, weight 1 in the NLL.
+    """
+
+    segments: Tensor
+    position_ids: Tensor
+    answers: Rows
+    prompts: Rows
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedPairs:
+        return self._map(lambda field: field.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> PackedPairs:
+        """For a `DataLoader(pin_memory=True)`."""
+        return self._map(lambda field: field.pin_memory())
+
+    def rows(self, prompt_nll: bool = True, nll_reduction: str = "token") -> Rows:
+        """What the loss takes: with the NLL over prompt and answer (TRL), or over the answer only (the paper)."""
+        rows = _joined(self.answers, self.prompts) if prompt_nll else self.answers
+        weight = nll_weight(rows.nll_weight != 0, rows.sequence, 2 * rows.num_pairs, nll_reduction)
+        return replace(rows, nll_weight=weight)
+
+    def visible(self, row: Any, query: Any, key: Any, window: int | None = None) -> Tensor:
+        """Whether the token at place `query` of a row sees the one at `key`; indices of any shapes that broadcast."""
+        own, other = self.segments[row, query], self.segments[row, key]
+        visible = (key <= query) & ((other == own) | (other == own - own % 3))
+        if window is None:
+            return visible
+        return visible & (self.position_ids[row, query] - self.position_ids[row, key] < window)
+
+    def attention_mask(self, window: int | None = None) -> Tensor:
+        """(R, 1, T, T) bool, True where the query (third axis) sees the key: also none further back than `window`."""
+        rows, width = self.segments.shape
+        row, place = (torch.arange(size, device=self.segments.device) for size in (rows, width))
+        return self.visible(row[:, None, None, None], place[:, None], place, window)
+
+    def _map(self, function: Callable[[Any], Any]) -> PackedPairs:
+        return PackedPairs(*(function(getattr(self, field.name)) for field in fields(self)))
+
+
+def pack_pairs(pairs: Sequence[Mapping[str, Any]], padding_id: int) -> dict[str, Any]:
+    """The batch of tokenised pairs (see `TokenizedPair`): `input_ids` (R, T) int64, and `packed`, its `PackedPairs`.
+
+    Raises `ValueError`, naming the pair, where a label is neither -100 nor the id at its place.
+    """
+    pieces = [_Piece.of(index, pair) for index, pair in enumerate(pairs)]
+    width = max(len(piece) for piece in pieces)
+    bins = first_fit_decreasing([len(piece) for piece in pieces], width)
+    input_ids = torch.full((len(bins), width), padding_id, dtype=torch.int64)
+    segments, position_ids = torch.full_like(input_ids, PADDING), torch.zeros_like(input_ids)
+    answers, prompts = [], []
+    for row, members in enumerate(bins):
+        start = 0
+        for index in members:
+            piece = pieces[index]
+            place = slice(start, start + len(piece))
+            input_ids[row, place] = piece.input_ids
+            segments[row, place] = piece.segments(index)
+            position_ids[row, place] = piece.position_ids
+            answers += [piece.answer(side, row * width + start, index, len(pieces)) for side in (0, 1)]
+            prompts.append(piece.prompt(row * width + start, index, len(pieces)))
+            start += len(piece)
+    return {"input_ids": input_ids, "packed": PackedPairs(segments, position_ids, _joined(*answers), _joined(*prompts))}
+
+
+def first_fit_decreasing(sizes: Sequence[int], capacity: int) -> list[list[int]]:
+    """Indices of `sizes` in bins of at most `capacity`: the largest first, each into the first bin with room."""
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        fitting = next((b for b, left in enumerate(room) if left >= sizes[index]), None)
+        if fitting is None:
+            fitting = len(bins)
+            bins.append([])
+            room.append(capacity)
+        bins[fitting].append(index)
+        room[fitting] -= sizes[index]
+    return bins
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One pair as a stretch of a row: what its sides share, the rest of the chosen side, the rest of the rejected."""
+
+    ids: tuple[Tensor, Tensor]  # of the chosen and the rejected sequence
+    labels: tuple[Tensor, Tensor]
+    shared: int  # tokens that both begin with
+
+    @classmethod
+    def of(cls, index: int, pair: Mapping[str, Any]) -> _Piece:
+        def both(field: str) -> tuple[Tensor, Tensor]:
+            chosen, rejected = (torch.as_tensor(pair[f"{side}_{field}"], dtype=torch.int64) for side in SIDES)
+            return chosen, rejected
+
+        ids, labels = both("input_ids"), both("labels")
+        for side, own, label in zip(SIDES, ids, labels, strict=True):
+            if (wrong := (label != IGNORE_INDEX) & (label != own)).any():
+                at = int(wrong.nonzero()[0])
+                raise ValueError(
+                    f"Pair {index} of the batch cannot share its prompt: its {side}_labels holds {int(label[at])} at "
+                    f"{at}, where its {side}_input_ids holds {int(own[at])}; a label is the id or {IGNORE_INDEX}."
+                )
+        shortest = min(len(ids[0]), len(ids[1]))
+        differs = (ids[0][:shortest] != ids[1][:shortest]).nonzero()
+        return cls(ids, labels, int(differs[0]) if len(differs) else shortest)
+
+    def __len__(self) -> int:
+        return len(self.ids[0]) + len(self.ids[1]) - self.shared
+
+    @property
+    def input_ids(self) -> Tensor:
+        return torch.cat((self.ids[0], self.ids[1][self.shared :]))
+
+    @property
+    def position_ids(self) -> Tensor:
+        return torch.cat((torch.arange(len(self.ids[0])), torch.arange(self.shared, len(self.ids[1]))))
+
+    def segments(self, index: int) -> Tensor:
+        lengths = (self.shared, len(self.ids[0]) - self.shared, len(self.ids[1]) - self.shared)
+        return 3 * index + torch.arange(3).repeat_interleave(torch.tensor(lengths))
+
+    def places(self, side: int) -> Tensor:
+        """Where the tokens of a side's sequence lie in the stretch."""
+        places = torch.arange(len(self.ids[side]))
+        if side == 1:
+            places[self.shared :] += len(self.ids[0]) - self.shared
+        return places
+
+    def answer(self, side: int, offset: int, index: int, num_pairs: int) -> Rows:
+        """The rows that a side's labels make. The first token of a sequence has no prediction."""
+        labelled = self.labels[side][1:] != IGNORE_INDEX
+        sequence = index + side * num_pairs
+        return self._rows(side, labelled, offset, sequence, num_pairs, scored=True, in_nll=side == 0)
+
+    def prompt(self, offset: int, index: int, num_pairs: int) -> Rows:
+        """The rows that the rest of the chosen sequence makes."""
+        rest = self.labels[0][1:] == IGNORE_INDEX
+        return self._rows(0, rest, offset, index, num_pairs, scored=False, in_nll=True)
+
+    def _rows(
+        self, side: int, chosen: Tensor, offset: int, sequence: int, num_pairs: int, *, scored: bool, in_nll: bool
+    ) -> Rows:
+        position = (self.places(side)[:-1] + offset)[chosen]
+        return Rows(
+            position,
+            self.ids[side][1:][chosen],
+            torch.full_like(position, sequence),
+            torch.full_like(position, scored, dtype=torch.bool),
+            torch.full_like(position, in_nll, dtype=torch.float64),
+            num_pairs,
+        )
+
+
+def _joined(*parts: Rows) -> Rows:
+    def joined(name: str) -> Tensor:
+        return torch.cat([getattr(part, name) for part in parts])
+
+    return Rows(
+        joined("position"),
+        joined("target"),
+        joined("sequence"),
+        joined("scored"),
+        joined("nll_weight"),
+        parts[0].num_pairs,
+    )
