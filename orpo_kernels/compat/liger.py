@@ -113,6 +113,6 @@ class LigerFusedLinearORPOLoss(nn.Module):
 def _mean_logits(weight: Tensor, hidden: Tensor, bias: Tensor | None) -> Any:
     """Mean logit of the chosen and of the rejected half, 0-d each: the head is linear, so the mean passes through it."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    halves = hidden.view(2, -1, hidden.shape[-1]) if hidden.is_contiguous() else hidden.unflatten(0, (2, -1)).flatten(1, 2)
-    logits = halves.mean(1, dtype=dtype) @ weight.mean(0, dtype=dtype)
+    halves = hidden.unflatten(0, (2, -1)).mean((1, 2), dtype=dtype)
+    logits = halves @ weight.mean(0, dtype=dtype)
     return logits if bias is None else logits + bias.mean(dtype=dtype)
