@@ -37,15 +37,16 @@ class ORPOTrainer(ORPOLossMixin, TRLORPOTrainer):
     """`trl.experimental.orpo.ORPOTrainer` with the fused loss. All its arguments, and two by keyword:
 
     Args:
-        exact_accumulation: True (default): with gradient accumulation, the loss is that of one large batch. False: each
-            micro-batch has its own means, as TRL normalises; then the losses are those that TRL logs.
-        end: "trl" (default): TRL's tokenisation, which appends an EOS behind what the chat template prints after the end
-            of a turn (`<|im_end|>\\n<|im_end|>`). "single": the answer stops behind its first end token.
+        exact_accumulation: True (default): with gradient accumulation, the loss is that of one large batch. False:
+            each micro-batch has its own means, as TRL normalises; then the losses are those that TRL logs.
+        end: "trl" (default): TRL's tokenisation, which appends an EOS behind what the chat template prints after the
+            end of a turn (`<|im_end|>\\n<|im_end|>`). "single": the answer stops behind its first end token.
 
-    Logged are TRL's metrics, averaged over the pairs with two non-empty answers. `logits/chosen` and `logits/rejected`,
-    the mean of all logits, come from the mean hidden state and the mean row of the weight. They are left out for a model
-    whose logits are soft-capped (Gemma 2), where that is not the mean, and for a body compiled with `.compile()`, whose
-    hidden states cannot be seen; TRL's `compute_metrics` gets NaN for them.
+    Logged are TRL's metrics, averaged over the pairs with two non-empty answers. `logits/chosen` and
+    `logits/rejected`, the mean of all logits, come from the mean hidden state and the mean row of the weight. They are
+    left out for a model whose logits are soft-capped (Gemma 2), where that is not the mean, and where the hidden states
+    cannot be seen (a body compiled with `.compile()`; `torch_compile=True` lets them be seen). TRL's `compute_metrics`
+    gets NaN for them.
 
     Raises `ValueError` or `TypeError` for an encoder-decoder model, and for a model or a parallel setup that the loss
     cannot serve.
@@ -63,9 +64,7 @@ class ORPOTrainer(ORPOLossMixin, TRLORPOTrainer):
         self._check_setup()
 
     def loss_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        tensors = self.concatenated_inputs(
-            batch, padding_value=self.padding_value or 0, device=self.accelerator.device
-        )
+        tensors = self.concatenated_inputs(batch, padding_value=self.padding_value or 0, device=self.accelerator.device)
         return {name: tensors[f"concatenated_{name}"] for name in ("input_ids", "attention_mask", "labels")}
 
     def compute_loss(

@@ -75,7 +75,9 @@ def test_equals_liger_on_random_cases(seed):
     ours = outputs(LigerFusedLinearORPOLoss(**options), case, upstream)
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
-        torch.testing.assert_close(ours[name], value, rtol=3e-5, atol=3e-6, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            ours[name], value, rtol=3e-5, atol=3e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_the_signatures_are_ligers():
@@ -179,8 +181,10 @@ def test_bfloat16():
         name: value.bfloat16() if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in random_case(11).items()
     }
-    exact = {name: value.double() if name in ("lin_weight", "_input", "bias") and value is not None else value
-             for name, value in case.items()}
+    exact = {
+        name: value.double() if name in ("lin_weight", "_input", "bias") and value is not None else value
+        for name, value in case.items()
+    }
     loss = LigerFusedLinearORPOLoss()
     rounded, truth = outputs(loss, case), outputs(loss, exact)
     assert rounded["loss"].dtype == torch.float32

@@ -7,7 +7,7 @@ installed. So are the values, but where Liger's are wrong:
 
 | | Liger 0.8.5 | here |
 |---|---|---|
-| a sequence without a target | loss and all gradients NaN | its pair leaves the odds ratio, whose mean is over the others |
+| a sequence without a target | loss and all gradients NaN | its pair leaves the odds ratio and its mean |
 | an answer the model is sure of | loss inf, or gradients NaN | finite |
 | `nll_target` of the chosen half alone, (B, T) | silently divided by half of its tokens | as if it were (2B, T) |
 | an odd batch | sequences silently paired wrongly | ValueError |
@@ -72,8 +72,8 @@ class LigerFusedLinearORPOLoss(nn.Module):
             _input: (2B, T, H) last hidden states, the B chosen sequences first, in the weight's dtype.
             target: (2B, T) int64, the target of each position in the odds ratio, `ignore_index` where there is none.
             bias: (V,) or None.
-            nll_target: (2B, T), of which the chosen half counts, or (B, T): the NLL's targets; `target` if None. Its ids
-                may be others than those of `target` at the same position.
+            nll_target: (2B, T), of which the chosen half counts, or (B, T): the NLL's targets; `target` if None. Its
+                ids may be others than those of `target` at the same position.
 
         Returns:
             loss (0-d), and chosen_logps (B,), rejected_logps (B,), chosen_logits_mean, rejected_logits_mean, nll_loss
@@ -111,7 +111,7 @@ class LigerFusedLinearORPOLoss(nn.Module):
 
 @torch.no_grad()
 def _mean_logits(weight: Tensor, hidden: Tensor, bias: Tensor | None) -> Any:
-    """Mean logit of the chosen and of the rejected half, 0-d each: the head is linear, so the mean passes through it."""
+    """(2,) mean logit of the chosen and of the rejected half: the head is linear, so the mean passes through it."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     halves = hidden.unflatten(0, (2, -1)).mean((1, 2), dtype=dtype)
     logits = halves @ weight.mean(0, dtype=dtype)

@@ -70,8 +70,8 @@ class ORPOLossMixin:
             step_counts: what `_get_num_items_in_batch` gave for the optimizer step; None to average over `inputs`.
 
         Returns:
-            The 0-d loss, with the router's if the model has one; and the `ORPOOutput`, whose `nll_loss` is the mean over
-            `inputs` in any case.
+            The 0-d loss, with the router's if the model has one; and the `ORPOOutput`, whose `nll_loss` is the mean
+            over `inputs` in any case.
         """
         inner = self.accelerator.unwrap_model(model)
         self._compile_body(inner)
@@ -148,15 +148,6 @@ class ORPOLossMixin:
         with router_logits_of(self.model):
             resolve_lm_head(self.model)
 
-    def _get_dataloader(self, *args: Any, **options: Any) -> Any:
-        loader = super()._get_dataloader(*args, **options)  # type: ignore[misc]
-        if isinstance(loader, DataLoaderDispatcher):
-            raise ValueError(
-                "The main process would collate the batches and slice them for the others, which tears the pairs "
-                "apart. Set accelerator_config={'dispatch_batches': False}."
-            )
-        return loader
-
     def _build_accelerator_args(self, **options: Any) -> dict[str, Any]:
         """`torch_compile=True` compiles the body, which is what the loss calls; Accelerate would compile the model."""
         arguments = super()._build_accelerator_args(**options)  # type: ignore[misc]
@@ -192,6 +183,8 @@ class ORPOTrainer(ORPOLossMixin, Trainer):
     Raises `ValueError` or `TypeError` for a missing collator, for options that are not the caller's, and for a model or
     a parallel setup that the loss cannot serve.
     """
+
+    _signature_columns: Any
 
     def __init__(
         self,
@@ -267,6 +260,15 @@ class ORPOTrainer(ORPOLossMixin, Trainer):
         means = {name: metric / pairs for name, metric in zip(PAIR_METRICS, metrics, strict=True) if pairs}
         return means | ({"nll_loss": nll / nll_count} if nll_count else {})
 
+    def _get_dataloader(self, *args: Any, **options: Any) -> Any:
+        loader = super()._get_dataloader(*args, **options)
+        if isinstance(loader, DataLoaderDispatcher) and self.accelerator.num_processes > 1:
+            raise ValueError(
+                "The main process would collate the batches and slice them for the others, which tears the pairs "
+                "apart. Set accelerator_config={'dispatch_batches': False}."
+            )
+        return loader
+
     def _set_signature_columns_if_needed(self) -> None:
         """The columns that are kept are those the collator reads, not the arguments of the model's forward."""
         if self._signature_columns is None:
@@ -277,7 +279,9 @@ class ORPOTrainer(ORPOLossMixin, Trainer):
 def _checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
     for name in _FROM_THE_STEP:
         if name in options:
-            raise ValueError(f"loss_options has {name}, which the trainer counts for every optimizer step; leave it out.")
+            raise ValueError(
+                f"loss_options has {name}, which the trainer counts for every optimizer step; leave it out."
+            )
     if "beta" in options:
         raise ValueError("loss_options has beta, which is an argument of its own; give beta=... to the trainer.")
     return dict(options)
@@ -316,7 +320,7 @@ def pair_metrics(out: ORPOOutput, beta: float) -> Tensor:
 
 
 def preference_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """The means of `METRICS` over the valid pairs, as a Trainer's `compute_metrics`; nll_loss is a mean over batches."""
+    """The means of `METRICS` over the valid pairs, for `compute_metrics`; nll_loss is a mean over batches."""
     values = prediction.predictions
     values = np.concatenate(values) if isinstance(values, list) else np.asarray(values)
     valid = ~np.isnan(values)
@@ -360,12 +364,12 @@ def router_logits_of(model: nn.Module) -> Iterator[list[Any]]:
     `causal_lm_orpo_loss` refuses such a config, because it leaves that loss out. Here it is added (`router_loss`), so
     the config is silent inside, and the body is asked for its router logits by a hook.
     """
-    found: list[Any] = []
     inner = _base_model(model)
     config = inner.config.get_text_config(decoder=True)
-    if not _wants_router_loss(config):
-        yield found
+    if not (getattr(config, "output_router_logits", False) and getattr(config, "router_aux_loss_coef", 0)):
+        yield []
         return
+    found: list[Any] = [None]  # until the body is seen
 
     def ask(module: nn.Module, args: tuple, options: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         return args, {**options, "output_router_logits": True}
@@ -396,14 +400,11 @@ def router_loss(model: nn.Module, router_logits: Sequence[Any], attention_mask: 
     function = getattr(sys.modules[type(inner).__module__], "load_balancing_loss_func", None)
     if router_logits[0] is None or function is None or not hasattr(inner, "num_experts_per_tok"):
         raise ValueError(
-            f"{type(inner).__name__} asks for a router loss (config.output_router_logits=True), but how it computes it "
-            "is not known here. Set model.config.output_router_logits = False to train without it."
+            f"{type(inner).__name__} asks for a router loss (config.output_router_logits=True), but its router logits "
+            "or how it makes a loss of them are not known here (a body compiled with .compile() hides them). Set "
+            "model.config.output_router_logits = False to train without it."
         )
     return coefficient * function(router_logits[0], inner.num_experts, inner.num_experts_per_tok, attention_mask)
-
-
-def _wants_router_loss(config: Any) -> bool:
-    return bool(getattr(config, "output_router_logits", False) and getattr(config, "router_aux_loss_coef", 0))
 
 
 def _base_model(model: Any) -> Any:
