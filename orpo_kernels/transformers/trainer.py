@@ -82,7 +82,7 @@ class ORPOLossMixin:
         def loss_and_router_loss(**inputs: Any) -> tuple[ORPOOutput, Tensor | None]:
             with self.accelerator.autocast(), router_logits_of(inner) as router_logits:
                 out = causal_lm_orpo_loss(inner, **inputs, **options)
-                return out, router_loss(inner, router_logits, inputs["attention_mask"])
+                return out, router_loss(inner, router_logits, inputs.get("attention_mask"))
 
         out, of_router = run_inside(model, inner, loss_and_router_loss, inputs)
         loss = out.loss
@@ -109,16 +109,22 @@ class ORPOLossMixin:
         """(2,) float64: what the two means of the loss divide by. Nothing is read on the host."""
         return torch.stack(denominators(self._rows(**inputs), None, None))
 
-    def _rows(self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor) -> Rows:
-        """The rows that `causal_lm_orpo_loss` makes of the batch."""
+    def _rows(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Any = None, packed: Any = None
+    ) -> Rows:
+        """The rows that `causal_lm_orpo_loss` makes of the batch; of one with shared prompts, `packed` has them."""
+        prompt_nll = self.loss_options.get("prompt_nll", True)
+        nll_reduction = self.loss_options.get("nll_reduction", "token")
+        if packed is not None:
+            return packed.rows(prompt_nll, nll_reduction)
         ignore_index = self.loss_options.get("ignore_index", -100)
-        nll_source = input_ids if self.loss_options.get("prompt_nll", True) else labels
+        nll_source = input_ids if prompt_nll else labels
         return padded_rows(
             _predictable(labels, attention_mask, ignore_index),
             _predictable(nll_source, attention_mask, ignore_index)[: labels.shape[0] // 2],
             True,
             ignore_index,
-            self.loss_options.get("nll_reduction", "token"),
+            nll_reduction,
         )
 
     def _check_setup(self) -> None:
