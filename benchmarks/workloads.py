@@ -20,6 +20,7 @@ from torch import Tensor
 from benchmarks.peers import IGNORE
 
 LLMBAR = "llmbar_419.jsonl"
+DPO_EN_DEMO = "dpo_en_demo.jsonl"
 LLMBAR_SHARE = 0.42  # of LLMBar at max_length 256, 8 pairs a batch; 0.31 of it responses
 
 
@@ -146,14 +147,19 @@ def data_folder() -> Path:
 
 
 def llmbar_pairs() -> list[dict[str, Any]]:
-    """The 419 preference pairs of LLMBar as chat messages: prompt, chosen, rejected.
+    """The 419 preference pairs of LLMBar as chat messages: prompt, chosen, rejected."""
+    return preference_pairs(LLMBAR)
+
+
+def preference_pairs(file: str) -> list[dict[str, Any]]:
+    """The pairs of a file of the data folder, one JSON object a line: prompt, chosen and rejected as chat messages.
 
     Raises:
         FileNotFoundError: the data is not there.
     """
-    path = data_folder() / LLMBAR
+    path = data_folder() / file
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: set ORPO_KERNELS_DATA to the folder that holds {LLMBAR}.")
+        raise FileNotFoundError(f"{path} does not exist: set ORPO_KERNELS_DATA to the folder that holds {file}.")
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 

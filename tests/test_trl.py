@@ -1,0 +1,351 @@
+"""The drop-in for TRL's ORPOTrainer: TRL's own losses and metrics where TRL is right, and where it is not, right."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+pytest.importorskip("trl")
+
+import transformers
+from datasets import Dataset
+from trl.experimental.orpo import ORPOConfig
+from trl.experimental.orpo import ORPOTrainer as TRLORPOTrainer
+
+from benchmarks.workloads import have_real_data, llmbar_pairs
+from orpo_kernels.transformers import tokenize_pairs
+from orpo_kernels.trl import ORPOTrainer
+
+from .training import assert_same_logs, chat_examples, copies, grad_norms, losses, settings, tiny, tokenizer
+
+
+def trainer_of(trainer_class: Any, model: nn.Module, folder: Any, **options: Any) -> Any:
+    """`options`: of the trainer where they are its own, else of the config."""
+    own = ("peft_config", "exact_accumulation", "end", "compute_metrics", "callbacks")
+    examples = options.pop("examples", None) or chat_examples()
+    arguments = settings(folder, **{"max_length": 96, **{k: v for k, v in options.items() if k not in own}})
+    return trainer_class(
+        model=model,
+        args=ORPOConfig(**arguments),
+        train_dataset=Dataset.from_list(examples),
+        eval_dataset=Dataset.from_list(examples[:5]),
+        processing_class=tokenizer(),
+        **{k: v for k, v in options.items() if k in own},
+    )
+
+
+def both_trained(model: nn.Module, folder: Any, **options: Any) -> tuple[Any, Any]:
+    """Ours and TRL's after the same training from the same weights."""
+    mine, other = copies(model)
+    exact = options.pop("exact_accumulation", None)
+    ours = trainer_of(
+        ORPOTrainer, mine, folder / "ours", **options, **({} if exact is None else {"exact_accumulation": exact})
+    )
+    theirs = trainer_of(TRLORPOTrainer, other, folder / "theirs", **options)
+    ours.train()
+    theirs.train()
+    return ours, theirs
+
+
+def lora() -> dict[str, Any]:
+    peft = pytest.importorskip("peft")
+    return {"peft_config": peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")}
+
+
+def batch_of(trainer: Any, rows: range = range(4)) -> dict[str, Any]:
+    return trainer.data_collator([trainer.train_dataset[row] for row in rows])
+
+
+# --- as TRL --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_every_step_and_every_metric_is_trls(with_lora, accumulation, tmp_path):
+    options = {"gradient_accumulation_steps": accumulation, "eval_strategy": "steps", "eval_steps": 2}
+    ours, theirs = both_trained(tiny(), tmp_path, exact_accumulation=False, **options, **(lora() if with_lora else {}))
+    assert len(losses(theirs)) == 4
+    assert_same_logs(ours.state.log_history, theirs.state.log_history)
+
+
+def test_without_accumulation_the_default_is_trls(tmp_path):
+    ours, theirs = both_trained(tiny(), tmp_path)
+    assert_same_logs(ours.state.log_history, theirs.state.log_history)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        ("Phi", {"head_dim": None}),
+        ("Cohere", {"logit_scale": 0.25, "tie_word_embeddings": True}),
+        ("Mixtral", {"num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 0.5}),
+        ("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True}),
+    ],
+    ids=["bias", "scale", "mixture of experts", "another mixture"],
+)
+def test_heads_and_routers(architecture, changes, tmp_path):
+    model = tiny(architecture, **{key: value for key, value in changes.items() if value is not None})
+    if model.get_output_embeddings().bias is not None:
+        nn.init.normal_(model.get_output_embeddings().bias)
+    ours, theirs = both_trained(model, tmp_path, eval_strategy="steps", eval_steps=2, max_steps=2)
+    assert_same_logs(ours.state.log_history, theirs.state.log_history)
+
+
+def test_the_router_loss_is_in_the_loss(tmp_path):
+    router = {"num_local_experts": 4, "output_router_logits": True}
+    with_it, without = (
+        trainer_of(ORPOTrainer, tiny("Mixtral", **router, router_aux_loss_coef=coefficient), tmp_path, max_steps=1)
+        for coefficient in (0.5, 0.0)
+    )
+    with_it.train()
+    without.train()
+    assert losses(with_it)[0] > losses(without)[0] + 0.1
+    assert with_it.model.config.output_router_logits  # the config is as it was
+
+
+def test_the_mean_of_soft_capped_logits_is_left_out(tmp_path):
+    model = tiny("Gemma2", final_logit_softcapping=2.0)
+    ours, theirs = both_trained(model, tmp_path, eval_strategy="steps", eval_steps=2, max_steps=2)
+    unknown = {f"{prefix}logits/{side}" for prefix in ("", "eval_") for side in ("chosen", "rejected")}
+    expected = [{key: value for key, value in logs.items() if key not in unknown} for logs in theirs.state.log_history]
+    assert expected != theirs.state.log_history
+    assert_same_logs(ours.state.log_history, expected)
+
+
+def test_bfloat16_autocast(tmp_path):
+    ours, theirs = both_trained(tiny(), tmp_path, bf16=True, eval_strategy="steps", eval_steps=2)
+    assert losses(ours) == pytest.approx(losses(theirs), rel=1e-2)
+    mine, other = ([logs["eval_loss"] for logs in t.state.log_history if "eval_loss" in logs] for t in (ours, theirs))
+    assert mine == pytest.approx(other, rel=1e-2)
+
+
+def test_gradient_checkpointing(tmp_path):
+    ours, theirs = both_trained(tiny(), tmp_path, gradient_checkpointing=True)
+    assert_same_logs(ours.state.log_history, theirs.state.log_history)
+
+
+def test_compute_metrics_gets_what_trl_gives(tmp_path):
+    def mean(prediction: Any) -> dict[str, float]:
+        return {"mean_logit": float(prediction.predictions.mean())}
+
+    ours, theirs = (
+        trainer_of(trainer_class, tiny(), tmp_path, compute_metrics=mean).evaluate()
+        for trainer_class in (ORPOTrainer, TRLORPOTrainer)
+    )
+    assert ours["eval_mean_logit"] == pytest.approx(theirs["eval_mean_logit"], rel=1e-4)
+
+
+# --- better than TRL -----------------------------------------------------------------------------------------------
+
+
+def test_accumulation_is_exact(tmp_path):
+    """Four micro-batches of one pair are one batch of four, step by step. In TRL they are not."""
+
+    def trained(trainer_class: Any, **options: Any) -> Any:
+        trainer = trainer_of(trainer_class, tiny(), tmp_path, **options)
+        trainer.train()
+        return trainer
+
+    small = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    large = {"per_device_train_batch_size": 4}
+    ours, ours_large = trained(ORPOTrainer, **small), trained(ORPOTrainer, **large)
+    assert losses(ours) == pytest.approx(losses(ours_large), rel=1e-5)
+    assert grad_norms(ours) == pytest.approx(grad_norms(ours_large), rel=1e-4)
+    theirs = trained(TRLORPOTrainer, **small)
+    assert losses(theirs) != pytest.approx(losses(ours_large), rel=1e-3)
+
+
+def test_the_last_step_of_an_epoch_has_fewer_micro_batches(tmp_path):
+    options = {"examples": chat_examples(7), "max_steps": 4, "per_device_train_batch_size": 1}
+    small = trainer_of(ORPOTrainer, tiny(), tmp_path, **options, gradient_accumulation_steps=4)
+    large = trainer_of(ORPOTrainer, tiny(), tmp_path, **{**options, "per_device_train_batch_size": 4})
+    small.train()
+    large.train()
+    assert losses(small) == pytest.approx(losses(large), rel=1e-5)
+
+
+def test_a_prompt_that_fills_max_length(tmp_path):
+    """TRL's metrics are NaN from then on, and so are its weights."""
+    ours, theirs = both_trained(tiny(), tmp_path, max_length=36, eval_strategy="steps", eval_steps=2)
+    lengths = [(label != -100).sum() for label in batch_of(theirs, range(8))["chosen_labels"]]
+    assert min(lengths) == 0
+    assert max(lengths) > 0
+    assert not all(parameter.isfinite().all() for parameter in theirs.model.parameters())
+    assert all(parameter.isfinite().all() for parameter in ours.model.parameters())
+    for logs in ours.state.log_history:
+        assert all(value == value for value in logs.values())
+    assert {"rewards/chosen", "logps/chosen", "log_odds_ratio"} <= ours.state.log_history[0].keys()
+
+
+def test_a_batch_without_any_valid_pair_logs_what_there_is(tmp_path):
+    trainer = trainer_of(ORPOTrainer, tiny(), tmp_path, max_length=8, max_steps=1)
+    trainer.train()
+    logs = trainer.state.log_history[0]
+    assert "rewards/chosen" not in logs
+    assert logs["loss"] == pytest.approx(logs["nll_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("sure_of", ["chosen", "rejected"])
+def test_answers_that_the_model_is_sure_of(sure_of, tmp_path):
+    ours, theirs = (trainer_of(trainer_class, tiny(), tmp_path) for trainer_class in (ORPOTrainer, TRLORPOTrainer))
+    with torch.no_grad():
+        for trainer in (ours, theirs):
+            trainer.model.lm_head.weight.mul_(1e4)
+    batch = batch_of(ours)
+    make_certain(ours.model, batch, sure_of)
+    gradients = []
+    for trainer in (ours, theirs):
+        loss, _ = trainer.get_batch_loss_metrics(trainer.model, batch)
+        loss.backward()
+        gradients.append([parameter.grad for parameter in trainer.model.parameters()])
+    assert all(grad.isfinite().all() for grad in gradients[0])
+    assert not all(grad.isfinite().all() for grad in gradients[1])
+
+
+@torch.no_grad()
+def make_certain(model: nn.Module, batch: dict[str, Any], side: str) -> None:
+    """Replace the answers by what the model itself says, whose probability is 1 after a large weight."""
+    ids, labels = batch[f"{side}_input_ids"], batch[f"{side}_labels"]
+    for row in range(len(ids)):
+        for position in (labels[row] != -100).nonzero().flatten().tolist():
+            ids[row, position] = labels[row, position] = model(ids[row : row + 1, :position]).logits[0, -1].argmax()
+
+
+# --- options -------------------------------------------------------------------------------------------------------
+
+
+def test_one_end_token(tmp_path):
+    double, single = (
+        trainer_of(ORPOTrainer, tiny(), tmp_path, end=end, max_length=1000).train_dataset for end in ("trl", "single")
+    )
+    expected, refused = tokenize_pairs(chat_examples(), tokenizer(), end="single")
+    assert not refused
+    for twice, once, pair in zip(double, single, expected, strict=True):
+        assert {column: once[column] for column in pair} == pair
+        assert tokenizer().decode(twice["chosen_input_ids"]).endswith("<|im_end|>\n<|im_end|>")
+        assert len(once["chosen_attention_mask"]) == len(once["chosen_input_ids"])
+
+
+@pytest.mark.parametrize("max_length", range(16, 40))
+def test_truncated_answers_get_no_end_token(max_length, tmp_path):
+    class Tokenising(ORPOTrainer):
+        """As much of a trainer as tokenising reads."""
+
+        def __init__(self) -> None:
+            self.processing_class, self.max_length, self.is_encoder_decoder = tokenizer(), max_length, False
+
+    trainer = Tokenising()
+    feature = {"prompt": "Is it so?", "chosen": "It is so.<|im_end|>\n", "rejected": "The dog.<|im_end|>\n"}
+    trainer.end = "single"
+    once = trainer.tokenize_row(feature)
+    trainer.end = "trl"
+    twice = trainer.tokenize_row(feature)
+    for side in ("chosen", "rejected"):
+        ids, whole = once[f"{side}_input_ids"], twice[f"{side}_input_ids"]
+        assert ids == whole[: len(ids)]
+        ends = [place for place, token in enumerate(whole) if token == tokenizer().eos_token_id]
+        assert len(ids) == (ends[0] + 1 if ends else len(whole))
+
+
+def test_torch_compile_compiles_the_body(tmp_path, monkeypatch):
+    for name in ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE"):
+        monkeypatch.setenv(name, "no")
+    options = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    plain = trainer_of(ORPOTrainer, tiny(num_hidden_layers=1), tmp_path, **options)
+    plain.train()
+    torch._dynamo.reset()
+    compiled = trainer_of(ORPOTrainer, tiny(num_hidden_layers=1), tmp_path, **options, torch_compile_backend="eager")
+    frames = torch._dynamo.utils.counters["frames"]
+    before = frames["ok"]
+    compiled.train()
+    assert frames["ok"] > before
+    assert_same_logs(compiled.state.log_history, plain.state.log_history)
+
+
+def test_a_body_compiled_by_its_owner(tmp_path):
+    """Its hidden states may not be seen: what is logged is right, or left out."""
+    model = tiny(num_hidden_layers=1)
+    options = {"max_steps": 3, "examples": chat_examples(2) * 4}
+    plain = trainer_of(ORPOTrainer, copies(model)[0], tmp_path, **options)
+    plain.train()
+    torch._dynamo.reset()
+    model.model.compile(backend="eager")
+    compiled = trainer_of(ORPOTrainer, model, tmp_path, **options)
+    compiled.train()
+    for mine, other in zip(compiled.state.log_history, plain.state.log_history, strict=True):
+        assert other.keys() - mine.keys() <= {"logits/chosen", "logits/rejected"}
+        assert_same_logs([mine], [{key: other[key] for key in mine}])
+
+
+def test_what_cannot_be_served_is_refused(tmp_path):
+    sizes = {"vocab_size": len(tokenizer()), "d_model": 16, "d_ff": 32, "d_kv": 8, "num_layers": 1, "num_heads": 2}
+    t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0))
+    with pytest.raises(ValueError, match=r"T5ForConditionalGeneration .* trl.experimental.orpo.ORPOTrainer"):
+        trainer_of(ORPOTrainer, t5, tmp_path)
+    with pytest.raises(ValueError, match="label smoothing"):
+        trainer_of(ORPOTrainer, tiny(), tmp_path, label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match='end must be "trl" or "single"'):
+        trainer_of(ORPOTrainer, tiny(), tmp_path, end="double")
+    hooked = tiny()
+    hooked.lm_head.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="lm head has hooks"):
+        trainer_of(ORPOTrainer, hooked, tmp_path)
+
+
+def test_evaluation_runs_one_gemm_of_the_head(tmp_path):
+    trainer = trainer_of(ORPOTrainer, tiny(), tmp_path)
+    model, batch = trainer.model.eval(), batch_of(trainer)
+    trainer.prediction_step(model, batch, True)  # the probe runs in the first call
+    inputs = trainer.loss_inputs(batch)
+
+    def flops(run: Any) -> int:
+        with FlopCounterMode(display=False) as counter:
+            run()
+        return counter.get_total_flops()
+
+    def body() -> None:
+        with torch.no_grad():
+            model.model(inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+
+    rows = trainer._rows(**inputs).live()
+    head = flops(lambda: trainer.prediction_step(model, batch, True)) - flops(body)
+    assert head == 2 * len(rows) * model.lm_head.weight.numel()
+
+
+# --- a real model --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not have_real_data(), reason="needs LLMBar ($ORPO_KERNELS_DATA) and SmolLM2")
+@pytest.mark.parametrize("with_lora", [False, True], ids=["full", "lora"])
+def test_twenty_steps_of_a_real_model(with_lora, tmp_path):
+    from examples.smollm2 import load_smollm2
+
+    model, own = load_smollm2()
+    fields = ("prompt", "chosen", "rejected")
+    examples = [{field: pair[field] for field in fields} for pair in llmbar_pairs()]
+    random.Random(0).shuffle(examples)
+
+    def trained(trainer_class: Any, model: nn.Module) -> Any:
+        arguments = settings(tmp_path, max_steps=20, max_length=256, learning_rate=2e-5)
+        trainer = trainer_class(
+            model=model,
+            args=ORPOConfig(**arguments),
+            train_dataset=Dataset.from_list(examples[:40]),
+            processing_class=own,
+            **(lora() if with_lora else {}),
+        )
+        trainer.train()
+        return trainer
+
+    ours, theirs = (
+        trained(trainer_class, mine)
+        for trainer_class, mine in zip((ORPOTrainer, TRLORPOTrainer), copies(model), strict=True)
+    )
+    assert len(losses(theirs)) == 20
+    assert losses(ours) == pytest.approx(losses(theirs), rel=1e-4)

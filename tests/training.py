@@ -1,0 +1,107 @@
+"""Tiny models and preference data for the tests of the trainers."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from .test_collator import byte_level
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "pad_token_id": 2,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+    "initializer_range": 0.2,
+    "tie_word_embeddings": False,
+}
+QUESTIONS = ("What is it?", "The cat sat on the mat. Is it so?", "f(x)?", "foo bar, or bar foo? Say one.")
+ANSWERS = ("It is so.", "No.", "The dog sat, too. It is so!", "def f(x): return x + 1")
+
+
+@functools.cache
+def tokenizer() -> Any:
+    return byte_level()
+
+
+def tiny(architecture: str = "Llama", **changes: Any) -> nn.Module:
+    """A random model of the tokenizer's vocabulary; the same weights at every call."""
+    config = getattr(transformers, f"{architecture}Config")(**{**SIZES, "vocab_size": len(tokenizer()), **changes})
+    torch.manual_seed(1)
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def chat_examples(count: int = 24) -> list[dict[str, Any]]:
+    """Pairs of different lengths: a micro-batch of them has other numbers of tokens than the next."""
+    examples = []
+    for i in range(count):
+        question, chosen = QUESTIONS[i % 4] * (1 + i % 3), ANSWERS[(i * 3 + 1) % 4] * (1 + i % 2)
+        examples.append(
+            {
+                "prompt": [{"role": "user", "content": question}],
+                "chosen": [{"role": "assistant", "content": chosen}],
+                "rejected": [{"role": "assistant", "content": ANSWERS[(i + i // 4 + 2) % 4] + f" {i}"}],
+            }
+        )
+    return examples
+
+
+def settings(folder: Any, **changes: Any) -> dict[str, Any]:
+    """Training arguments that say everything that matters here."""
+    return {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 2,
+        "max_steps": 4,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.0,
+        "train_sampling_strategy": "sequential",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "use_cpu": True,
+        **changes,
+    }
+
+
+def without_timings(history: list[dict[str, float]]) -> list[dict[str, float]]:
+    """The logs without what differs between any two runs."""
+    timings = ("runtime", "per_second", "preparation_time", "total_flos")
+    return [{key: value for key, value in logs.items() if not key.endswith(timings)} for logs in history]
+
+
+def assert_same_logs(ours: list[dict[str, float]], theirs: list[dict[str, float]], tolerance: float = 1e-4) -> None:
+    """The same keys, and values to `tolerance`, relative: of metrics near 0, to a hundredth of that, absolute."""
+    ours, theirs = without_timings(ours), without_timings(theirs)
+    assert len(ours) == len(theirs)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.keys() == other.keys()
+        for key, value in other.items():
+            difference = abs(mine[key] - value)
+            assert difference <= tolerance * max(abs(value), 0.01), (key, mine[key], value)
+
+
+def losses(trainer: Any) -> list[float]:
+    return [logs["loss"] for logs in trainer.state.log_history if "loss" in logs]
+
+
+def grad_norms(trainer: Any) -> list[float]:
+    return [logs["grad_norm"] for logs in trainer.state.log_history if "grad_norm" in logs]
+
+
+def copies(model: nn.Module, count: int = 2) -> list[nn.Module]:
+    return [copy.deepcopy(model) for _ in range(count)]
