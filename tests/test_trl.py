@@ -26,7 +26,7 @@ from .training import assert_same_logs, chat_examples, copies, grad_norms, losse
 
 def trainer_of(trainer_class: Any, model: nn.Module, folder: Any, **options: Any) -> Any:
     """`options`: of the trainer where they are its own, else of the config."""
-    own = ("peft_config", "exact_accumulation", "end", "compute_metrics", "callbacks")
+    own = ("peft_config", "exact_accumulation", "end", "packing", "compute_metrics", "callbacks")
     examples = options.pop("examples", None) or chat_examples()
     arguments = settings(folder, **{"max_length": 96, **{k: v for k, v in options.items() if k not in own}})
     return trainer_class(
@@ -39,13 +39,11 @@ def trainer_of(trainer_class: Any, model: nn.Module, folder: Any, **options: Any
     )
 
 
-def both_trained(model: nn.Module, folder: Any, **options: Any) -> tuple[Any, Any]:
+def both_trained(model: nn.Module, folder: Any, packing: str = "padded", **options: Any) -> tuple[Any, Any]:
     """Ours and TRL's after the same training from the same weights."""
     mine, other = copies(model)
-    exact = options.pop("exact_accumulation", None)
-    ours = trainer_of(
-        ORPOTrainer, mine, folder / "ours", **options, **({} if exact is None else {"exact_accumulation": exact})
-    )
+    exact = options.pop("exact_accumulation", True)
+    ours = trainer_of(ORPOTrainer, mine, folder / "ours", packing=packing, exact_accumulation=exact, **options)
     theirs = trainer_of(TRLORPOTrainer, other, folder / "theirs", **options)
     ours.train()
     theirs.train()
@@ -71,6 +69,42 @@ def test_every_step_and_every_metric_is_trls(with_lora, accumulation, tmp_path):
     ours, theirs = both_trained(tiny(), tmp_path, exact_accumulation=False, **options, **(lora() if with_lora else {}))
     assert len(losses(theirs)) == 4
     assert_same_logs(ours.state.log_history, theirs.state.log_history)
+
+
+@pytest.mark.parametrize("with_lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_shared_prompts_give_trls_losses_and_metrics(with_lora, accumulation, tmp_path):
+    """All but the mean logits, which TRL takes over padding as well."""
+    options = {"gradient_accumulation_steps": accumulation, "eval_strategy": "steps", "eval_steps": 2}
+    options |= lora() if with_lora else {}
+    ours, theirs = both_trained(tiny(), tmp_path, packing="auto", exact_accumulation=False, **options)
+    assert "packed" in batch_of(ours)
+    unknown = {f"{prefix}logits/{side}" for prefix in ("", "eval_") for side in ("chosen", "rejected")}
+    mine, other = (
+        [{key: value for key, value in logs.items() if key not in unknown} for logs in trainer.state.log_history]
+        for trainer in (ours, theirs)
+    )
+    assert_same_logs(mine, other)
+
+
+def test_mean_logits_of_shared_prompts_are_over_all_tokens_of_each_side(tmp_path):
+    trainer = trainer_of(ORPOTrainer, tiny(), tmp_path, packing="shared")
+    _, metrics = trainer.get_batch_loss_metrics(trainer.model, batch_of(trainer))
+    for side in ("chosen", "rejected"):
+        ids = [torch.tensor([trainer.train_dataset[row][f"{side}_input_ids"]]) for row in range(4)]
+        logits = torch.cat([trainer.model(one).logits[0] for one in ids])
+        assert metrics[f"logits/{side}"] == pytest.approx(float(logits.mean()), rel=1e-4)
+
+
+def test_prompts_are_shared_only_where_that_is_exact(tmp_path):
+    assert "packed" in batch_of(trainer_of(ORPOTrainer, tiny(), tmp_path))
+    assert "packed" not in batch_of(trainer_of(ORPOTrainer, tiny(), tmp_path, packing="padded"))
+    alibi = {"head_dim": None, "num_key_value_heads": None}
+    assert "packed" not in batch_of(trainer_of(ORPOTrainer, tiny("Bloom", **alibi), tmp_path))
+    with pytest.raises(ValueError, match=r'BloomForCausalLM cannot share prompts: its ALiBi .* Use packing="padded"'):
+        trainer_of(ORPOTrainer, tiny("Bloom", **alibi), tmp_path, packing="shared")
+    with pytest.raises(ValueError, match="packing must be one of 'auto', 'padded', 'shared'; got 'tight'"):
+        trainer_of(ORPOTrainer, tiny(), tmp_path, packing="tight")
 
 
 def test_without_accumulation_the_default_is_trls(tmp_path):

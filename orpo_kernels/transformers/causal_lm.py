@@ -77,12 +77,17 @@ def causal_lm_orpo_loss(
     """
     _check_options(options)
     inner = unwrap(model)
-    if packed is None:
-        rows = _padded_rows(input_ids, attention_mask, labels, prompt_nll, nll_reduction, ignore_index)
-    else:
-        _check_packed(input_ids, attention_mask, labels, packed)
+    rows = batch_rows(
+        input_ids,
+        attention_mask,
+        labels,
+        packed=packed,
+        prompt_nll=prompt_nll,
+        nll_reduction=nll_reduction,
+        ignore_index=ignore_index,
+    )
+    if packed is not None:
         packed = packed.to(input_ids.device)
-        rows = packed.rows(prompt_nll, nll_reduction)
         if reason := refuses_shared_prompt(model):
             raise ValueError(f'{reason} Use PreferenceCollator(packing="padded").')
     head = resolve_lm_head(inner)
@@ -119,14 +124,20 @@ def _with_router_loss(
     return routed
 
 
-def _padded_rows(
+def batch_rows(
     input_ids: Tensor,
-    attention_mask: Tensor | None,
-    labels: Tensor | None,
-    prompt_nll: bool,
-    nll_reduction: str,
-    ignore_index: int,
+    attention_mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    *,
+    packed: PackedPairs | None = None,
+    prompt_nll: bool = True,
+    nll_reduction: str = "token",
+    ignore_index: int = IGNORE_INDEX,
 ) -> Rows:
+    """What the loss of a batch runs over, arguments and errors as in `causal_lm_orpo_loss`. No host read."""
+    if packed is not None:
+        _check_packed(input_ids, attention_mask, labels, packed)
+        return packed.to(input_ids.device).rows(prompt_nll, nll_reduction)
     if labels is None:
         raise TypeError("labels are missing; a batch has labels and an attention_mask, or `packed`.")
     _check_batch(input_ids, attention_mask, labels)

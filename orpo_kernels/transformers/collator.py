@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 End = Literal["single", "trl"]
-Packing = Literal["padded", "shared"]
+Packing = Literal["auto", "padded", "shared"]
 
 
 class TokenizedPair(TypedDict):
@@ -76,11 +76,12 @@ class _Side(NamedTuple):
 class PreferenceCollator:
     """Makes batches for `causal_lm_orpo_loss` of raw examples, or of pairs that `tokenize_pair` has tokenised.
 
-    `collator(examples)` of B pairs returns, for either `packing`:
+    `collator(examples)` of B pairs returns, by `packing`:
 
+    - "auto", the default: "padded", unless one of the trainers of this package finds that its model allows "shared".
     - "padded": int64 tensors of shape (2B, T), the B chosen sequences first, padded on the right: `input_ids`,
       `attention_mask` (1 on tokens, made from the lengths: pad and EOS may be one id) and `labels` (unshifted, -100 on
-      prompt and padding). Right for every model, and therefore the default.
+      prompt and padding). Right for every model.
     - "shared": `input_ids` (R, T) int64 in at most B rows, every prompt once, and `packed`, the `PackedPairs` that says
       where everything is. The loss and its gradients are the same, but some models do not allow it (ALiBi, recurrent
       layers, flash-attention); `refuses_shared_prompt(model)` says why, and the loss refuses such a batch.
@@ -92,7 +93,7 @@ class PreferenceCollator:
     tokenizer: PreTrainedTokenizerBase
     max_length: int | None = None
     end: End = "single"
-    packing: Packing = "padded"
+    packing: Packing = "auto"
 
     def __post_init__(self) -> None:
         _check_options(self.tokenizer, self.max_length, self.end)

@@ -86,6 +86,23 @@ class LMHead:
         hidden = torch.cat([hidden, *(part.to(hidden.dtype) for part in down)], dim=-1)
         return Operands(hidden, weight, bias, torch.cat([lora.up.weight for lora in self.lora], dim=1))
 
+    def mean_logits(self, hidden: Tensor) -> Tensor:
+        """(...) fp32: the mean over the vocabulary of the logits of hidden states (..., H), without making them.
+
+        A plain head is linear, so the mean passes through it; dropout in front of an adapter is left out. NaN with a
+        soft-cap, where it does not pass.
+        """
+        hidden = hidden.float()
+        if self.logit_softcap is not None:
+            return torch.full_like(hidden[..., 0], torch.nan)
+        logits = hidden @ self.weight.mean(0, dtype=torch.float32)
+        for lora in self.lora:
+            up = lora.up.weight.mean(0, dtype=torch.float32)
+            logits = logits + lora.scaling * (hidden @ lora.down.weight.float().t() @ up)
+        biases = [(self.bias, 1.0), *((lora.up.bias, lora.scaling) for lora in self.lora)]
+        shift = sum(scaling * bias.float().mean() for bias, scaling in biases if bias is not None)
+        return self.logit_scale * (logits + shift)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """The plain computation, for the probe: as the model does it up to the product, then in at least float32."""
         hidden, weight, bias, low_rank = self.operands(hidden)

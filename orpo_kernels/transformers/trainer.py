@@ -16,9 +16,8 @@ over the micro-batches is taken.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -31,11 +30,14 @@ from transformers import EvalPrediction, Trainer
 
 from .. import ORPOOutput
 from ..objective import denominators
-from ..rows import Rows, padded_rows
-from .causal_lm import _predictable, causal_lm_orpo_loss
+from .body import router_loss_coef, unwrap, wants_router_loss
+from .causal_lm import CausalLMORPOOutput, batch_rows, causal_lm_orpo_loss
+from .collator import PreferenceCollator
 from .lm_head import resolve_lm_head
+from .sharing import refuses_shared_prompt
 
 _FROM_THE_STEP = ("nll_denominator", "pair_denominator")
+_OF_THE_ROWS = ("prompt_nll", "nll_reduction", "ignore_index")  # options of the loss that decide what counts
 
 
 class ORPOLossMixin:
@@ -56,7 +58,7 @@ class ORPOLossMixin:
     _compile_options: dict[str, Any] | None = None
 
     def loss_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """What `causal_lm_orpo_loss` takes of one of the trainer's batches: input_ids, attention_mask, labels."""
+        """What `causal_lm_orpo_loss` takes of a batch: input_ids, and attention_mask and labels, or packed."""
         raise NotImplementedError
 
     def orpo_step(
@@ -76,22 +78,22 @@ class ORPOLossMixin:
         inner = self.accelerator.unwrap_model(model)
         self._compile_body(inner)
         own_counts = self._counts(inputs)
-        counts = own_counts if step_counts is None else step_counts
+        counts, micro_batches, averaged = own_counts, 1, 1
+        if step_counts is not None:
+            counts, micro_batches = step_counts, self.current_gradient_accumulation_steps
+            if self.args.average_tokens_across_devices:
+                averaged = self.accelerator.num_processes  # by which the gradients will be divided
         options = {**self.loss_options, "nll_denominator": counts[0], "pair_denominator": counts[1]}
+        if wants_router_loss(unwrap(inner)):
+            options["router_aux_loss_coef"] = router_loss_coef(unwrap(inner)) / (micro_batches * averaged)
 
-        def loss_and_router_loss(**inputs: Any) -> tuple[ORPOOutput, Tensor | None]:
-            with self.accelerator.autocast(), router_logits_of(inner) as router_logits:
-                out = causal_lm_orpo_loss(inner, **inputs, **options)
-                return out, router_loss(inner, router_logits, inputs.get("attention_mask"))
+        def loss_of(**inputs: Any) -> CausalLMORPOOutput:
+            with self.accelerator.autocast():
+                return causal_lm_orpo_loss(inner, **inputs, **options)
 
-        out, of_router = run_inside(model, inner, loss_and_router_loss, inputs)
-        loss = out.loss
-        if step_counts is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes  # whose gradients are averaged
-        if of_router is not None:
-            loss = loss + of_router / (1 if step_counts is None else self.current_gradient_accumulation_steps)
+        out = run_inside(model, inner, loss_of, inputs)
         own_nll = out.nll_loss * (counts[0] / own_counts[0].clamp(min=1)).to(out.nll_loss.dtype)
-        return loss, out._replace(nll_loss=own_nll)
+        return out.loss * averaged, out._replace(nll_loss=own_nll)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         """(2,) float64: NLL weight and valid pairs of the optimizer step; None where each micro-batch has its own mean.
@@ -107,25 +109,8 @@ class ORPOLossMixin:
 
     def _counts(self, inputs: dict[str, Any]) -> Tensor:
         """(2,) float64: what the two means of the loss divide by. Nothing is read on the host."""
-        return torch.stack(denominators(self._rows(**inputs), None, None))
-
-    def _rows(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Any = None, packed: Any = None
-    ) -> Rows:
-        """The rows that `causal_lm_orpo_loss` makes of the batch; of one with shared prompts, `packed` has them."""
-        prompt_nll = self.loss_options.get("prompt_nll", True)
-        nll_reduction = self.loss_options.get("nll_reduction", "token")
-        if packed is not None:
-            return packed.rows(prompt_nll, nll_reduction)
-        ignore_index = self.loss_options.get("ignore_index", -100)
-        nll_source = input_ids if prompt_nll else labels
-        return padded_rows(
-            _predictable(labels, attention_mask, ignore_index),
-            _predictable(nll_source, attention_mask, ignore_index)[: labels.shape[0] // 2],
-            True,
-            ignore_index,
-            nll_reduction,
-        )
+        options = {name: self.loss_options[name] for name in _OF_THE_ROWS if name in self.loss_options}
+        return torch.stack(denominators(batch_rows(**inputs, **options), None, None))
 
     def _check_setup(self) -> None:
         """Refuse, before the first step, what the loss would bypass."""
@@ -151,8 +136,7 @@ class ORPOLossMixin:
                     f"{name} is enabled, but the loss needs whole sequences and the whole weight of the head. Use "
                     "one process, or several with DistributedDataParallel (torchrun or accelerate launch alone)."
                 )
-        with router_logits_of(self.model):
-            resolve_lm_head(self.model)
+        resolve_lm_head(self.model)
 
     def _build_accelerator_args(self, **options: Any) -> dict[str, Any]:
         """`torch_compile=True` compiles the body, which is what the loss calls; Accelerate would compile the model."""
@@ -166,7 +150,7 @@ class ORPOLossMixin:
     def _compile_body(self, inner: nn.Module) -> None:
         if self._compile_options is None:
             return
-        body = _base_model(inner).base_model
+        body = base_model(inner).base_model
         if "forward" not in vars(body):  # its forward, not its call: so that hooks still see what goes in and out
             body.forward = torch.compile(body.forward, **self._compile_options)
 
@@ -175,7 +159,8 @@ class ORPOTrainer(ORPOLossMixin, Trainer):
     """`transformers.Trainer` with the ORPO loss.
 
     Args, beside those of `Trainer` (all of it by keyword but `model` and `args`):
-        data_collator: a `PreferenceCollator`, or anything that makes the same batches.
+        data_collator: a `PreferenceCollator`, or anything that makes the same batches. With `packing="auto"`, its
+            default, prompts are shared if the model allows it (`refuses_shared_prompt`).
         train_dataset, eval_dataset: raw examples (prompt, chosen, rejected), or pairs that `tokenize_pair` made. Of a
             `datasets.Dataset`, other columns are left out; `remove_unused_columns=False` keeps them.
         beta: weight of the odds ratio.
@@ -215,6 +200,9 @@ class ORPOTrainer(ORPOLossMixin, Trainer):
         super().__init__(model, args, data_collator=data_collator, **options)
         self.model_accepts_loss_kwargs = True  # transformers before 5.19: the loss is scaled already
         self._check_setup()
+        if isinstance(data_collator, PreferenceCollator) and data_collator.packing == "auto":
+            packing: Any = "padded" if refuses_shared_prompt(self.model) else "shared"
+            self.data_collator = replace(data_collator, packing=packing)
 
     def loss_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         return dict(batch)
@@ -363,56 +351,6 @@ def run_inside(wrapper: nn.Module, inner: nn.Module, function: Callable[..., Any
         restore()
 
 
-@contextmanager
-def router_logits_of(model: nn.Module) -> Iterator[list[Any]]:
-    """Inside, the list holds the router logits of the body's last call, if the config asks for the router's loss.
-
-    `causal_lm_orpo_loss` refuses such a config, because it leaves that loss out. Here it is added (`router_loss`), so
-    the config is silent inside, and the body is asked for its router logits by a hook.
-    """
-    inner = _base_model(model)
-    config = inner.config.get_text_config(decoder=True)
-    if not (getattr(config, "output_router_logits", False) and getattr(config, "router_aux_loss_coef", 0)):
-        yield []
-        return
-    found: list[Any] = [None]  # until the body is seen
-
-    def ask(module: nn.Module, args: tuple, options: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        return args, {**options, "output_router_logits": True}
-
-    def keep(module: nn.Module, args: tuple, output: Any) -> None:
-        found[:] = [getattr(output, "router_logits", None)]
-
-    body = inner.base_model
-    handles = (body.register_forward_pre_hook(ask, with_kwargs=True), body.register_forward_hook(keep))
-    config.output_router_logits = False
-    try:
-        yield found
-    finally:
-        config.output_router_logits = True
-        for handle in handles:
-            handle.remove()
-
-
-def router_loss(model: nn.Module, router_logits: Sequence[Any], attention_mask: Tensor | None) -> Tensor | None:
-    """The router's loss by the model's own function, times its coefficient; None for a model that has none.
-
-    Raises `ValueError` where the model gives no router logits, or has no such function.
-    """
-    if not router_logits:
-        return None
-    inner = _base_model(model)
-    coefficient = inner.config.get_text_config(decoder=True).router_aux_loss_coef
-    function = getattr(sys.modules[type(inner).__module__], "load_balancing_loss_func", None)
-    if router_logits[0] is None or function is None or not hasattr(inner, "num_experts_per_tok"):
-        raise ValueError(
-            f"{type(inner).__name__} asks for a router loss (config.output_router_logits=True), but its router logits "
-            "or how it makes a loss of them are not known here (a body compiled with .compile() hides them). Set "
-            "model.config.output_router_logits = False to train without it."
-        )
-    return coefficient * function(router_logits[0], inner.num_experts, inner.num_experts_per_tok, attention_mask)
-
-
-def _base_model(model: Any) -> Any:
+def base_model(model: Any) -> Any:
     """The `transformers` model, out of `peft`'s."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return model.getbase_model() if hasattr(model, "getbase_model") else model
