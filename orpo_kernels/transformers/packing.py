@@ -13,12 +13,8 @@ What is shared is what the two sequences have in common from their beginning: th
 straddles its end or truncation cut the sides apart; more where the answers begin alike.
 
 **Rows** are as wide as the longest pair, which they have to be in any case, and as few as first-fit-decreasing makes
-them. Wider rows would leave less padding, but attention costs the square of the width, and pays for pairs that do not
-see each other. So many tokens (and so much attention) run through the body, relative to the padded batch's:
-
-    rows as wide as          the longest pair    1.5 of them      2 of them
-    LLMBar, 4 pairs           0.57 (0.86)        0.55 (1.12)      0.65 (1.85)
-    LLMBar, 16 pairs          0.47 (0.80)        0.48 (1.22)      0.49 (1.64)
+them. Wider rows would leave a little less padding, but attention costs the square of the width, and pays for pairs that
+do not see each other.
 """
 
 from __future__ import annotations
