@@ -404,6 +404,21 @@ def test_lora_on_the_head(name, options):
     assert all("lora_" in name for name in found)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["embed_tokens", "lm_head"]},
+        {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
+        {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    ],
+    ids=["both", "both, tied", "embeddings, tied", "saved, tied"],
+)
+def test_adapters_on_tied_embeddings(options):
+    model, batch = with_lora(build("Llama, tied"), **options), make_batch()
+    assert_same(causal_lm_orpo_loss(model, **batch), by_logits(model, batch), model)
+
+
 def test_lora_on_the_head_merged_disabled_and_several_at_once():
     peft, batch = pytest.importorskip("peft"), make_batch()
     model = with_lora(llama(), target_modules=["lm_head"])
@@ -477,6 +492,12 @@ def test_other_adapters_on_the_head_are_refused_by_class():
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(llama(), peft.IA3Config(target_modules=["lm_head"], feedforward_modules=[]))
     with pytest.raises(TypeError, match=r"peft\.tuners\.ia3\.layer\.Linear.*modules_to_save"):
+        causal_lm_orpo_loss(model, **make_batch())
+
+
+def test_trained_tokens_of_a_tied_head_are_refused_by_class():
+    model = with_lora(build("Llama, tied"), trainable_token_indices=[1, 2])
+    with pytest.raises(TypeError, match=r"peft\.utils\.other\.TrainableTokensWrapper"):
         causal_lm_orpo_loss(model, **make_batch())
 
 

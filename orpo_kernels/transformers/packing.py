@@ -13,7 +13,8 @@ What is shared is what the two sequences have in common from their beginning: th
 straddles its end or truncation cut the sides apart; more where the answers begin alike.
 
 **Rows** are as wide as the longest pair, which they have to be in any case, and as few as first-fit-decreasing makes
-them. Attention costs the square of the width: a wider row would pay for pairs that do not see each other.
+them. Wider rows would leave a little less padding, but attention costs the square of the width, and pays for pairs that
+do not see each other.
 """
 
 from __future__ import annotations
