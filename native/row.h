@@ -44,17 +44,22 @@ constexpr float LOWEST = -3.4028234663852886e38f;  // the logit of the target am
 // beyond its end. With a cap, and where they are wanted, its slopes go to `slopes`. Returns the largest.
 template <bool CAPPED, class T>
 ORPO_INLINE float load_block(const T* row, int64_t count, int64_t target, Transform t, float* z, float* slopes) {
+  const bool is_here = target >= 0 && target < count;
+  Pair top = {splat(LOWEST), splat(LOWEST)};
   for (int64_t i = 0; i < count; i += PAIR) {
     Pair p = load_pair(row + i, count - i), slope;
     transform_<CAPPED>(p, slope, t);
+    for (int k = 0; k < 2; ++k) top.v[k] = max_of(p.v[k], top.v[k]);
     store_pair(z + i, p);
     if (CAPPED && slopes) store_pair(slopes + i, slope);
   }
-  if (target >= 0 && target < count) z[place_in_pairs(row, target)] = LOWEST;
-  for (int64_t i = count; i % PAIR != 0; ++i) z[place_in_pairs(row, i)] = -__builtin_inff();
-  Pair top = {splat(LOWEST), splat(LOWEST)};
-  for (int64_t i = 0; i < count; i += PAIR)
-    for (int k = 0; k < 2; ++k) top.v[k] = max_of(load(z + i + k * LANES), top.v[k]);
+  if (is_here || count % PAIR != 0) {  // a few blocks of a row
+    if (is_here) z[place_in_pairs(row, target)] = LOWEST;
+    for (int64_t i = count; i % PAIR != 0; ++i) z[place_in_pairs(row, i)] = -__builtin_inff();
+    top = {splat(LOWEST), splat(LOWEST)};
+    for (int64_t i = 0; i < count; i += PAIR)
+      for (int k = 0; k < 2; ++k) top.v[k] = max_of(load(z + i + k * LANES), top.v[k]);
+  }
   return largest(max_of(top.v[0], top.v[1]));
 }
 
@@ -70,7 +75,7 @@ ORPO_INLINE double exp_block(const float* z, int64_t count, float reference, con
       sum.v[k] += e.v[k];
       if (slopes) e.v[k] = e.v[k] * load(slopes + i + k * LANES);
     }
-    if (out) store_pair(out + i, e);
+    if (out) store_pair(out + i, e, count - i);
   }
   return sum_of(sum.v[0] + sum.v[1]);
 }
