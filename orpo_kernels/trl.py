@@ -43,8 +43,8 @@ class ORPOTrainer(ORPOLossMixin, TRLORPOTrainer):
             end of a turn (`<|im_end|>\\n<|im_end|>`). "single": the answer stops behind its first end token.
 
     Logged are TRL's metrics, averaged over the pairs with two non-empty answers. `logits/chosen` and
-    `logits/rejected`, the mean of all logits, come from the mean hidden state and the mean row of the weight. They are
-    left out for a model whose logits are soft-capped (Gemma 2), where that is not the mean, and where the hidden states
+    `logits/rejected`, the mean of all logits, are those of the mean hidden states, the head being linear. They are left
+    out for a model whose logits are soft-capped (Gemma 2), where that is not the mean, and where the hidden states
     cannot be seen (a body compiled with `.compile()`; `torch_compile=True` lets them be seen). TRL's `compute_metrics`
     gets NaN for them.
 
@@ -140,14 +140,14 @@ def mean_hidden_states(model: nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
+@torch.no_grad()
 def mean_logits(model: nn.Module, means: list[Tensor]) -> Tensor:
-    """(2,) fp32: the mean logit of the chosen and of the rejected side, linear as the head is; NaN if not known."""
+    """(2,) fp32: the mean logit of the chosen and of the rejected side; NaN if it is not known.
+
+    The head is linear, so the mean of all logits is that of the logits of the mean hidden state: two rows.
+    """
     with router_logits_of(model):
         head = resolve_lm_head(model)
-    weight = head.weight.detach()
     if head.logit_softcap is not None or not means:
-        return torch.full((2,), torch.nan, device=weight.device)
-    logits = means[0] @ weight.mean(0, dtype=torch.float32)
-    if head.bias is not None:
-        logits = logits + head.bias.detach().float().mean()
-    return head.logit_scale * logits
+        return torch.full((2,), torch.nan, device=head.weight.device)
+    return head.logits(means[0]).mean(-1).float()
