@@ -356,9 +356,12 @@ def plot(results: Sequence[Result], path: Path) -> None:
     """A column of panels for each case and dtype: seconds of a step by its parts and, if measured, peak memory."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(1 + 3.2 * len(results), 6), layout="constrained")
-    panels = figure.subplots(2, len(results), squeeze=False)
-    for (times, memory), result in zip(panels.T, results, strict=True):
+    measured = all(contestant.peak_bytes for result in results for contestant in result.contestants)
+    panel_rows = 2 if measured else 1
+    figure = Figure(figsize=(1 + 3.2 * len(results), 3.2 * panel_rows), layout="constrained")
+    panels = figure.subplots(panel_rows, len(results), squeeze=False)
+    for column, result in zip(panels.T, results, strict=True):
+        times = column[0]
         names = [contestant.name.replace(", ", ",\n").replace(" ", "\n", 1) for contestant in result.contestants]
         bottom = [0.0] * len(names)
         for part in PARTS:
@@ -367,12 +370,9 @@ def plot(results: Sequence[Result], path: Path) -> None:
             bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
         times.set(title=f"{result.case}\n{result.dtype}", ylabel="seconds (medians)")
         times.legend(fontsize="small")
-        peaks = [contestant.peak_bytes for contestant in result.contestants]
-        if None in peaks:
-            memory.set_axis_off()
-        else:
-            memory.bar(names, [peak / GIB for peak in peaks if peak is not None], color="tab:gray")
-            memory.set(ylabel="peak GiB of the process")
+        if measured:
+            column[1].bar(names, [(contestant.peak_bytes or 0) / GIB for contestant in result.contestants], color="0.5")
+            column[1].set(ylabel="peak GiB of the process")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
@@ -403,7 +403,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.peak_of:
         print(peak_of_steps(load(CASES[options.case[0]], options.dtype[0]), options.peak_of))
         return
-    console, results = Console(), []
+    console, results = Console(width=max(Console().width, 110)), []
     if not shares_prompts():
         console.print("PreferenceCollator cannot share prompts here: that contestant is left out.")
     with Progress(console=Console(stderr=True), transient=True) as progress:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,8 +46,10 @@ def test_everyone_takes_the_same_steps(bench, tmp_path):
     shown = io.StringIO()
     Console(file=shown, width=200).print(training_step.table(result))
     assert TRL in shown.getvalue()
-    training_step.plot([result], tmp_path / "runs" / "plot.png")
-    assert (tmp_path / "runs" / "plot.png").stat().st_size > 0
+    with_memory = Result(result.case, result.dtype, [replace(one, peak_bytes=2**30) for one in result.contestants])
+    for name, results in {"time.png": [result], "both.png": [with_memory, with_memory]}.items():
+        training_step.plot(results, tmp_path / "runs" / name)
+        assert (tmp_path / "runs" / name).stat().st_size > 0
     written = json.loads(json.dumps(training_step.as_json([result])))
     assert set(written["medians"][0][result.contestants[0].name]) == {"seconds", *PARTS}
 

@@ -18,7 +18,7 @@ from trl.experimental.orpo import ORPOConfig
 from trl.experimental.orpo import ORPOTrainer as TRLORPOTrainer
 
 from benchmarks.workloads import have_real_data, llmbar_pairs
-from orpo_kernels.transformers import tokenize_pairs
+from orpo_kernels.transformers import LMHead, tokenize_pairs
 from orpo_kernels.trl import ORPOTrainer
 
 from .training import assert_same_logs, chat_examples, copies, grad_norms, losses, settings, tiny, tokenizer
@@ -127,6 +127,14 @@ def test_heads_and_routers(architecture, changes, tmp_path):
     if model.get_output_embeddings().bias is not None:
         nn.init.normal_(model.get_output_embeddings().bias)
     ours, theirs = both_trained(model, tmp_path, eval_strategy="steps", eval_steps=2, max_steps=2)
+    assert_same_logs(ours.state.log_history, theirs.state.log_history)
+
+
+@pytest.mark.skipif(not hasattr(LMHead, "operands"), reason="LoRA on the lm head is refused")
+def test_lora_on_the_head(tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False, task_type="CAUSAL_LM")
+    ours, theirs = both_trained(tiny(), tmp_path, peft_config=config, eval_strategy="steps", eval_steps=2)
     assert_same_logs(ours.state.log_history, theirs.state.log_history)
 
 
@@ -348,7 +356,7 @@ def test_evaluation_runs_one_gemm_of_the_head(tmp_path):
 
     rows = trainer._rows(**inputs).live()
     head = flops(lambda: trainer.prediction_step(model, batch, True)) - flops(body)
-    assert head == 2 * len(rows) * model.lm_head.weight.numel()
+    assert head == 2 * (len(rows) + 2) * model.lm_head.weight.numel()  # two rows for the mean logits
 
 
 # --- a real model --------------------------------------------------------------------------------------------------
