@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from trl.experimental.orpo import ORPOConfig
 from trl.experimental.orpo import ORPOTrainer as TRLORPOTrainer
 
+from .transformers.body import unwrap
 from .transformers.collator import IGNORE_INDEX, End, Packing, _end_turn
 from .transformers.lm_head import resolve_lm_head
 from .transformers.packing import PackedPairs, pack_pairs
 from .transformers.sharing import refuses_shared_prompt
-from .transformers.trainer import PAIR_METRICS, ORPOLossMixin, base_model, pair_metrics
+from .transformers.trainer import PAIR_METRICS, ORPOLossMixin, pair_metrics
 
 __all__ = ["ORPOConfig", "ORPOTrainer"]
 
@@ -178,7 +179,7 @@ def mean_hidden_states(model: nn.Module, sides: Tensor) -> Iterator[list[Tensor]
         if hidden.shape[:2] == sides.shape[1:]:  # not the few tokens of a check
             means[:] = [sides.flatten(1) @ hidden.flatten(0, 1).float()]
 
-    handle = base_model(model).base_model.register_forward_hook(keep)
+    handle = unwrap(model).base_model.register_forward_hook(keep)
     try:
         yield means
     finally:

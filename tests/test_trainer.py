@@ -23,6 +23,7 @@ from datasets import Dataset
 from transformers import EvalPrediction, TrainingArguments
 
 from orpo_kernels.transformers import PreferenceCollator, causal_lm_orpo_loss, tokenize_pairs
+from orpo_kernels.transformers.causal_lm import batch_rows
 from orpo_kernels.transformers.trainer import METRICS, ORPOTrainer, preference_metrics, run_inside
 
 from . import runs
@@ -230,9 +231,30 @@ def test_evaluation_runs_one_gemm_of_the_head(tmp_path):
         with torch.no_grad():
             model.model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
 
-    rows = trainer._rows(**batch).live()
+    rows = batch_rows(**batch).live()
     head = flops(lambda: trainer.prediction_step(model, batch, False)) - flops(body)
     assert head == 2 * len(rows) * model.lm_head.weight.numel()
+
+
+def test_prompts_are_shared_where_the_model_allows_it(tmp_path):
+    pairs = chat_examples(4)
+    for model, packing in ((tiny(), "auto"), (tiny(), "padded"), (tiny("Mixtral", **MIXTURE), "auto")):
+        own = PreferenceCollator(tokenizer(), max_length=96, packing=packing)
+        trainer = trainer_of(tmp_path, model, data_collator=own)
+        shared = packing == "auto" and "output_router_logits" not in vars(model.config)
+        assert ("packed" in trainer.data_collator(pairs)) == shared, (type(model).__name__, packing)
+        assert own.packing == packing  # the caller's collator is as it was
+
+
+def test_shared_prompts_train_as_padded_ones_do(tmp_path):
+    runs = []
+    for packing in ("shared", "padded"):
+        own = PreferenceCollator(tokenizer(), max_length=96, packing=packing)
+        trainer = trained(
+            tmp_path, data_collator=own, gradient_accumulation_steps=2, eval_strategy="steps", eval_steps=2
+        )
+        runs.append(trainer.state.log_history)
+    assert_same_logs(*runs)
 
 
 # --- refusals ------------------------------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def assert_same_logs(ours: list[dict[str, float]], theirs: list[dict[str, float]
     ours, theirs = without_timings(ours), without_timings(theirs)
     assert len(ours) == len(theirs)
     for mine, other in zip(ours, theirs, strict=True):
-        assert mine.keys() == other.keys()
+        assert mine.keys() == other.keys(), mine.keys() ^ other.keys()
         for key, value in other.items():
             difference = abs(mine[key] - value)
             assert difference <= tolerance * max(abs(value), 0.01), (key, mine[key], value)

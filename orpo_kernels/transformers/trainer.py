@@ -150,7 +150,7 @@ class ORPOLossMixin:
     def _compile_body(self, inner: nn.Module) -> None:
         if self._compile_options is None:
             return
-        body = base_model(inner).base_model
+        body = unwrap(inner).base_model
         if "forward" not in vars(body):  # its forward, not its call: so that hooks still see what goes in and out
             body.forward = torch.compile(body.forward, **self._compile_options)
 
@@ -349,8 +349,3 @@ def run_inside(wrapper: nn.Module, inner: nn.Module, function: Callable[..., Any
         return wrapper(**inputs)
     finally:
         restore()
-
-
-def base_model(model: Any) -> Any:
-    """The `transformers` model, out of `peft`'s."""
-    return model.getbase_model() if hasattr(model, "getbase_model") else model
