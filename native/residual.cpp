@@ -2,7 +2,7 @@
 //
 // Every logit is exponentiated once. The first pass leaves exp(z_j - reference) * slope_j in fp32, relative to the
 // largest logit that was known at its block; the second multiplies each block by exp(reference - lse_others) and
-// rounds. (Exponentiating twice instead would need no row of fp32, but exp is what bounds this pass, not memory.)
+// rounds. (Exponentiating twice would need no row of fp32, but exp is what bounds this pass on a CPU, not memory.)
 
 #include "row.h"
 
@@ -10,25 +10,16 @@ namespace orpo::ORPO_ISA {
 
 namespace {
 
-// Where a row waits between the two passes: in fp32 it has the room itself.
-template <class T>
-ORPO_INLINE float* unrounded(T*, float* scratch) {
-  return scratch;
-}
-
-ORPO_INLINE float* unrounded(float* row, float*) { return row; }
-
 template <bool CAPPED, class T>
 double residual_of_row(T* row, int64_t columns, int64_t target, Transform t, float* scratch) {
   const Target y = target_of<CAPPED>(row + target, t);
-  float* const wide = unrounded(row, scratch);
-  float* const references = scratch + (columns + BLOCK - 1) / BLOCK * BLOCK;
+  float* references = scratch + (columns + BLOCK - 1) / BLOCK * BLOCK;
   alignas(64) float z[BLOCK], slopes[BLOCK];
   Others others;
   for (int64_t start = 0, i = 0; start < columns; start += BLOCK, ++i) {
     const int64_t count = least(columns - start, BLOCK);
     others.raise(load_block<CAPPED>(row + start, count, target - start, t, z, slopes));
-    others.total += exp_block(z, count, others.reference, CAPPED ? slopes : nullptr, wide + start);
+    others.total += exp_block(z, count, others.reference, CAPPED ? slopes : nullptr, scratch + start);
     references[i] = others.reference;
   }
 
@@ -36,7 +27,7 @@ double residual_of_row(T* row, int64_t columns, int64_t target, Transform t, flo
     const double factor = ::exp(static_cast<double>(references[i]) - others.reference) / others.total;
     const float share = static_cast<float>(factor);
     for (int64_t j = start; j < least(start + BLOCK, columns); j += PAIR) {
-      Pair e = load_pair(wide + j, columns - j);
+      Pair e = load_pair(scratch + j);
       for (Vec& v : e.v) v = v * share;
       store_pair(row + j, e, columns - j);
     }

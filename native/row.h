@@ -75,7 +75,7 @@ ORPO_INLINE double exp_block(const float* z, int64_t count, float reference, con
       sum.v[k] += e.v[k];
       if (slopes) e.v[k] = e.v[k] * load(slopes + i + k * LANES);
     }
-    if (out) store_pair(out + i, e, count - i);
+    if (out) store_pair(out + i, e);
   }
   return sum_of(sum.v[0] + sum.v[1]);
 }
