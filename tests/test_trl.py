@@ -296,6 +296,17 @@ def test_truncated_answers_get_no_end_token(max_length, tmp_path):
         assert len(ids) == (ends[0] + 1 if ends else len(whole))
 
 
+def test_a_model_by_its_name(tmp_path):
+    tiny().save_pretrained(tmp_path / "model")
+    arguments = ORPOConfig(**settings(tmp_path, max_length=96, model_init_kwargs={"dtype": "float32"}))
+    data = Dataset.from_list(chat_examples())
+    trainer = ORPOTrainer(str(tmp_path / "model"), arguments, train_dataset=data, processing_class=tokenizer())
+    trainer.train()
+    expected = trainer_of(ORPOTrainer, tiny(), tmp_path)
+    expected.train()
+    assert losses(trainer) == pytest.approx(losses(expected), rel=1e-5)
+
+
 def test_torch_compile_compiles_the_body(tmp_path, monkeypatch):
     for name in ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE"):
         monkeypatch.setenv(name, "no")
