@@ -5,9 +5,9 @@
     python -m benchmarks.training_step --case dpo --dtype float32 bfloat16 --json training_step.json
 
 TRL's step is that of its own trainer: `training_step`, then clipping and AdamW. So is ours, through the drop-in of
-`orpo_kernels.trl`. Where the collator can share prompts, a loop around `causal_lm_orpo_loss` on such batches is the
-third. All take the same pairs, those that fit whole, through one model and one optimizer whose learning rate is 0: the
-work is the same, nobody's step changes the next one's, and every loss has to agree before anything is timed.
+`orpo_kernels.trl`: on padded batches as TRL makes them, and, its default, with shared prompts. All take the same pairs,
+those that fit whole, through one model and one optimizer whose learning rate is 0: the work is the same, nobody's step
+changes the next one's, and every loss has to agree before anything is timed.
 
 The parts of a step: *body* is the transformer's forward and backward; *optimizer* is clipping, AdamW and zero_grad; all
 the rest is *head + loss*. bf16 is autocast, as TRL has it. Peak memory is the most that a fresh process with one
@@ -17,7 +17,6 @@ contestant holds during its steps on the widest batch: resident set on a CPU, al
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import os
 import random
@@ -37,11 +36,11 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks import machine
 from benchmarks.workloads import DPO_EN_DEMO, LLMBAR, have_real_data, preference_pairs
-from orpo_kernels.transformers import PreferenceCollator, causal_lm_orpo_loss, tokenize_pairs
+from orpo_kernels.transformers import tokenize_pairs
 
 TRL, OURS, SHARED = "TRL ORPOTrainer", "ours", "ours, prompts shared"
 BETA, MAX_GRAD_NORM = 0.1, 1.0
@@ -125,22 +124,14 @@ class Bench:
             raise ValueError(f"{len(examples)} pairs fit into {case.max_length} tokens, but a batch needs {case.pairs}")
         self.model, self.case = model, case
         self.trainers = _trainers(model, tokenizer, examples, case, dtype)
-        self.accelerator = self.trainers[OURS].accelerator
-        self.device = self.accelerator.device
+        self.device = self.trainers[OURS].accelerator.device
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, fused=True)
         self.names = list(self.trainers)
-        if shares_prompts():
-            options: dict[str, Any] = {"packing": "shared"}
-            self.shared = PreferenceCollator(tokenizer, max_length=case.max_length, end="trl", **options)
-            self.names.append(SHARED)
-        self.examples = examples
 
     def batch(self, name: str, index: int) -> dict[str, Any]:
         """The pairs of the batch as the contestant's own collator makes them."""
         start = index % self.batches * self.case.pairs
         places = range(start, start + self.case.pairs)
-        if name == SHARED:
-            return self.shared([self.examples[place] for place in places])
         trainer = self.trainers[name]
         return trainer.data_collator([trainer.train_dataset[place] for place in places])
 
@@ -149,23 +140,13 @@ class Bench:
         batch, clock = self.batch(name, index), Clock(self.device)
         with clock.watching(self.model.base_model):
             clock.mark("begin")
-            loss = self.backward(name, batch)
+            loss = self.trainers[name].training_step(self.model, batch)
             clock.mark("backward")
             nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
             self.optimizer.step()
             self.optimizer.zero_grad()
             clock.mark("end")
         return clock.step(loss.item())
-
-    def backward(self, name: str, batch: dict[str, Any]) -> Tensor:
-        if name != SHARED:
-            return self.trainers[name].training_step(self.model, batch)
-        self.model.train()
-        batch = {key: value.to(self.device) for key, value in batch.items()}
-        with self.accelerator.autocast():
-            loss = causal_lm_orpo_loss(self.model, **batch, beta=BETA).loss
-        loss.backward()
-        return loss.detach()
 
     def widest(self) -> int:
         """The batch with the longest sequence."""
@@ -219,12 +200,8 @@ def whole(examples: list[dict[str, Any]], tokenizer: Any, max_length: int) -> li
     return kept
 
 
-def shares_prompts() -> bool:
-    return "packing" in inspect.signature(PreferenceCollator).parameters
-
-
 def _trainers(model: Any, tokenizer: Any, examples: list, case: Case, dtype: str) -> dict[str, Any]:
-    """TRL's and our trainer around one model, as their `train` would prepare it."""
+    """TRL's trainer and ours around one model, as their `train` would prepare it."""
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     from datasets import Dataset, disable_progress_bars
     from trl.experimental.orpo import ORPOTrainer as TRLORPOTrainer
@@ -244,9 +221,14 @@ def _trainers(model: Any, tokenizer: Any, examples: list, case: Case, dtype: str
         remove_unused_columns=False,
     )
     trainers = {}
-    for name, trainer_class in {TRL: TRLORPOTrainer, OURS: ORPOTrainer}.items():
+    contestants: dict[str, tuple[Any, dict[str, Any]]] = {
+        TRL: (TRLORPOTrainer, {}),
+        OURS: (ORPOTrainer, {"packing": "padded"}),
+        SHARED: (ORPOTrainer, {"packing": "shared"}),
+    }
+    for name, (trainer_class, packing) in contestants.items():
         data = Dataset.from_list(examples)
-        trainer = trainer_class(model=model, args=config, train_dataset=data, processing_class=tokenizer)
+        trainer = trainer_class(model=model, args=config, train_dataset=data, processing_class=tokenizer, **packing)
         trainer.accelerator.prepare_model(model)
         trainer.current_gradient_accumulation_steps = 1
         trainers[name] = trainer
@@ -404,8 +386,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(peak_of_steps(load(CASES[options.case[0]], options.dtype[0]), options.peak_of))
         return
     console, results = Console(width=max(Console().width, 110)), []
-    if not shares_prompts():
-        console.print("PreferenceCollator cannot share prompts here: that contestant is left out.")
     with Progress(console=Console(stderr=True), transient=True) as progress:
         for key in options.case:
             for dtype in options.dtype:

@@ -26,7 +26,7 @@ from trl.experimental.orpo import ORPOConfig
 from trl.experimental.orpo import ORPOTrainer as TRLORPOTrainer
 
 from .transformers.body import unwrap
-from .transformers.collator import IGNORE_INDEX, End, Packing, _end_turn
+from .transformers.collator import IGNORE_INDEX, End, Packing, end_turn
 from .transformers.lm_head import resolve_lm_head
 from .transformers.packing import PackedPairs, pack_pairs
 from .transformers.sharing import refuses_shared_prompt
@@ -139,7 +139,7 @@ class ORPOTrainer(ORPOLossMixin, TRLORPOTrainer):
         """Cut the side behind the first of its end tokens. A truncated answer has none and stays as it is."""
         ids, labels = row[f"{side}_input_ids"], row[f"{side}_labels"]
         answer = ids[labels.count(IGNORE_INDEX) :]
-        surplus = max(0, len(answer) - len(_end_turn(answer, self.processing_class)))
+        surplus = max(0, len(answer) - len(end_turn(answer, self.processing_class)))
         for column in ("input_ids", "attention_mask", "labels"):
             row[f"{side}_{column}"] = row[f"{side}_{column}"][: len(ids) - surplus]
 

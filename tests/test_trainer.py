@@ -160,7 +160,6 @@ def test_any_form_of_the_data_gives_the_same_run(tmp_path):
         assert losses(trained(tmp_path, train_dataset=form)) == expected
 
 
-@pytest.mark.skipif("packing" not in PreferenceCollator.__annotations__, reason="the collator cannot share prompts")
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_shared_prompts_are_the_same_run(accumulation, tmp_path):
     options = {"eval_strategy": "steps", "eval_steps": 2, "gradient_accumulation_steps": accumulation}

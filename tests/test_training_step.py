@@ -35,8 +35,7 @@ def test_everyone_takes_the_same_steps(bench, tmp_path):
     with Progress(console=Console(file=io.StringIO())) as progress:
         result = training_step.measure(bench, "float32", rounds=3, progress=progress)
     assert all(torch.equal(old, new) for old, new in zip(weights, bench.model.parameters(), strict=True))
-    names = {TRL, OURS, SHARED} if training_step.shares_prompts() else {TRL, OURS}
-    assert {contestant.name for contestant in result.contestants} == names
+    assert {contestant.name for contestant in result.contestants} == {TRL, OURS, SHARED}
     for contestant in result.contestants:
         assert len(contestant.steps) == 3
         assert len({step.loss for step in contestant.steps}) == 3

@@ -18,7 +18,7 @@ from trl.experimental.orpo import ORPOConfig
 from trl.experimental.orpo import ORPOTrainer as TRLORPOTrainer
 
 from benchmarks.workloads import have_real_data, llmbar_pairs
-from orpo_kernels.transformers import LMHead, tokenize_pairs
+from orpo_kernels.transformers import tokenize_pairs
 from orpo_kernels.transformers.causal_lm import batch_rows
 from orpo_kernels.trl import ORPOTrainer
 
@@ -131,7 +131,6 @@ def test_heads_and_routers(architecture, changes, tmp_path):
     assert_same_logs(ours.state.log_history, theirs.state.log_history)
 
 
-@pytest.mark.skipif(not hasattr(LMHead, "operands"), reason="LoRA on the lm head is refused")
 def test_lora_on_the_head(tmp_path):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False, task_type="CAUSAL_LM")

@@ -32,9 +32,9 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
     if not isinstance(inner, PreTrainedModel):
         raise TypeError(
             "model must be a transformers PreTrainedModel or a peft PeftModel around one, but is a "
-            f"{type(inner).__name__}. Wrappers that synchronise or shard (DistributedDataParallel, "
-            "FullyShardedDataParallel, DeepSpeedEngine) do so in their own forward, which the loss does not call; they "
-            "are not supported."
+            f"{type(inner).__name__}. Wrappers that synchronise or shard do so in their own forward, which the loss "
+            "does not call. orpo_kernels.transformers.trainer.run_inside runs it there for DistributedDataParallel; "
+            "FullyShardedDataParallel and DeepSpeedEngine are not supported."
         )
     _check_config(inner)
     return inner

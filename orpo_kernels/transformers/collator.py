@@ -301,7 +301,7 @@ def _finish(side: _Side, is_chat: bool, tokenizer: PreTrainedTokenizerBase, end:
     if bos is not None and prompt[:1] != [bos] and (end == "trl" or (not is_chat and _adds_bos(tokenizer))):
         prompt = [bos, *prompt]
     if is_chat and end == "single":
-        return _Side(prompt, _end_turn(response, tokenizer))
+        return _Side(prompt, end_turn(response, tokenizer))
     return _Side(prompt, response if response[-1:] == [eos] else [*response, eos])
 
 
@@ -310,7 +310,7 @@ def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
-def _end_turn(response: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_turn(response: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Cut a rendered turn behind its end-of-turn token, or give it an EOS where the template prints no such token.
 
     The end of turn need not be the EOS (Gemma's `<end_of_turn>`, Phi-3's `<|end|>`), and line breaks and an EOS may
