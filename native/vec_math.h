@@ -1,4 +1,4 @@
-// exp and tanh of vectors: at most 1 and 2 units in the last place, over all of fp32.
+// exp and tanh of vectors: at most 2 units in the last place, over all of fp32.
 
 #pragma once
 
