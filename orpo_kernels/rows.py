@@ -135,11 +135,8 @@ def padded_rows(labels: Tensor, nll_labels: Tensor | None, shift: bool, ignore_i
         labels, nll_labels = labels[:, 1:], nll_labels[:, 1:]
 
     scored = labels != ignore_index
-    wants_nll = torch.zeros_like(scored)
-    wants_nll[:pairs] = nll_labels != ignore_index
-    nll_target = torch.full_like(labels, ignore_index)
-    nll_target[:pairs] = nll_labels
-
+    nll_target = torch.nn.functional.pad(nll_labels, (0, 0, 0, pairs), value=ignore_index)
+    wants_nll = nll_target != ignore_index
     target = torch.where(scored, labels, nll_target)
     same_row = wants_nll & (target == nll_target)
     sequence = torch.arange(2 * pairs, device=labels.device)[:, None].expand_as(labels)
