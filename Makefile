@@ -30,8 +30,8 @@ demo: $(READY)  ## fine-tune a real 135M language model with ORPO on questions o
 test: $(READY)  ## the tests
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: $(READY)  ## the tests, the minutes-long ones included
-	$(BIN)/python -m pytest
+test-all: $(READY)  ## the tests, the minutes-long ones included, and more examples of each property
+	$(BIN)/python -m pytest --hypothesis-profile=thorough
 
 test-native: $(READY)  ## the native kernels alone, in C++ and in Python
 	cmake --preset release && cmake --build --preset release && ctest --preset release
