@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from .objective import Denominators, pair_loss
-from .pages import on_huge_pages
 from .planning import accumulation_dtype
 from .projection import HeadOptions, Projection
 from .rows import Rows
@@ -62,7 +61,7 @@ class TokenLogOdds(torch.autograd.Function):
         trained = weight.shape[0], ctx.trained_columns
         grads = Gradients(
             hidden=weight.new_zeros(ctx.hidden_shape, dtype=ctx.hidden_dtype) if needs_hidden else None,
-            weight=on_huge_pages(weight.new_empty(trained)) if needs_weight or needs_columns else None,
+            weight=weight.new_empty(trained) if needs_weight or needs_columns else None,
             bias=torch.zeros_like(bias, dtype=accumulation_dtype(bias.dtype)) if needs_bias else None,
         )
         if hidden is None:

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .pages import on_huge_pages
-
 # 16-bit operands with an fp32 result: in torch for CUDA since 2.8, for ROCm since 2.10 (pytorch#162600).
 WIDENS = torch.version.hip is None or tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
 
@@ -24,7 +22,7 @@ class WeightSlices:
         self.weight, self.dtype = weight, dtype
         self.vocab_size = weight.shape[0]
         if weight.dtype == dtype or slice_size >= self.vocab_size:
-            self.weight, slice_size = cast(weight, dtype), self.vocab_size
+            self.weight, slice_size = weight.to(dtype), self.vocab_size
         self.columns = list(even_chunks(self.vocab_size, slice_size, COLUMN_MULTIPLE))
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
@@ -32,13 +30,6 @@ class WeightSlices:
 
     def __getitem__(self, columns: slice) -> Tensor:
         return self.weight[columns].to(self.dtype)
-
-
-def cast(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """`matrix` in `dtype`: itself, or a copy."""
-    if matrix.dtype == dtype:
-        return matrix
-    return on_huge_pages(torch.empty_like(matrix, dtype=dtype)).copy_(matrix)
 
 
 def even_chunks(total: int, largest: int, multiple: int = 1) -> Iterator[slice]:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from .gemm import WeightSlices, even_chunks, project
 from .ops import select
-from .pages import on_huge_pages
 from .planning import Plan, accumulation_dtype, plan
 
 
@@ -152,7 +151,7 @@ class Projection:
     def logits_buffer(self) -> Tensor:
         """One chunk's logits, to be reused by every chunk: fresh pages for each would cost a tenth of the GEMM."""
         rows = min(self.plan.row_chunk, self.num_rows)
-        return on_huge_pages(self.weight.new_empty(rows, self.vocab_size, dtype=self.plan.gemm_dtype))
+        return self.weight.new_empty(rows, self.vocab_size, dtype=self.plan.gemm_dtype)
 
     def log_odds(self, rows: slice, weight: WeightSlices, buffer: Tensor | None) -> tuple[Tensor, Tensor]:
         """m and lse_others (C,) of these rows. `buffer`: see `ops.torch_ops.project_log_odds`."""

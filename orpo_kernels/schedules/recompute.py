@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ..gemm import COLUMN_MULTIPLE, even_chunks, matmul_into
-from ..pages import on_huge_pages
 from ..projection import Projection
 from .evaluation import statistics
 from .resident import bias_gradient, head_gradient
@@ -33,7 +32,7 @@ def backward(p: Projection, kept: tuple[Tensor, ...], coefficient: Tensor, grads
     x = p.hidden_rows()
     scaled = p.scaled_hidden(coefficient) if grads.weight is not None else None
     u = torch.zeros_like(x, dtype=p.sum_dtype) if grads.hidden is not None else None
-    buffer = on_huge_pages(x.new_empty(p.num_rows * min(p.plan.vocab_slice, p.vocab_size)))
+    buffer = x.new_empty(p.num_rows * min(p.plan.vocab_slice, p.vocab_size))
     for columns in even_chunks(p.vocab_size, p.plan.vocab_slice, COLUMN_MULTIPLE):
         w = p.weight[columns].to(x.dtype)
         width = columns.stop - columns.start

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..gemm import even_chunks, matmul_into
-from ..pages import on_huge_pages
 from ..projection import Projection
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ FACTOR_SLICE = 8192  # rows of dW that exist in fp32 at one time, where fp16 ope
 
 def forward(p: Projection) -> tuple[Tensor, tuple[Tensor, ...]]:
     log_odds = p.empty_stats()
-    residual = on_huge_pages(p.weight.new_empty(p.num_rows, p.vocab_size, dtype=p.plan.gemm_dtype))
+    residual = p.weight.new_empty(p.num_rows, p.vocab_size, dtype=p.plan.gemm_dtype)
     weight = p.weight_slices()
     for rows in p.row_chunks():
         log_odds[rows] = p.residual(rows, weight, residual[rows])
