@@ -80,11 +80,6 @@ def run_body(
     return BodyOutput(output[0], _router_loss(model, output, attention_mask) if routed else None)
 
 
-def last_hidden_states(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """(2B, T, H): what the model feeds its head."""
-    return run_body(model, input_ids, attention_mask).hidden
-
-
 # --- the router loss of a mixture of experts -----------------------------------------------------------------------
 
 

@@ -20,7 +20,7 @@ from ...gemm import WeightSlices
 from .device_math import LOWEST, transform
 from .launch import current_target, launch
 from .tile_matmul import logits_tile, row_block_and_column_block
-from .tiles import GROUP_ROWS, dot_precision, operands, tile_of, vocabulary_splits
+from .tiles import constants, operands, tile_of, vocabulary_splits
 
 BLOCK_REDUCE = 64  # rows of a program that joins splits
 
@@ -157,15 +157,7 @@ def project_log_odds(
             splits,
             logit_scale,
             logit_softcap,
-            EVEN_H=hidden_size % tile.depth == 0,
-            TMA=tile.tma,
-            PRECISION=dot_precision(x.dtype, gpu),
-            GROUP=GROUP_ROWS,
-            BLOCK_R=tile.rows,
-            BLOCK_V=tile.columns,
-            BLOCK_H=tile.depth,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            **constants(tile, x, gpu),
         )
     statistics = partials[0] if len(partials) == 1 else torch.cat(partials, 1)
     log_odds = x.new_empty(rows, dtype=torch.float64)

@@ -14,7 +14,7 @@ from torch import Tensor
 from .device_math import transform
 from .launch import current_target, launch
 from .tile_matmul import logits_tile, row_block_and_column_block
-from .tiles import GROUP_ROWS, dot_precision, operands, tile_of
+from .tiles import constants, operands, tile_of
 
 
 @triton.jit(do_not_specialize=["R"], do_not_specialize_on_alignment=["BIAS", "TARGET", "LSE_OTHERS"])
@@ -94,13 +94,5 @@ def project_residual(
         out.stride(0),
         logit_scale,
         logit_softcap,
-        EVEN_H=hidden_size % tile.depth == 0,
-        TMA=tile.tma,
-        PRECISION=dot_precision(x.dtype, gpu),
-        GROUP=GROUP_ROWS,
-        BLOCK_R=tile.rows,
-        BLOCK_V=tile.columns,
-        BLOCK_H=tile.depth,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **constants(tile, x, gpu),
     )

@@ -179,6 +179,21 @@ def operands(x: Tensor, w: Tensor, tile: MatmulTile) -> tuple[Any, Any]:
     )
 
 
+def constants(tile: MatmulTile, x: Tensor, target: Target) -> dict[str, Any]:
+    """The compile-time constants of a kernel that multiplies x (R, H) in these tiles, and how it is launched."""
+    return {
+        "EVEN_H": x.shape[1] % tile.depth == 0,
+        "TMA": tile.tma,
+        "PRECISION": dot_precision(x.dtype, target),
+        "GROUP": GROUP_ROWS,
+        "BLOCK_R": tile.rows,
+        "BLOCK_V": tile.columns,
+        "BLOCK_H": tile.depth,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Measured tiles: {"sm_90": {"bfloat16": {"rows": 128, "columns": 256, "depth": 64, "warps": 8, "stages": 4, ...}}}
 # ---------------------------------------------------------------------------------------------------------------------
