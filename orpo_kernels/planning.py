@@ -22,7 +22,7 @@ from .ops import resolve
 SCHEDULES = ("auto", "single_pass", "resident", "recompute")
 
 # Chunks of logits: large enough that a GEMM runs at full speed, small enough that nothing else notices them.
-# CPU: forward + backward over GEMMs on all rows at once, two cores, fp32, head frozen: 1.16 with chunks of 512 rows, 1.13
+# CPU: forward + backward over GEMMs on all rows at once, two cores, fp32, head frozen: 1.16 with 512 rows a chunk, 1.13
 # with 1024, 1.4 with 128 (H = 576, V = 49152); 1.12, 1.05 and 1.5 (H = 1024, V = 32768). Memory binds before that at
 # larger V. In bf16 512 and 1024 are within 4 % of each other.
 # GPU: not measured by us. Published measurements ask for 1k to 4k rows, which kernels that work in place can afford
