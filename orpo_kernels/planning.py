@@ -297,7 +297,7 @@ def _check_sparse(work: Work, schedule: str) -> None:
         )
     if work.backend == "triton":
         raise RuntimeError(
-            "sparse_eps is not served by the Triton kernels yet: leave it out, or use backend=\"torch\" where eager "
+            'sparse_eps is not served by the Triton kernels yet: leave it out, or use backend="torch" where eager '
             "operations are fast enough"
         )
 
@@ -388,7 +388,12 @@ def _sparse_memory(work: Work, budget: int, row_chunk: int, weight_slice: int) -
     held = 24 * work.rows + u + residual + (tails + indices if work.needs_head else 0)
     chunk = chunk_rows * work.vocab_size * work.logit_bytes + work.casts * weight_slice * work.weight_row_bytes
     block = int(DENSE_SHARE * work.vocab_size) * (min(SPARSE_BLOCK_ROWS, chunk_rows) * itemsize + work.weight_row_bytes)
-    forward = held + chunk + block + (0 if work.needs_head else tails + indices + int(DENSE_SHARE * chunk_rows * work.vocab_size * itemsize))
+    forward = (
+        held
+        + chunk
+        + block
+        + (0 if work.needs_head else tails + indices + int(DENSE_SHARE * chunk_rows * work.vocab_size * itemsize))
+    )
     slices = min(FACTOR_SLICE, work.vocab_size)
     backward = held + 2 * work.rows * work.weight_row_bytes
     if work.needs_head:

@@ -49,6 +49,18 @@ class Sparsity:
         rows = sum(self.sizes)
         return sum(share * size for share, size in zip(self.shares, self.sizes, strict=True)) / rows if rows else 1.0
 
+    def bounds(
+        self, upstream: Tensor, hidden: Tensor, weight: Tensor, logit_scale: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """The right-hand sides above: (R,) of the rows of dh, and 0-d of the norm of dW; float64.
+
+        upstream: (R,) dloss/dlogp of the rows; hidden: (R, H) their hidden states; weight: (V, H).
+        """
+        share = 2 * logit_scale * upstream.double().abs() * self.dropped_mass
+        longest = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64).amax()
+        lengths = torch.linalg.vector_norm(hidden, dim=1, dtype=torch.float64)
+        return share * longest, share @ lengths
+
     def add(self, share: float, mass: Tensor) -> None:
         self.shares.append(share)
         self.sizes.append(mass.shape[0])

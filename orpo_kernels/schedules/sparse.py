@@ -139,7 +139,9 @@ def block_of(p: Projection, residual: Tensor, log_odds: Tensor, columns: Tensor,
 
 def add_tails_(u: Tensor, blocks: list[Block], weight: WeightSlices) -> None:
     """u (R, H) += amount * (profile @ weight) of every block: all of them in one product."""
-    sparse = [(block, rows) for block, rows in zip(blocks, row_slices(blocks), strict=True) if block.profile is not None]
+    sparse = [
+        (block, rows) for block, rows in zip(blocks, row_slices(blocks), strict=True) if block.profile is not None
+    ]
     if not sparse:
         return
     profiles = torch.stack([block.profile for block, _ in sparse]).to(u.dtype)
