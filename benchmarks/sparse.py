@@ -1,13 +1,13 @@
 """The sparse backward pass on real hidden states: what it costs in error, and what it saves in time.
 
-    python -m benchmarks.sparse error training --output docs/sparse_measured.md   # tables and a plot
-    python -m benchmarks.sparse time                                              # beside the exact path and the peers
+    python -m benchmarks.sparse error training --output docs/sparse_measured.md    # tables and a plot
+    python -m benchmarks.sparse time                          # beside the exact path and the peers
 
 **error**: SmolLM2's head on batches of LLMBar and dpo_en_demo, at the start and after the steps of `training`, fp32.
 Relative Frobenius errors of dh and dW, to the exact gradients, against eps and the size of a block. Beside each: the
-same columns without the tail; the filter of Cut Cross Entropy (arXiv 2411.09009), which leaves out the tiles of 128 rows
-by 128 tokens (sorted by their mean logit, as it sorts them) that have no |p - onehot| >= eps; and what it costs to round
-the operands of the same two products to bf16.
+same columns without the tail; the filter of Cut Cross Entropy (arXiv 2411.09009), which leaves out the tiles of 128
+rows by 128 tokens (sorted by their mean logit, as it sorts them) that have no |p - onehot| >= eps; and what it costs to
+round the operands of the same two products to bf16.
 
 **training**: 20 steps of the model on LLMBar, exact, sparse, and exact under bf16 autocast: the losses.
 
@@ -229,8 +229,9 @@ def training_table(exact: list[float], sparse_losses: list[float], bf16: list[fl
         return statistics.mean(differences), max(differences)
 
     lines = [
-        f"**{len(exact)} steps of SmolLM2-135M on LLMBar**, {TRAINING_PAIRS} pairs a step, AdamW at {RATE:g}, fp32: the loss",
-        f"goes from {exact[0]:.4f} to {exact[-1]:.4f} (exact), {sparse_losses[-1]:.4f} (sparse_eps=2^-{DEFAULT_EPS}), "
+        f"**{len(exact)} steps of SmolLM2-135M on LLMBar**, {TRAINING_PAIRS} pairs a step, AdamW at {RATE:g}, fp32: "
+        f"the loss goes from {exact[0]:.4f} to {exact[-1]:.4f} (exact), {sparse_losses[-1]:.4f} "
+        f"(sparse_eps=2^-{DEFAULT_EPS}), "
         f"{bf16[-1]:.4f} (exact, bf16 autocast).",
         "",
         "| losses beside the exact run's in fp32 | mean difference | largest |",

@@ -376,7 +376,7 @@ def _memory(
 
 
 def _sparse_memory(work: Work, budget: int, row_chunk: int, weight_slice: int) -> tuple[int, int, int]:
-    """The same of the sparse schedule: at the most, with half of the columns active, or dense chunks up to the budget."""
+    """The same of the sparse schedule, at the most: half of the columns active, or dense chunks up to the budget."""
     itemsize, wide = work.gemm_dtype.itemsize, max(4, work.gemm_dtype.itemsize)
     chunk_rows = min(row_chunk, work.rows)
     blocks = -(-work.rows // SPARSE_BLOCK_ROWS) + -(-work.rows // row_chunk)

@@ -149,7 +149,7 @@ def test_gradients_are_those_of_the_corrected_residual(head, eps, small_blocks, 
 @share_fixtures
 @given(batch=batches(), share=st.sampled_from([0.0, 0.5, 1.0]), budget=st.sampled_from([None, 1]))
 def test_without_a_threshold_it_is_exact(batch, share, budget, small_blocks, monkeypatch):
-    """Sparse with all columns, and dense: kept, or made again where the budget has no room. Every option of the loss."""
+    """Sparse with all columns, and dense: kept, or made again where the budget has no room. Every option."""
     keep_sparse(monkeypatch, share)
     out, grads = batch.run(orpo_loss, sparse_eps=0.0, memory_budget=budget)
     true_out, true_grads = batch.run(orpo_loss)
@@ -208,7 +208,7 @@ def test_the_error_shrinks_with_the_threshold(monkeypatch):
 
 @pytest.mark.parametrize("confidence", [0.0, 30.0])
 def test_confident_rows_keep_their_direction(confidence):
-    """A row that is sure of its target has tiny p_tj alone, and its gradient may yet be large: it is not all dropped."""
+    """A row that is sure of its target has tiny p_tj alone, yet its gradient may be large: it is not all dropped."""
     head = confident_head(rows=30)
     bonus = confidence / head.weight[head.target].square().sum(1, keepdim=True)
     head = replace(head, hidden=head.hidden + bonus * head.weight[head.target])

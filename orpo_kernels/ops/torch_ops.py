@@ -107,7 +107,7 @@ def column_statistics(residual: Tensor, row_weight: Tensor) -> tuple[Tensor, Ten
         row_weight: (B,) fp32 (float64 with a residual in float64), what an entry of the row is worth; at least 0.
 
     Returns:
-        The largest entry times its row's weight, at least 0, and the sum of all: (V,) each, in `row_weight`'s dtype.
+        The largest entry times its row's weight, at least 0, and the sum of all: (V,) each, dtype of `row_weight`.
         The entries of targets are -1: they do not show in the first, and the second is of no use where they are.
     """
     entries = residual * row_weight[:, None]
@@ -115,7 +115,7 @@ def column_statistics(residual: Tensor, row_weight: Tensor) -> tuple[Tensor, Ten
 
 
 def gather_columns(residual: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, A) the columns at `columns` (A,) int64 of a residual (B, V), in its dtype, and their row sums (B,) float64."""
+    """(B, A) columns at `columns` (A,) int64 of a residual (B, V), in its dtype, and their row sums (B,) float64."""
     entries = residual[:, columns]
     return entries, entries.sum(1, dtype=torch.float64)
 

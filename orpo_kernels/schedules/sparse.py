@@ -17,8 +17,8 @@ of all blocks are one small product with the weight. A chunk with a block whose 
 it goes dense as a whole: exact, its residual kept like in `resident`, or made again like in `recompute` once what is
 kept has used up the budget. Which columns are active is read on the host.
 
-What is dropped is at most eps in each p_tj. Of a confident row, where all p_tj but the target's are small, it is at most
-eps / LEAST_WEIGHT of the residual itself: its coefficient may be large (a confident rejected answer).
+What is dropped is at most eps in each p_tj. Of a confident row, where all p_tj but the target's are small, it is at
+most eps / LEAST_WEIGHT of the residual itself: its coefficient may be large (a confident rejected answer).
 """
 
 from __future__ import annotations
@@ -86,12 +86,13 @@ def forward(p: Projection) -> tuple[Tensor, tuple[Tensor | None, ...]]:
                 buffer = p.logits_buffer()  # the old one is the block's now
         elif u is not None:
             for block, of_block in zip(chunk, row_slices(chunk, rows.start), strict=True):
-                assert block.columns is not None and block.entries is not None
+                assert block.columns is not None
+                assert block.entries is not None
                 torch.mm(block.entries, p.weight_rows(block.columns), out=u[of_block])
         room -= sum(block.entries.nbytes for block in chunk if block.entries is not None)
         blocks += chunk
     if u is not None:
-        add_tails_(u, blocks, weight)
+        add_tails_(u, list(zip(blocks, row_slices(blocks), strict=True)), p, weight)
     if not p.plan.needs_head:
         return log_odds, (u,)
     return log_odds, (u, *(tensor for block in blocks for tensor in block))
@@ -137,56 +138,76 @@ def block_of(p: Projection, residual: Tensor, log_odds: Tensor, columns: Tensor,
     return Block(columns=columns, entries=entries, amount=amount, profile=profile)
 
 
-def add_tails_(u: Tensor, blocks: list[Block], weight: WeightSlices) -> None:
+def add_tails_(u: Tensor, places: list[tuple[Block, slice]], p: Projection, weight: WeightSlices) -> None:
     """u (R, H) += amount * (profile @ weight) of every block: all of them in one product."""
-    sparse = [
-        (block, rows) for block, rows in zip(blocks, row_slices(blocks), strict=True) if block.profile is not None
-    ]
-    if not sparse:
-        return
-    profiles = torch.stack([block.profile for block, _ in sparse]).to(u.dtype)
-    mean_rows = u.new_empty(len(sparse), u.shape[1])
+    tails = Tails.of(places, p)
+    profiles = tails.profiles.to(u.dtype)
+    mean_rows = u.new_empty(len(profiles), u.shape[1])
     for columns, w in weight:
         matmul_into(mean_rows, profiles[:, columns], w, accumulate=columns.start > 0)
-    for (block, rows), mean_row in zip(sparse, mean_rows, strict=True):
-        u[rows].addcmul_(block.amount[:, None].to(u.dtype), mean_row)
+    for rows, amount, mean_row in zip(tails.rows, tails.amounts, mean_rows, strict=True):
+        u[rows].addcmul_(amount[:, None].to(u.dtype), mean_row)
 
 
 def head_gradients(p: Projection, blocks: list[Block], coefficient: Tensor, grads: Gradients) -> None:
     """The gradients of weight and bias, a slice of the vocabulary at a time: summed in fp32, written once."""
     places = list(zip(blocks, row_slices(blocks), strict=True))
-    tails = [(block.profile, block.amount, rows) for block, rows in places if block.profile is not None]
-    if tails:
-        profiles = torch.stack([profile for profile, _, _ in tails])
+    tails = Tails.of(places, p)
     if grads.weight is not None:
         x, factor = p.scaled_hidden(coefficient)
         x = x[:, x.shape[1] - grads.weight.shape[1] :]  # all other columns of the weight are frozen
-        tail_states = [amount @ x[rows].to(amount.dtype) for _, amount, rows in tails]
-    if grads.bias is not None:
-        tail_numbers = [amount @ coefficient[rows] for _, amount, rows in tails]
-    ones = coefficient.new_ones(p.vocab_size)
+        tail_states = tails.row_sums(x)
+    tail_numbers = tails.row_sums(coefficient[:, None])
     for columns in even_chunks(p.vocab_size, FACTOR_SLICE, COLUMN_MULTIPLE):
         parts = [(rows, *residual_within(p, block, rows, columns)) for block, rows in places]
         if grads.weight is not None:
-            total = x.new_zeros(columns.stop - columns.start, x.shape[1], dtype=p.sum_dtype)
-            if tails:
-                torch.mm(profiles[:, columns].t(), torch.stack(tail_states), out=total)
+            out = grads.weight[columns]
+            in_place = out.dtype == p.sum_dtype and not grads.accumulate
+            total = out if in_place else torch.empty_like(out, dtype=p.sum_dtype)
+            torch.mm(tails.profiles[:, columns].t(), tail_states, out=total)
             for rows, index, residual in parts:
-                product = residual.t() @ x[rows]
-                if index is None:
-                    total.add_(product)
-                else:
-                    p.ops.scatter_rows_(total, index, product, ones[: index.shape[0]])
+                add_rows_(p, total, index, residual.t() @ x[rows])
             if factor is not None:
                 total.mul_(factor)
-            grads.weight[columns].add_(total) if grads.accumulate else grads.weight[columns].copy_(total)
+            if not in_place:
+                out.add_(total) if grads.accumulate else out.copy_(total)
         if grads.bias is not None:
-            bias = grads.bias[columns]
-            if tails:
-                bias.addmv_(profiles[:, columns].t(), torch.stack(tail_numbers))
+            bias = grads.bias[columns, None].addmm_(tails.profiles[:, columns].t(), tail_numbers)
             for rows, index, residual in parts:
-                of_block = bias_gradient(residual, coefficient[rows]).to(bias.dtype)
-                bias.add_(of_block) if index is None else bias.index_add_(0, index, of_block)
+                add_rows_(p, bias, index, bias_gradient(residual, coefficient[rows])[:, None])
+
+
+class Tails(NamedTuple):
+    """Those of K blocks: rows (K), amounts (K) of (B,), and profiles (K, V)."""
+
+    rows: list[slice]
+    amounts: list[Tensor]
+    profiles: Tensor
+
+    @classmethod
+    def of(cls, places: list[tuple[Block, slice]], p: Projection) -> Tails:
+        sparse = [(block, rows) for block, rows in places if block.profile is not None]
+        profiles = [block.profile for block, _ in sparse if block.profile is not None]
+        return cls(
+            [rows for _, rows in sparse],
+            [block.amount for block, _ in sparse if block.amount is not None],
+            torch.stack(profiles) if profiles else p.weight.new_empty(0, p.vocab_size, dtype=p.sum_dtype),
+        )
+
+    def row_sums(self, x: Tensor) -> Tensor:
+        """(K, ...) amount @ x (R, ...) of each block, in the dtype of the amounts."""
+        sums = self.profiles.new_empty(len(self.rows), x.shape[1])
+        for i, (rows, amount) in enumerate(zip(self.rows, self.amounts, strict=True)):
+            torch.mv(x[rows].t().to(sums.dtype), amount, out=sums[i])
+        return sums
+
+
+def add_rows_(p: Projection, total: Tensor, index: Tensor | None, rows: Tensor) -> None:
+    """`total[index] += rows`, whose indices are all different; None: all of them."""
+    if index is None:
+        total.add_(rows)
+    else:
+        p.ops.scatter_rows_(total, index, rows, total.new_ones(index.shape[0]))
 
 
 def residual_within(p: Projection, block: Block, rows: slice, columns: slice) -> tuple[Tensor | None, Tensor]:
