@@ -41,7 +41,7 @@ EPS = (10, 12, 14, 16)  # as powers of 1/2
 BLOCKS = (64, 128, 256, 512)
 DEFAULT_EPS = 14
 TILE = 128
-STEPS, TRAINING_PAIRS, TRAINING_LENGTH, RATE = 20, 2, 256, 2e-5
+STEPS, TRAINING_PAIRS, TRAINING_LENGTH, RATE = 20, 2, 128, 2e-5
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,8 @@ def error_points(workload: Workload, progress: Progress) -> list[Point]:
     return points
 
 
-def other_errors(workload: Workload) -> dict[str, Errors]:
-    """What a reader may compare with: CCE's filter, and rounding the operands of both products to bf16."""
+def other_errors(workload: Workload) -> dict[str, tuple[Errors, float]]:
+    """What a reader may compare with, and the share of the products that it does: CCE's filter, and rounding to bf16."""
     exact = gradients(workload)
     rows = peers.valid_rows(workload.labels, workload.nll_labels)
     h, target = workload.hidden.flatten(0, 1)[rows.position], rows.target
@@ -142,25 +142,29 @@ def other_errors(workload: Workload) -> dict[str, Errors]:
     def rounded(tensor: Tensor) -> Tensor:
         return tensor.bfloat16().float()
 
-    def tiles(eps: float) -> Tensor:
-        kept = residual.clone()
-        for some in torch.arange(len(target)).split(TILE):
-            for columns in order.split(TILE):
-                if kept[some[:, None], columns].abs().amax() < eps:
-                    kept[some[:, None], columns] = 0
-        return kept
+    def tiles(eps: float) -> tuple[Tensor, float]:
+        kept, count, of = residual[:, order], 0, 0
+        for some in kept.split(TILE):
+            for tile in some.split(TILE, dim=1):
+                of += 1
+                if tile.abs().amax() < eps:
+                    tile.zero_()
+                else:
+                    count += 1
+        return torch.empty_like(kept).index_copy_(1, order, kept), count / of
 
-    found = {}
+    found: dict[str, tuple[Errors, float]] = {}
     dh, _ = products(rounded(residual), rounded(workload.weight), h)
     dw = rounded(residual).t() @ rounded(g[:, None] * h)
     dh, dw = rounded(dh), rounded(dw)
-    found["rounding to bf16"] = compare((dh, dw), exact)
+    found["rounding to bf16"] = compare((dh, dw), exact), 1.0
     for eps in (12, DEFAULT_EPS):
-        found[f"CCE's filter at 2^-{eps}"] = compare(products(tiles(2.0**-eps), workload.weight, h), exact)
+        kept, share = tiles(2.0**-eps)
+        found[f"CCE's filter at 2^-{eps}"] = compare(products(kept, workload.weight, h), exact), share
     return found
 
 
-def error_table(workload: Workload, points: list[Point], others: dict[str, Errors]) -> str:
+def error_table(workload: Workload, points: list[Point], others: dict[str, tuple[Errors, float]]) -> str:
     lines = [
         f"**{workload}**, fp32. Errors are those of dh / dW.",
         "",
@@ -171,7 +175,7 @@ def error_table(workload: Workload, points: list[Point], others: dict[str, Error
         lines.append(
             f"| 2^-{p.eps} | {p.block} | {p.active_share:.1%} | {p.dropped_mass:.2%} | {p.corrected} | {p.filtered} |"
         )
-    lines += ["", *(f"- {name}: {errors}" for name, errors in others.items()), ""]
+    lines += ["", *(f"- {name}: {errors}, {share:.1%} of the products" for name, (errors, share) in others.items()), ""]
     return "\n".join(lines)
 
 
@@ -208,7 +212,7 @@ def train(steps: int, progress: Progress, autocast: bool = False, **options: Any
     from orpo_kernels.transformers import causal_lm_orpo_loss
 
     model, tokenizer = load_smollm2()
-    batches = workloads.llmbar_batches(tokenizer, TRAINING_PAIRS, TRAINING_LENGTH)[:steps]
+    batches: list[Any] = workloads.llmbar_batches(tokenizer, TRAINING_PAIRS, TRAINING_LENGTH)[:steps]
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0, fused=True)
     losses = []
     for batch in progress.track(batches, description=f"training, {options or ('bf16' if autocast else 'exact')}"):
@@ -248,7 +252,7 @@ def training_table(exact: list[float], sparse_losses: list[float], bf16: list[fl
 
 def error_workloads(model: Any, tokenizer: Any, when: str, pairs: int) -> Iterator[Workload]:
     for file in (workloads.LLMBAR, workloads.DPO_EN_DEMO):
-        batches = workloads.llmbar_batches(tokenizer, pairs, 256 if file == workloads.LLMBAR else 512, file)
+        batches = workloads.llmbar_batches(tokenizer, pairs, 256 if file == workloads.LLMBAR else 384, file)
         batch = max(itertools.islice(batches, 8), key=lambda batch: batch["labels"].shape[1])
         yield workloads.workload_of(f"{file.removesuffix('.jsonl')}, {when}", model, batch)
 
@@ -280,8 +284,6 @@ def report(parts: list[str], console: Console, plot_path: Path | None) -> str:
 def time_everyone(options: argparse.Namespace, console: Console) -> None:
     """The tables of `head_loss` with the sparse loss among the contestants."""
     workload = workloads.synthetic(share=0.42) if options.uniform else workloads.llmbar(4, 256)
-    if options.uniform:
-        workload.weight.mul_(0.01)
     with Progress(console=console, transient=True) as progress:
         for name in options.dtype:
             for head in options.head:
@@ -326,7 +328,7 @@ def _options() -> argparse.Namespace:
     timing.add_argument("--eps", nargs="+", type=int, default=[12, DEFAULT_EPS], help="as powers of 1/2")
     timing.add_argument("--peer", nargs="*", default=["CCE", "TRL-composed"], choices=list(peers.PEERS))
     timing.add_argument("--rounds", type=int, default=7)
-    timing.add_argument("--uniform", action="store_true", help="random weights, whose distributions are nearly uniform")
+    timing.add_argument("--uniform", action="store_true", help="random weights and hidden states: flat distributions")
     return parser.parse_args()
 
 

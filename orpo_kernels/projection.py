@@ -172,9 +172,12 @@ class Projection:
         logit = self._transformed(out.gather(1, index).squeeze(1).to(self.sum_dtype))
         return self.ops.residual_(out, self.target[rows], *self._transform), logit.double()
 
-    def weight_rows(self, columns: Tensor) -> Tensor:
-        """(A, H) rows of the weight, in the GEMM's dtype."""
-        return self.ops.gather_rows(self.weight, columns, None, self.plan.gemm_dtype)
+    def weight_rows(self, columns: Tensor, workspace: Tensor) -> Tensor:
+        """(A, H) rows of the weight, in the GEMM's dtype, in the first rows of `workspace`."""
+        if self.weight.dtype == workspace.dtype:
+            return torch.index_select(self.weight, 0, columns, out=workspace[: columns.shape[0]])
+        rows = self.ops.gather_rows(self.weight, columns, None, workspace.dtype)
+        return workspace[: columns.shape[0]].copy_(rows)
 
     def residual_slice(self, x: Tensor, w: Tensor, columns: slice, lse_others: Tensor, out: Tensor) -> None:
         """The columns `columns` of the residual of all rows into `out` (R, S); x (R, H), w (S, H)."""

@@ -71,6 +71,8 @@ def forward(p: Projection) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     log_odds = p.empty_stats()
     u = p.weight.new_empty(p.num_rows, p.weight.shape[1], dtype=p.plan.gemm_dtype) if p.plan.needs_hidden else None
     weight, buffer = p.weight_slices(), p.logits_buffer()
+    # The active rows of the weight, block after block in the same memory: fresh pages would cost more than the copy.
+    workspace = p.weight.new_empty(int(DENSE_SHARE * p.vocab_size), p.weight.shape[1], dtype=p.plan.gemm_dtype)
     blocks: list[Block] = []
     room = p.plan.budget if p.plan.needs_head else 0
     for rows in p.row_chunks():
@@ -79,18 +81,12 @@ def forward(p: Projection) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         chunk = sparse_blocks(p, rows, residual, log_odds[rows])
         if chunk is None:
             record_block(1.0, torch.zeros_like(log_odds[rows]))
-            lse_others = target_logit - log_odds[rows]
-            chunk = [Block(entries=residual) if residual.nbytes <= room else Block(lse_others=lse_others)]
-            if u is not None:
-                for columns, w in weight:
-                    matmul_into(u[rows], residual[:, columns], w, accumulate=columns.start > 0)
-            if chunk[0].entries is not None:
+            has_room = residual.nbytes <= room
+            chunk = [Block(entries=residual) if has_room else Block(lse_others=target_logit - log_odds[rows])]
+            if has_room:
                 buffer = p.logits_buffer()  # the old one is the block's now
-        elif u is not None:
-            for block, of_block in zip(chunk, row_slices(chunk, rows.start), strict=True):
-                assert block.columns is not None
-                assert block.entries is not None
-                torch.mm(block.entries, p.weight_rows(block.columns), out=u[of_block])
+        if u is not None:
+            multiply(p, chunk, residual, weight, workspace, out=u[rows])
         if not p.plan.needs_head:
             chunk = [block.without_residual() for block in chunk]
         room -= sum(block.entries.nbytes for block in chunk if block.entries is not None)
@@ -100,6 +96,18 @@ def forward(p: Projection) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     if not p.plan.needs_head:
         return log_odds, (u,)
     return log_odds, (u, *(tensor for block in blocks for tensor in block))
+
+
+def multiply(
+    p: Projection, chunk: list[Block], residual: Tensor, weight: WeightSlices, workspace: Tensor, out: Tensor
+) -> None:
+    """residual @ weight of a chunk into `out` (C, H), yet without the tails."""
+    for block, rows in zip(chunk, row_slices(chunk), strict=True):
+        if block.columns is not None and block.entries is not None:
+            torch.mm(block.entries, p.weight_rows(block.columns, workspace), out=out[rows])
+        else:
+            for columns, w in weight:
+                matmul_into(out[rows], residual[rows, columns], w, accumulate=columns.start > 0)
 
 
 def backward(p: Projection, kept: tuple[Tensor | None, ...], coefficient: Tensor, grads: Gradients) -> None:
