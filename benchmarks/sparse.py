@@ -113,7 +113,7 @@ def error_points(workload: Workload, progress: Progress) -> list[Point]:
 
 
 def other_errors(workload: Workload) -> dict[str, tuple[Errors, float]]:
-    """What a reader may compare with, and the share of the products that it does: CCE's filter, and rounding to bf16."""
+    """What a reader may compare with: CCE's filter, and rounding to bf16; and the share of the products they do."""
     exact = gradients(workload)
     rows = peers.valid_rows(workload.labels, workload.nll_labels)
     h, target = workload.hidden.flatten(0, 1)[rows.position], rows.target

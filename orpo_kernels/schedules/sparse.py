@@ -144,7 +144,8 @@ def block_of(p: Projection, residual: Tensor, log_odds: Tensor, columns: Tensor,
     # What an exact row sums to is 0, but where a soft-cap has put its slopes into the residual.
     total = 0.0 if p.options.logit_softcap is None else residual.sum(1, dtype=sums.dtype)
     dropped = total - sums
-    record_block(columns.shape[0] / p.vocab_size, dropped * torch.sigmoid(-log_odds))
+    # (Entries rounded to 16 bits may add up to a little more than their row.)
+    record_block(columns.shape[0] / p.vocab_size, dropped.clamp(min=0) * torch.sigmoid(-log_odds))
     profile = mass / mass.amax().clamp(min=torch.finfo(mass.dtype).tiny)
     amount = dropped.to(mass.dtype) / profile.sum().clamp(min=1)  # 1 at least, where anything was dropped at all
     return Block(columns=columns, entries=entries, amount=amount, profile=profile)
