@@ -21,6 +21,10 @@ class Output:
         self.as_json = as_json
         self.console = Console(stderr=as_json, highlight=False)
 
+    def waiting(self, for_what: str) -> Any:
+        """A spinner while the block runs."""
+        return self.console.status(for_what)
+
     def result(self, record: dict[str, Any], *renderables: Any) -> None:
         """The outcome: `record` as JSON, or else `renderables` (rich's, or text)."""
         if self.as_json:
