@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import typer
 
+from .evaluate import evaluate
+from .sweep import sweep
 from .train import train
 
 app = typer.Typer(
@@ -20,4 +22,5 @@ def _several_commands() -> None:
     """Typer makes an app of a single command that command; with a callback it stays an app of commands."""
 
 
-app.command()(train)
+for command in (train, evaluate, sweep):
+    app.command()(command)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
@@ -34,7 +35,9 @@ def command(kind: type[Settings]) -> Callable[[Callable[[Settings, Output], None
         def run(config: Path | None, json: bool, **values: Any) -> None:
             output = Output(json)
             try:
-                function(kind(**values), output)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", FutureWarning)  # of the libraries, for their callers' authors
+                    function(kind(**values), output)
             except UserError as error:
                 output.error(str(error))
                 raise typer.Exit(BAD_INPUT) from error

@@ -143,7 +143,8 @@ def split_pairs(pairs: Sequence[dict[str, Any]], held_out: float, seed: int) -> 
     wanted = round(held_out * len(pairs)) if held_out < 1 else int(held_out)
     if held_out:
         wanted = max(1, wanted)
-    training, evaluation = [], []
+    training: list[int] = []
+    evaluation: list[int] = []
     for group in order:
         side = evaluation if len(evaluation) + len(group) <= wanted else training
         side.extend(group)

@@ -16,7 +16,7 @@ from typing import Any
 from ..errors import UserError
 
 FORMATS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv")
-TEXT = {"encoding": "utf-8-sig", "errors": "surrogateescape"}
+ENCODING, BROKEN_BYTES = "utf-8-sig", "surrogateescape"
 LONGEST_FIELD = 2**31 - 1  # of CSV; its reader would refuse 128 KiB
 
 
@@ -44,7 +44,7 @@ def read_rows(source: str, split: str = "train") -> Iterator[Row]:
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
-    with path.open(newline="\n", **TEXT) as file:
+    with path.open(newline="\n", encoding=ENCODING, errors=BROKEN_BYTES) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 yield number, _parsed(line)
@@ -52,7 +52,7 @@ def _json_lines(path: Path) -> Iterator[Row]:
 
 def _json(path: Path) -> Iterator[Row]:
     """One list of objects, or JSON Lines under another name."""
-    text = path.read_text(**TEXT)
+    text = path.read_text(encoding=ENCODING, errors=BROKEN_BYTES)
     if not text.lstrip().startswith("["):
         return _json_lines(path)
     rows = _parsed(text)
@@ -70,7 +70,7 @@ def _parsed(text: str) -> Any:
 
 def _csv(path: Path) -> Iterator[Row]:
     csv.field_size_limit(LONGEST_FIELD)
-    with path.open(newline="", **TEXT) as file:
+    with path.open(newline="", encoding=ENCODING, errors=BROKEN_BYTES) as file:
         reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
         number = 0
         while True:

@@ -48,7 +48,7 @@ def fit(settings: TrainSettings, console: Console, *, save_model: bool = True) -
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     folder = RunFolder(settings.output)
-    _enter(folder, settings)
+    _check_is_ours(folder, settings)
     if (summary := folder.finished()) is not None:
         console.print(f"The run in {settings.output} is finished already.", markup=False)
         return summary
@@ -59,10 +59,11 @@ def fit(settings: TrainSettings, console: Console, *, save_model: bool = True) -
         console.print(f"Going on behind step {step_of(checkpoint)}.")
     tokenizer = load_tokenizer(settings.model)
     pairs, training, held_out = load_split(settings, tokenizer, console)
+    trainer = _trainer(settings, folder, tokenizer, training, held_out)
     problems = pairs.preferences.problems
     write_whole(folder.problems, "".join(json.dumps(dataclasses.asdict(problem)) + "\n" for problem in problems))
-
-    trainer = _trainer(settings, folder, tokenizer, training, held_out)
+    # From here on the folder holds a run. (What cannot even begin does not stand in the way of the next try.)
+    write_whole(folder.settings, yaml.safe_dump(_plain(settings), sort_keys=False, allow_unicode=True))
     with ProgressBar(console, trainer.args.max_steps) as bar:
         trainer.add_callback(bar)
         _run(trainer, folder, checkpoint)
@@ -79,15 +80,13 @@ def fit(settings: TrainSettings, console: Console, *, save_model: bool = True) -
 # --- the folder ----------------------------------------------------------------------------------------------------
 
 
-def _enter(folder: RunFolder, settings: TrainSettings) -> None:
-    """Make the folder this run's, or see that it is."""
-    ours = _plain(settings)
+def _check_is_ours(folder: RunFolder, settings: TrainSettings) -> None:
+    """Refuse a folder that holds another run, or one that nobody asked to resume."""
     if not folder.settings.exists():
-        write_whole(folder.settings, yaml.safe_dump(ours, sort_keys=False, allow_unicode=True))
         return
     if not settings.resume:
         raise UserError(f"{folder.path} holds a run already: go on with it (--resume), or choose another --output.")
-    theirs = yaml.safe_load(folder.settings.read_text(encoding="utf-8"))
+    ours, theirs = _plain(settings), yaml.safe_load(folder.settings.read_text(encoding="utf-8"))
     for name in sorted(ours.keys() | theirs.keys()):
         if name not in MAY_CHANGE and ours.get(name) != theirs.get(name):
             raise UserError(
@@ -165,6 +164,8 @@ def _trainer(settings: TrainSettings, folder: RunFolder, tokenizer: Any, trainin
 
 
 def _arguments(settings: TrainSettings, folder: RunFolder, pairs: int, has_held_out: bool) -> TrainingArguments:
+    # transformers means to rename it, and warns whenever it is given.
+    checkpointing = {"gradient_checkpointing": True} if settings.gradient_checkpointing else {}
     steps = settings.max_steps or settings.epochs * ceil(ceil(pairs / settings.batch_size) / settings.grad_accum)
     return TrainingArguments(
         output_dir=str(folder.checkpoints),
@@ -177,7 +178,6 @@ def _arguments(settings: TrainSettings, folder: RunFolder, pairs: int, has_held_
         warmup_steps=ceil(WARMUP * steps),
         weight_decay=0.0,
         bf16=compute_dtype(settings.dtype) is torch.bfloat16,
-        gradient_checkpointing=settings.gradient_checkpointing,
         seed=settings.seed,
         logging_steps=1,
         logging_nan_inf_filter=False,
@@ -189,7 +189,9 @@ def _arguments(settings: TrainSettings, folder: RunFolder, pairs: int, has_held_
         save_total_limit=KEPT_CHECKPOINTS,
         report_to="none",
         disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=not torch.accelerator.is_available(),
+        dataloader_pin_memory=torch.accelerator.is_available(),
+        **checkpointing,
     )
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.figure import Figure  # not pyplot: needs no display, and is nobody's global
@@ -13,6 +13,10 @@ from matplotlib.ticker import MaxNLocator
 
 from .folder import write_whole
 from .progress import SHOWN_OVER
+
+if TYPE_CHECKING:
+    from .scoring import Scores
+    from .search import Point
 
 PANELS = {"loss": "loss", "nll_loss": "NLL", "log_odds": "log-odds", "accuracy": "preference accuracy"}
 
@@ -33,6 +37,41 @@ def curves(steps: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]
     axes[0, 0].legend()
     for axis in axes[1]:
         axis.set_xlabel("step")
+    save(figure, path)
+
+
+def margins(scores: Mapping[str, Scores], path: Path) -> None:
+    """How the margins of the pairs are spread, of one model or of several."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
+    bins = np.histogram_bin_edges(np.concatenate([one.margins for one in scores.values()]), bins=40)
+    for name, one in scores.items():
+        share = float((one.margins > 0).mean())
+        axis.hist(one.margins, bins=list(bins), alpha=0.55, label=f"{name}: {share:.0%} above 0")
+    axis.axvline(0, color="black", linewidth=1)
+    axis.set_xlabel("margin: mean log-probability of the chosen answer's tokens minus that of the rejected one's")
+    axis.set_ylabel("pairs")
+    axis.legend()
+    save(figure, path)
+
+
+def sweep(points: Sequence[Point], path: Path) -> None:
+    """Accuracy (with its standard error) and NLL on the held-out pairs against lambda, a line for a learning rate."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    smallest = min((point.beta for point in points if point.beta > 0), default=1.0)
+    for lr in sorted({point.lr for point in points}):
+        of_lr = sorted((point for point in points if point.lr == lr), key=lambda point: point.beta)
+        betas, label = [point.beta for point in of_lr], f"learning rate {lr:g}"
+        accuracies, errors = [point.accuracy for point in of_lr], [point.accuracy_error for point in of_lr]
+        left.errorbar(betas, accuracies, yerr=errors, marker="o", capsize=3, label=label)
+        right.plot(betas, [point.nll_loss for point in of_lr], "o-", label=label)
+    for axis, title in ((left, "preference accuracy, held out"), (right, "NLL, held out")):
+        axis.set_xscale("symlog", linthresh=smallest)  # has a place for 0
+        axis.set_xlabel("lambda")
+        axis.set_title(title)
+        axis.grid(alpha=0.3)
+    right.legend()
     save(figure, path)
 
 

@@ -121,14 +121,14 @@ class ProgressBar(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         values = renamed(logs, "eval_" if "eval_loss" in logs else "")
         if "eval_loss" in logs:
-            self.console.print(f"step {state.global_step}, held out: {_told(values)}")
+            self.console.print(f"step {state.global_step}, held out: {_told(values)}", soft_wrap=True)
         elif "loss" in logs:
             self._recent.append(values)
             means = {name: _mean([step[name] for step in self._recent]) for name in values}
             speed = f"{state.num_input_tokens_seen:,} tokens  {peak_memory() / 2**30:.1f} GiB"
             self._bar.update(self._task, completed=state.global_step, live=f"{_told(means)}  {speed}")
             if not self.console.is_terminal and state.global_step % max(1, self.steps // 10) == 0:
-                self.console.print(f"step {state.global_step}/{self.steps}: {_told(means)}  {speed}")
+                self.console.print(f"step {state.global_step}/{self.steps}: {_told(means)}  {speed}", soft_wrap=True)
 
 
 def _mean(values: list[float | None]) -> float | None:

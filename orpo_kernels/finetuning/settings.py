@@ -106,6 +106,56 @@ class TrainSettings(DataSettings):
         return self.lr or (1e-4 if self.lora else 1e-5)
 
 
+@dataclass(frozen=True)
+class EvaluateSettings(DataSettings):
+    """What to evaluate."""
+
+    against: str = setting("", "Another model, such as the one before training, to be compared with.", metavar="MODEL")
+    eval_split: str = setting(
+        "", "Only the pairs that `train` holds out with this --eval-split and --seed. By default, all.", metavar="TEXT"
+    )
+    seed: int = setting(0, "Of the split, and of the intervals.")
+    batch_size: int = setting(8, "Pairs in a batch.")
+    output: Path = setting(Path("runs/evaluate"), "Where figures, values and histogram go.", metavar="FOLDER")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, 1, "batch_size")
+        _at_least(self, 0, "seed")
+
+
+@dataclass(frozen=True)
+class SweepSettings(TrainSettings):
+    """What to try; all else as in training."""
+
+    beta: float = 0.1  # given by `betas`, and no flag
+    lr: float | None = None
+    output: Path = setting(Path("runs/sweep"), "The folder of the runs.", metavar="FOLDER")
+    resume: bool = setting(False, "Go on with the sweep in the folder, if there is one.")
+    betas: str = setting("0,0.05,0.1,0.3,1", "Lambdas to try, with commas.", metavar="FLOATS")
+    lrs: str = setting("", "Learning rates to try, with commas. By default the one of `train`.", metavar="FLOATS")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.beta_values(), self.lr_values()
+
+    def beta_values(self) -> list[float]:
+        return _numbers("--betas", self.betas, least=0)
+
+    def lr_values(self) -> list[float]:
+        return _numbers("--lrs", self.lrs, least=1e-30) if self.lrs else [self.peak_lr]
+
+
+def _numbers(flag: str, text: str, least: float) -> list[float]:
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or not all(least <= value < float("inf") for value in values):
+        raise UserError(f"{flag} is {text!r}; write numbers of at least {least:g} with commas, like 0.05,0.1,0.3.")
+    return list(dict.fromkeys(values))
+
+
 def _at_least(settings: Any, least: float, *names: str) -> None:
     for name in names:
         value = getattr(settings, name)

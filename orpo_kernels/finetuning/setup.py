@@ -36,6 +36,8 @@ def compute_dtype(name: str) -> torch.dtype:
 
 
 def load_tokenizer(name: str) -> Any:
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        raise UserError(f"There is no folder {name}.")
     folder = model_folder(name)
     try:
         return AutoTokenizer.from_pretrained(folder)
@@ -89,7 +91,8 @@ def load_pairs(settings: DataSettings, tokenizer: Any, console: Console, source:
         columns=settings.column_names(),
     )
     tokenized, refused = [], {}
-    for index, pair in enumerate(track(preferences.pairs, "Tokenising", console=console, transient=True)):
+    shown = track(preferences.pairs, "Tokenising", console=console, transient=True, disable=not console.is_terminal)
+    for index, pair in enumerate(shown):
         try:
             tokenized.append(tokenize_pair(pair, tokenizer, max_length=settings.max_length))
         except UnusablePair as unusable:
