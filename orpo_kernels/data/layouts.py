@@ -45,8 +45,8 @@ def recognise(row: Mapping[str, Any], columns: Columns) -> Layout:
     if prompt is None and all(isinstance(side, str) and TURN.search(side) for side in (chosen, rejected)):
         return "transcript"
     if prompt is None:
-        names = ", ".join(ALIASES["prompt"])
-        raise BadRow(f"it has no prompt ({names}), and chosen and rejected are not conversations that include it")
+        names = columns.get("prompt") or f"prompt ({', '.join(ALIASES['prompt'])})"
+        raise BadRow(f"it has no {names}, and chosen and rejected are not conversations that include it")
     is_text = _name(row, "prompt", columns) in ("prompt", columns.get("prompt")) and not _optional(
         row, "system", columns
     )

@@ -59,12 +59,13 @@ def fit(settings: TrainSettings, console: Console, *, save_model: bool = True) -
         console.print(f"Going on behind step {step_of(checkpoint)}.")
     tokenizer = load_tokenizer(settings.model)
     pairs, training, held_out = load_split(settings, tokenizer, console)
-    trainer = _trainer(settings, folder, tokenizer, training, held_out)
+    recorder = Recorder(folder)
+    trainer = _trainer(settings, folder, tokenizer, training, held_out, [recorder, *_tensorboard(folder)])
     problems = pairs.preferences.problems
     write_whole(folder.problems, "".join(json.dumps(dataclasses.asdict(problem)) + "\n" for problem in problems))
     # From here on the folder holds a run. (What cannot even begin does not stand in the way of the next try.)
     write_whole(folder.settings, yaml.safe_dump(_plain(settings), sort_keys=False, allow_unicode=True))
-    with ProgressBar(console, trainer.args.max_steps) as bar:
+    with ProgressBar(console, recorder, trainer.args.max_steps) as bar:
         trainer.add_callback(bar)
         _run(trainer, folder, checkpoint)
     if save_model:
@@ -136,7 +137,9 @@ def _summary(settings: TrainSettings, folder: RunFolder, counts: dict[str, int])
 # --- the trainer ---------------------------------------------------------------------------------------------------
 
 
-def _trainer(settings: TrainSettings, folder: RunFolder, tokenizer: Any, training: list, held_out: list) -> ORPOTrainer:
+def _trainer(
+    settings: TrainSettings, folder: RunFolder, tokenizer: Any, training: list, held_out: list, callbacks: list
+) -> ORPOTrainer:
     dtype = compute_dtype(settings.dtype)
     set_seed(settings.seed)
     # Weights that are trained stay float32, or steps as small as a fine-tune's would round to nothing.
@@ -155,7 +158,7 @@ def _trainer(settings: TrainSettings, folder: RunFolder, tokenizer: Any, trainin
             eval_dataset=held_out or None,
             beta=settings.beta,
             loss_options=loss_options,
-            callbacks=_callbacks(folder),
+            callbacks=callbacks,
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"{settings.model} cannot be trained so. {error}") from error
@@ -175,7 +178,7 @@ def _arguments(settings: TrainSettings, folder: RunFolder, pairs: int, has_held_
         gradient_accumulation_steps=settings.grad_accum,
         learning_rate=settings.peak_lr,
         lr_scheduler_type="linear",
-        warmup_steps=ceil(WARMUP * steps),
+        warmup_steps=int(WARMUP * steps),  # with any, the first step has a learning rate of 0
         weight_decay=0.0,
         bf16=compute_dtype(settings.dtype) is torch.bfloat16,
         seed=settings.seed,
@@ -195,13 +198,12 @@ def _arguments(settings: TrainSettings, folder: RunFolder, pairs: int, has_held_
     )
 
 
-def _callbacks(folder: RunFolder) -> list[Any]:
-    callbacks: list[Any] = [Recorder(folder)]
-    if is_tensorboard_available():
-        from torch.utils.tensorboard import SummaryWriter
+def _tensorboard(folder: RunFolder) -> list[Any]:
+    if not is_tensorboard_available():
+        return []
+    from torch.utils.tensorboard import SummaryWriter
 
-        callbacks.append(TensorBoardCallback(SummaryWriter(str(folder.tensorboard))))
-    return callbacks
+    return [TensorBoardCallback(SummaryWriter(str(folder.tensorboard)))]
 
 
 def _run(trainer: ORPOTrainer, folder: RunFolder, checkpoint: Path | None) -> None:

@@ -138,6 +138,8 @@ class SweepSettings(TrainSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.beta_values(), self.lr_values()
+        if self.eval_split.strip("0.") == "":
+            raise UserError("Runs are compared by the held-out pairs, but --eval-split holds out none: give 0.1 or so.")
 
     def beta_values(self) -> list[float]:
         return _numbers("--betas", self.betas, least=0)
