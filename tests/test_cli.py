@@ -308,6 +308,12 @@ def test_a_folder_is_one_runs(run, model, data, tmp_path):
     assert run(*arguments, "--resume") == summary
 
 
+def test_a_folder_of_other_things_is_left_alone(run, model, data, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("precious")
+    assert "holds metrics.jsonl, but no run" in run("train", model, data, "--output", tmp_path, status=2)["error"]
+    assert (tmp_path / "metrics.jsonl").read_text() == "precious"
+
+
 def test_what_could_not_begin_is_not_in_the_way(run, model, data, tmp_path):
     run("train", model, "nothing.jsonl", "--output", tmp_path / "run", status=2)
     run("train", model, data, "--output", tmp_path / "run", *FAST, "--max-steps", 1)

@@ -287,6 +287,13 @@ def test_a_data_set(tmp_path, monkeypatch):
         load_preferences(str(folder), split="dev")
 
 
+def test_a_cell_of_csv_that_only_looks_like_a_chat(tmp_path):
+    answers = ['[{"name": "x"}]', '{"role": "x"}', "[]", "[{", '["role", "content"]']
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["prompt", "chosen", "rejected"], *(["JSON, please", a, "no"] for a in answers)])
+    assert [pair["chosen"] for pair in load_preferences(str(tmp_path / "a.csv")).pairs] == answers
+
+
 def test_a_megabyte_in_a_cell(tmp_path):
     long = "so it is " * 300_000
     (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "p", "chosen": long, "rejected": "r"}))

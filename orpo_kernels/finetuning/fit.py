@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -51,6 +50,7 @@ def fit(settings: TrainSettings, console: Console, *, save_model: bool = True) -
     _check_is_ours(folder, settings)
     if (summary := folder.finished()) is not None:
         console.print(f"The run in {settings.output} is finished already.", markup=False)
+        folder.clean()
         return summary
 
     checkpoint = folder.latest_checkpoint()
@@ -61,10 +61,10 @@ def fit(settings: TrainSettings, console: Console, *, save_model: bool = True) -
     pairs, training, held_out = load_split(settings, tokenizer, console)
     recorder = Recorder(folder)
     trainer = _trainer(settings, folder, tokenizer, training, held_out, [recorder, *_tensorboard(folder)])
-    problems = pairs.preferences.problems
-    write_whole(folder.problems, "".join(json.dumps(dataclasses.asdict(problem)) + "\n" for problem in problems))
     # From here on the folder holds a run. (What cannot even begin does not stand in the way of the next try.)
     write_whole(folder.settings, yaml.safe_dump(_plain(settings), sort_keys=False, allow_unicode=True))
+    problems = pairs.preferences.problems
+    write_whole(folder.problems, "".join(json.dumps(dataclasses.asdict(problem)) + "\n" for problem in problems))
     with ProgressBar(console, recorder, trainer.args.max_steps) as bar:
         trainer.add_callback(bar)
         _run(trainer, folder, checkpoint)
@@ -74,7 +74,7 @@ def fit(settings: TrainSettings, console: Console, *, save_model: bool = True) -
     counts = {"pairs": len(training), "held_out": len(held_out), "problems": len(problems)}
     summary = _summary(settings, folder, counts)
     write_whole(folder.summary, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-    shutil.rmtree(folder.checkpoints, ignore_errors=True)
+    folder.clean()
     return summary
 
 
@@ -82,8 +82,10 @@ def fit(settings: TrainSettings, console: Console, *, save_model: bool = True) -
 
 
 def _check_is_ours(folder: RunFolder, settings: TrainSettings) -> None:
-    """Refuse a folder that holds another run, or one that nobody asked to resume."""
+    """Refuse a folder that holds another run, or one that nobody asked to resume, or what is no run's."""
     if not folder.settings.exists():
+        if foreign := folder.results():
+            raise UserError(f"{folder.path} holds {foreign[0].name}, but no run of this kind: choose another --output.")
         return
     if not settings.resume:
         raise UserError(f"{folder.path} holds a run already: go on with it (--resume), or choose another --output.")
