@@ -214,7 +214,11 @@ def _run(trainer: ORPOTrainer, folder: RunFolder, checkpoint: Path | None) -> No
     try:
         if evaluates and not folder.evaluations.read():
             trainer.evaluate()
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        if checkpoint is not None and step_of(checkpoint) == trainer.args.max_steps:  # `train` would do one step more
+            trainer._load_from_checkpoint(str(checkpoint))
+            trainer.state.global_step = trainer.args.max_steps
+        else:
+            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         if evaluates and folder.evaluations.read()[-1]["step"] < trainer.state.global_step:
             trainer.evaluate()
     except torch.OutOfMemoryError as error:

@@ -68,7 +68,8 @@ class RunFolder:
     def rewind(self, step: int) -> None:
         """Forget what was logged behind a step."""
         for log in (self.metrics, self.evaluations):
-            log.replace([record for record in log.read() if record["step"] <= step])
+            if log.path.exists():
+                log.replace([record for record in log.read() if record["step"] <= step])
 
 
 def step_of(checkpoint: Path) -> int:
