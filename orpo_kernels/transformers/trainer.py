@@ -312,7 +312,7 @@ def pair_metrics(out: ORPOOutput, beta: float) -> Tensor:
     values = {
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
-        "rewards/accuracies": (chosen > rejected).to(chosen.dtype),
+        "rewards/accuracies": (out.chosen_logps > out.rejected_logps).to(chosen.dtype),  # also where beta is 0
         "rewards/margins": chosen - rejected,
         "logps/rejected": out.rejected_logps,
         "logps/chosen": out.chosen_logps,
