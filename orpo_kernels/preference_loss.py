@@ -22,8 +22,8 @@ class PreferenceOutput(NamedTuple):
     Attributes:
         loss: 0-d, alpha * nll_loss + the mean of the method's pair losses over the valid pairs.
         nll_loss: 0-d, nats; 0 where there is no NLL row.
-        chosen_logps: (B,) log-probability of the chosen answer in nats: per token if the method is length-averaged, else
-            of the whole answer; 0 if it is empty.
+        chosen_logps: (B,) log-probability of the chosen answer in nats: per token if the method is length-averaged,
+            else of the whole answer; 0 if it is empty.
         rejected_logps: (B,) the same of the rejected answer.
         chosen_rewards: (B,) beta times chosen_logps, for DPO beta times its difference to the reference's.
         rejected_rewards: (B,) the same of the rejected answer.
@@ -84,9 +84,16 @@ def preference_loss_from_rows(
             pair_denominator=pair_denominator,
             **options,
         )
-        rewards = method.beta * out.chosen_logps, method.beta * out.rejected_logps
-        logps = out.chosen_logps, out.rejected_logps
-        return PreferenceOutput(out.loss, out.nll_loss, *logps, *rewards, out.log_odds, out.valid_pairs)
+        return PreferenceOutput(
+            loss=out.loss,
+            nll_loss=out.nll_loss,
+            chosen_logps=out.chosen_logps,
+            rejected_logps=out.rejected_logps,
+            chosen_rewards=method.beta * out.chosen_logps,
+            rejected_rewards=method.beta * out.rejected_logps,
+            log_odds=out.log_odds,
+            valid_pairs=out.valid_pairs,
+        )
 
     check_denominator("nll_denominator", nll_denominator)
     check_denominator("pair_denominator", pair_denominator)
@@ -102,10 +109,19 @@ def preference_loss_from_rows(
     pair_losses = torch.where(answers.valid_pairs, method.pair_losses(scores, reference), 0)
     loss = method.alpha * nll_loss + pair_losses.sum() * reciprocal(counts.pairs)
 
-    rewards = method.rewards(scores, reference)
-    metrics = (nll_loss, *scores.view(2, -1), *rewards.view(2, -1), answers.log_odds)
     dtype = accumulation_dtype(hidden.dtype)
-    return PreferenceOutput(loss.to(dtype), *(value.detach().to(dtype) for value in metrics), answers.valid_pairs)
+    chosen_logps, rejected_logps = scores.detach().to(dtype).view(2, -1)
+    chosen_rewards, rejected_rewards = method.rewards(scores, reference).detach().to(dtype).view(2, -1)
+    return PreferenceOutput(
+        loss=loss.to(dtype),
+        nll_loss=nll_loss.detach().to(dtype),
+        chosen_logps=chosen_logps,
+        rejected_logps=rejected_logps,
+        chosen_rewards=chosen_rewards,
+        rejected_rewards=rejected_rewards,
+        log_odds=answers.log_odds.detach().to(dtype),
+        valid_pairs=answers.valid_pairs,
+    )
 
 
 @torch.compiler.disable(reason="computes as many rows as labels ask for, which no graph of fixed shapes can")
