@@ -1,0 +1,35 @@
+"""What a command prints."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+
+class Output:
+    """Where a command says things: to people, or (`--json`) to a machine.
+
+    Attributes:
+        as_json: whether stdout is for one JSON object alone.
+        console: for tables, bars and remarks; stderr if `as_json`.
+    """
+
+    def __init__(self, as_json: bool) -> None:
+        self.as_json = as_json
+        self.console = Console(stderr=as_json, highlight=False)
+
+    def result(self, record: dict[str, Any], *renderables: Any) -> None:
+        """The outcome: `record` as JSON, or else `renderables` (rich's, or text)."""
+        if self.as_json:
+            print(json.dumps(record, ensure_ascii=False, allow_nan=False, default=str), flush=True)
+        else:
+            self.console.print(*renderables, sep="\n")
+
+    def error(self, message: str) -> None:
+        """A sentence for stderr; for a machine also an object with the key "error"."""
+        if self.as_json:
+            print(json.dumps({"error": message}, ensure_ascii=False), flush=True)
+        Console(stderr=True, highlight=False).print(f"[bold red]Error:[/] {escape(message)}", soft_wrap=True)
