@@ -17,7 +17,7 @@ from .training import tiny, tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 NEEDS = {"trl_trainer": "trl", "lora": "peft"}
-EXAMPLES = ("trl_trainer", "transformers_trainer", "accelerate_loop", "pytorch_loop", "lora")
+EXAMPLES = ("trl_trainer", "transformers_trainer", "accelerate_loop", "pytorch_loop", "lora", "grpo_loop")
 
 
 @pytest.fixture

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import typer
 
+from .doctor import doctor
+from .plan import plan
 from .train import train
 
 app = typer.Typer(
@@ -21,3 +23,5 @@ def _several_commands() -> None:
 
 
 app.command()(train)
+app.command()(plan)
+app.command()(doctor)
