@@ -57,8 +57,9 @@ class Model:
 def plan(settings: PlanSettings, output: Output) -> None:
     """Say what head and loss cost: FLOP and bytes of every schedule and of every other implementation.
 
-    Nothing is downloaded but the model's configuration, and nothing is run. Bytes are those that the code allocates, ours
-    and the others' (benchmarks.memory counts them); times are bounds from the GPU's data sheet, which nobody reaches.
+    Nothing is downloaded but the model's configuration, and nothing is run. Bytes are those that the code allocates,
+    ours and the others' (benchmarks.memory counts them); times are bounds from the GPU's data sheet, which nobody
+    reaches.
 
         orpo-kernels plan HuggingFaceTB/SmolLM2-135M-Instruct --batch 8 --length 1024 --gpu A100
 
@@ -148,8 +149,8 @@ def _sentences(model: Model, gpu: GPU, state: int, left: int, best: Cost) -> lis
     said = []
     if model.parameters:
         said.append(
-            f"{model.parameters / 1e9:.3g} B parameters: weights, gradients and AdamW take {format_bytes(state)} of the "
-            f"{format_bytes(gpu.memory)} of {gpu.name}."
+            f"{model.parameters / 1e9:.3g} billion parameters: weights, gradients and AdamW take {format_bytes(state)} "
+            f"of {gpu.name}'s {format_bytes(gpu.memory)}."
         )
     if left <= 0:
         said.append("That leaves nothing for a loss: use --lora, a larger GPU, or several of them.")
