@@ -82,6 +82,11 @@ class Method:
     needs_reference: ClassVar[bool] = False
     is_preference: ClassVar[bool] = True
 
+    @property
+    def forward_passes(self) -> int:
+        """Sequences that run forward for each pair that is trained on, the reference's included."""
+        return (2 if self.is_preference else 1) + (2 if self.needs_reference else 0)
+
     def scores(self, answers: Answers) -> Tensor:
         """(2B,) the log-probabilities that the method looks at."""
         return answers.mean_logps if self.length_averaged else answers.logps

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import typer
 
+from .compare import compare
 from .doctor import doctor
+from .evaluate import evaluate
 from .plan import plan
+from .sweep import sweep
 from .train import train
 
 app = typer.Typer(
@@ -22,6 +25,5 @@ def _several_commands() -> None:
     """Typer makes an app of a single command that command; with a callback it stays an app of commands."""
 
 
-app.command()(train)
-app.command()(plan)
-app.command()(doctor)
+for command in (train, evaluate, sweep, compare, plan, doctor):
+    app.command()(command)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from typing import Any
 
 from rich.console import Console
@@ -21,12 +22,17 @@ class Output:
         self.as_json = as_json
         self.console = Console(stderr=as_json, highlight=False)
 
+    def waiting(self, for_what: str) -> Any:
+        """A spinner while the block runs."""
+        return self.console.status(for_what) if self.console.is_terminal else nullcontext()
+
     def result(self, record: dict[str, Any], *renderables: Any) -> None:
         """The outcome: `record` as JSON, or else `renderables` (rich's, or text)."""
         if self.as_json:
             print(json.dumps(record, ensure_ascii=False, allow_nan=False, default=str), flush=True)
         else:
-            self.console.print(*renderables, sep="\n")
+            for renderable in renderables:
+                self.console.print(renderable, soft_wrap=isinstance(renderable, str), markup=False)
 
     def error(self, message: str) -> None:
         """A sentence for stderr; for a machine also an object with the key "error"."""

@@ -35,8 +35,8 @@ def doctor(settings: DoctorSettings, output: Output) -> None:
 
 def _tables(found: dict[str, Any]) -> list[Any]:
     from rich.box import SIMPLE_HEAD
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     versions = Table(title="Machine and versions", box=SIMPLE_HEAD, show_header=False)
     gpu = found["gpu"]
@@ -50,21 +50,21 @@ def _tables(found: dict[str, Any]) -> list[Any]:
         **{name: version or "not installed" for name, version in found["packages"].items()},
     }
     for name, value in rows.items():
-        versions.add_row(name, escape(value))
+        versions.add_row(name, value)
 
     backends = Table(title='What backend="auto" takes', box=SIMPLE_HEAD)
     for column in ("tensors", "backend", "why not another"):
         backends.add_column(column)
     for choice in found["choices"]:
         why = [f"{name}: {reason or 'would serve, if asked for'}" for name, reason in choice["why_not"].items()]
-        backends.add_row(f"{choice['device']}, {choice['dtype']}", choice["backend"], escape("\n".join(why)))
+        backends.add_row(f"{choice['device']}, {choice['dtype']}", choice["backend"], "\n".join(why)
 
     checks = Table(title="Self-test: gradients beside float64", box=SIMPLE_HEAD)
     for column in ("backend", "dtype", "schedule", "error", "plain PyTorch's", "s", ""):
         checks.add_column(column, justify="left" if column in ("backend", "dtype", "schedule", "") else "right")
     for check in found["checks"]:
         errors = [f"{check[name]:.1e}" if check[name] is not None else "" for name in ("error", "plain_error")]
-        verdict = "[green]passed[/]" if check["passed"] else f"[bold red]FAILED[/] {escape(check['problem'])}"
+        verdict = Text("passed", "green") if check["passed"] else Text(f"FAILED {check['problem']}", "bold red")
         names = (f"{check['backend']}, {check['device']}", check["dtype"], check["schedule"])
         checks.add_row(*names, *errors, f"{check['seconds']:.2f}", verdict)
     return [versions, backends, checks]

@@ -4,15 +4,16 @@
     def train(settings: TrainSettings, output: Output) -> None:
         "What `--help` says."
 
-Each field is a flag (or, `setting(..., argument=True)`, an argument) with the field's type, default and help. A file given
-with `--config` (YAML or JSON: field names and values) takes the place of the defaults; flags overrule it. So the settings
-that a run folder holds are a configuration file, too.
+Each field is a flag (or, `setting(..., argument=True)`, an argument) with the field's type, default and help. A file
+given with `--config` (YAML or JSON: field names and values) takes the place of the defaults; flags overrule it. So the
+settings that a run folder holds are a configuration file, too.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
@@ -34,7 +35,9 @@ def command(kind: type[Settings]) -> Callable[[Callable[[Settings, Output], None
         def run(config: Path | None, json: bool, **values: Any) -> None:
             output = Output(json)
             try:
-                function(kind(**values), output)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", FutureWarning)  # of the libraries, for their callers' authors
+                    function(kind(**values), output)
             except UserError as error:
                 output.error(str(error))
                 raise typer.Exit(BAD_INPUT) from error
@@ -57,8 +60,11 @@ def _parameters(kind: type) -> list[inspect.Parameter]:
     ]
 
 
-def _parameter(name: str, kind: Any, default: Any, argument: bool = False, **options: Any) -> inspect.Parameter:
-    names = [f"--{name.replace('_', '-')}"] if kind is bool else []  # without a --no-... beside it
+def _parameter(
+    name: str, kind: Any, default: Any, argument: bool = False, both: bool = False, **options: Any
+) -> inspect.Parameter:
+    """`both`: a bool with a --no-... beside it."""
+    names = [f"--{name.replace('_', '-')}"] if kind is bool and not both else []
     declared: Any = typer.Argument(**options) if argument else typer.Option(*names, **options)
     default = inspect.Parameter.empty if default is dataclasses.MISSING else default
     return inspect.Parameter(

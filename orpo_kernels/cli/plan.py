@@ -122,6 +122,7 @@ def _record(cost: Cost, gpu: GPU, left: int) -> dict[str, Any]:
 def _table(settings: PlanSettings, case: Case, gpu: GPU, everyone: list[Cost], left: int) -> Any:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
+    from rich.text import Text
 
     head = "frozen" if settings.lora else "trained"
     table = Table(
@@ -132,9 +133,16 @@ def _table(settings: PlanSettings, case: Case, gpu: GPU, everyone: list[Cost], l
     for column in ("implementation", "GEMMs", "TFLOP", "GiB", "fits", "ms at least", "note"):
         table.add_column(column, justify="left" if column in ("implementation", "fits", "note") else "right")
     for index, cost in enumerate(everyone):
-        fits = "[green]yes[/]" if cost.bytes <= left else "[red]no[/]"
+        fits = Text("yes", "green") if cost.bytes <= left else Text("no", "red")
         least = f"{1e3 * cost.flops / gpu.flops:.3g}" if gpu.flops else "?"
-        cells = (cost.name, str(cost.gemms), f"{cost.flops / 1e12:.3g}", f"{cost.bytes / GIB:.3f}", fits, least)
+        cells: list[Any] = [
+            cost.name,
+            str(cost.gemms),
+            f"{cost.flops / 1e12:.3g}",
+            f"{cost.bytes / GIB:.3f}",
+            fits,
+            least,
+        ]
         last_of_ours = cost.name.startswith("ours") and not everyone[index + 1].name.startswith("ours")
         table.add_row(*cells, cost.note, style="bold" if index == 0 else None, end_section=last_of_ours)
     table.caption = (

@@ -16,6 +16,7 @@ over the micro-batches is taken.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -191,6 +192,8 @@ class PreferenceTrainer(PreferenceLossMixin, Trainer):
     the model and of the tokens. Pairs that have the columns ref_chosen_logps and ref_rejected_logps keep theirs; a
     stream has to have them.
 
+    `reference_seconds` is what it took, or what reading it took.
+
     Raises `ValueError` or `TypeError` for a missing collator, for options that are not the caller's or not the
     method's, and for a model or a parallel setup that the loss cannot serve.
     """
@@ -222,6 +225,7 @@ class PreferenceTrainer(PreferenceLossMixin, Trainer):
             )
         self.method, self.loss_options = _method_and_options(method, beta, loss_options or {})
         self.ref_model = ref_model
+        self.reference_seconds = 0.0
         self._sums: Tensor | None = None
         options.setdefault("compute_metrics", preference_metrics)
         super().__init__(model, args, data_collator=data_collator, **options)
@@ -246,6 +250,7 @@ class PreferenceTrainer(PreferenceLossMixin, Trainer):
                 "The model has been trained, and with that DPO's reference is gone: its log-probabilities of these "
                 "pairs cannot be computed any more. Give them as eval_dataset to the trainer, or give it a ref_model."
             )
+        began = time.perf_counter()
         logps = reference_logps(
             model,
             pairs,
@@ -256,6 +261,7 @@ class PreferenceTrainer(PreferenceLossMixin, Trainer):
             show_progress=not self.args.disable_tqdm,
             **{name: value for name, value in self.loss_options.items() if name in _OF_THE_ANSWERS},
         )
+        self.reference_seconds += time.perf_counter() - began
         return ReferencedPairs(pairs, logps)
 
     def loss_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -374,7 +380,7 @@ def pair_metrics(out: PreferenceOutput) -> Tensor:
     values = {
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
-        "rewards/accuracies": (chosen > rejected).to(chosen.dtype),
+        "rewards/accuracies": (out.chosen_logps > out.rejected_logps).to(chosen.dtype),  # also where beta is 0
         "rewards/margins": chosen - rejected,
         "logps/rejected": out.rejected_logps,
         "logps/chosen": out.chosen_logps,
