@@ -57,7 +57,7 @@ def _tables(found: dict[str, Any]) -> list[Any]:
         backends.add_column(column)
     for choice in found["choices"]:
         why = [f"{name}: {reason or 'would serve, if asked for'}" for name, reason in choice["why_not"].items()]
-        backends.add_row(f"{choice['device']}, {choice['dtype']}", choice["backend"], "\n".join(why)
+        backends.add_row(f"{choice['device']}, {choice['dtype']}", choice["backend"], "\n".join(why))
 
     checks = Table(title="Self-test: gradients beside float64", box=SIMPLE_HEAD)
     for column in ("backend", "dtype", "schedule", "error", "plain PyTorch's", "s", ""):
