@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
-for needed in ("transformers", "accelerate", "typer", "rich", "matplotlib"):
-    pytest.importorskip(needed)
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+pytest.importorskip("typer")
+pytest.importorskip("matplotlib")
 
 from orpo_kernels.cli import main
 from orpo_kernels.finetuning import comparison
