@@ -91,9 +91,19 @@ class Method:
         """(2B,) the log-probabilities that the method looks at."""
         return answers.mean_logps if self.length_averaged else answers.logps
 
-    def rewards(self, scores: Tensor, reference: Tensor | None = None) -> Tensor:
-        """(2B,) beta times the scores, or their difference to the reference's: what TRL logs as rewards."""
-        return self.beta * scores
+    def gains(self, scores: Tensor, reference: Tensor | None = None) -> Tensor:
+        """(2B,) the scores, or for a method with a reference their difference to its. TRL's rewards are beta times it.
+
+        Raises `ValueError` where a reference is needed and there is none.
+        """
+        if not self.needs_reference:
+            return scores
+        if reference is None:
+            raise ValueError(
+                f"{self.name.upper()} needs the reference model's log-probabilities of the answers, reference_logps "
+                "(2B,), and there are none; PreferenceTrainer computes them before training."
+            )
+        return scores - reference
 
     def pair_losses(self, scores: Tensor, reference: Tensor | None = None) -> Tensor:
         """(B,) the loss of each pair, from the scores (2B,) of its answers, the chosen ones first. Differentiable."""
@@ -145,16 +155,8 @@ class DPO(Method):
     name: ClassVar[str] = "dpo"
     needs_reference: ClassVar[bool] = True
 
-    def rewards(self, scores: Tensor, reference: Tensor | None = None) -> Tensor:
-        if reference is None:
-            raise ValueError(
-                "DPO needs the reference model's log-probabilities of the answers, reference_logps (2B,), and there "
-                "are none; PreferenceTrainer computes them before training."
-            )
-        return self.beta * (scores - reference)
-
     def pair_losses(self, scores: Tensor, reference: Tensor | None = None) -> Tensor:
-        return -F.logsigmoid(_margins(self.rewards(scores, reference)))
+        return -F.logsigmoid(self.beta * _margins(self.gains(scores, reference)))
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,7 @@ class SimPO(Method):
     length_averaged: ClassVar[bool] = True
 
     def pair_losses(self, scores: Tensor, reference: Tensor | None = None) -> Tensor:
-        return -F.logsigmoid(_margins(self.rewards(scores)) - self.gamma)
+        return -F.logsigmoid(self.beta * _margins(scores) - self.gamma)
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,7 @@ class CPO(Method):
     name: ClassVar[str] = "cpo"
 
     def pair_losses(self, scores: Tensor, reference: Tensor | None = None) -> Tensor:
-        return -F.logsigmoid(_margins(self.rewards(scores, reference)))
+        return -F.logsigmoid(self.beta * _margins(self.gains(scores, reference)))
 
 
 METHODS: dict[str, type[Method]] = {method.name: method for method in (SFT, ORPO, DPO, SimPO, CPO)}

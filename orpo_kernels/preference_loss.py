@@ -27,6 +27,7 @@ class PreferenceOutput(NamedTuple):
         rejected_logps: (B,) the same of the rejected answer.
         chosen_rewards: (B,) beta times chosen_logps, for DPO beta times its difference to the reference's.
         rejected_rewards: (B,) the same of the rejected answer.
+        preferred: (B,) bool, whether chosen_rewards is above rejected_rewards; with beta 0, whether it would be.
         log_odds: (B,) log odds ratio of chosen over rejected, of length-averaged log-probabilities for every method; 0
             for a pair that is not valid.
         valid_pairs: (B,) bool, False for a pair with an empty answer, which has no pair loss.
@@ -38,6 +39,7 @@ class PreferenceOutput(NamedTuple):
     rejected_logps: Tensor
     chosen_rewards: Tensor
     rejected_rewards: Tensor
+    preferred: Tensor
     log_odds: Tensor
     valid_pairs: Tensor
 
@@ -91,6 +93,7 @@ def preference_loss_from_rows(
             rejected_logps=out.rejected_logps,
             chosen_rewards=method.beta * out.chosen_logps,
             rejected_rewards=method.beta * out.rejected_logps,
+            preferred=out.chosen_logps > out.rejected_logps,
             log_odds=out.log_odds,
             valid_pairs=out.valid_pairs,
         )
@@ -111,14 +114,16 @@ def preference_loss_from_rows(
 
     dtype = accumulation_dtype(hidden.dtype)
     chosen_logps, rejected_logps = scores.detach().to(dtype).view(2, -1)
-    chosen_rewards, rejected_rewards = method.rewards(scores, reference).detach().to(dtype).view(2, -1)
+    gains = method.gains(scores.detach(), reference).to(dtype)
+    chosen_gains, rejected_gains = gains.view(2, -1)
     return PreferenceOutput(
         loss=loss.to(dtype),
         nll_loss=nll_loss.detach().to(dtype),
         chosen_logps=chosen_logps,
         rejected_logps=rejected_logps,
-        chosen_rewards=chosen_rewards,
-        rejected_rewards=rejected_rewards,
+        chosen_rewards=method.beta * chosen_gains,
+        rejected_rewards=method.beta * rejected_gains,
+        preferred=chosen_gains > rejected_gains,
         log_odds=answers.log_odds.detach().to(dtype),
         valid_pairs=answers.valid_pairs,
     )

@@ -380,7 +380,7 @@ def pair_metrics(out: PreferenceOutput) -> Tensor:
     values = {
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
-        "rewards/accuracies": (out.chosen_logps > out.rejected_logps).to(chosen.dtype),  # also where beta is 0
+        "rewards/accuracies": out.preferred.to(chosen.dtype),
         "rewards/margins": chosen - rejected,
         "logps/rejected": out.rejected_logps,
         "logps/chosen": out.chosen_logps,
