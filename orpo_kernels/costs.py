@@ -79,6 +79,14 @@ class Cost:
 # --- ours ----------------------------------------------------------------------------------------------------------
 
 
+NOTES = {
+    "single_pass": "frozen head: all is done in the forward pass",
+    "resident": "holds the residual, rows x V",
+    "recompute": "holds two numbers a row",
+    "evaluation": "the loss alone, without gradient",
+}
+
+
 def ours(case: Case, budget: int) -> list[Cost]:
     """Our schedules on a GPU that has our kernels, the recommended one first: what "auto" takes under the budget."""
     names = ["resident", "recompute"] if case.trained else ["single_pass", "recompute"]
@@ -105,7 +113,7 @@ def _our_cost(case: Case, schedule: str, budget: int, gradient: bool = True) -> 
     plan = planned(work, schedule, budget, budget_given=False)
     gradients = case.gradient_bytes if gradient else 0
     peak = max(plan.forward_bytes, plan.backward_bytes + gradients)
-    return Cost(f"ours, {plan.schedule}", plan.gemms, plan.flops, peak, plan.reason, plan)
+    return Cost(f"ours, {plan.schedule}", plan.gemms, plan.flops, peak, NOTES[plan.schedule], plan)
 
 
 # --- peers ---------------------------------------------------------------------------------------------------------
@@ -169,12 +177,12 @@ class Peer:
 
 
 PEERS = (
-    Peer("plain PyTorch", (2, 3), True, lambda case: plain(case, case.itemsize), "log-softmax in the logits' dtype"),
+    Peer("plain PyTorch", (2, 3), True, lambda case: plain(case, case.itemsize), "three copies of the logits"),
     Peer("plain PyTorch, fp32 log-softmax", (2, 3), True, lambda case: plain(case, 4), "the usual upcast"),
     Peer("TRL ORPOTrainer", (2, 3), True, trl_trainer, "full logits"),
-    Peer("Liger ORPO", (2, 3), True, liger, "pair by pair, every position; memory grows with the length"),
-    Peer("ORPO on TRL's chunked log-probabilities", (3, 4), False, trl_chunked, "recomputes in the backward pass"),
-    Peer("ORPO on Cut Cross Entropy", (3, 4), False, cut_cross_entropy, "recomputes on chip; filters small gradients"),
+    Peer("Liger ORPO", (2, 3), True, liger, "pair by pair; grows with the length"),
+    Peer("ORPO on TRL's chunked logps", (3, 4), False, trl_chunked, "tiles; recomputes them"),
+    Peer("ORPO on Cut Cross Entropy", (3, 4), False, cut_cross_entropy, "on chip; filters small gradients"),
 )
 
 

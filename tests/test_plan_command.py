@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 pytest.importorskip("typer")
 pytest.importorskip("transformers")
 
+from orpo_kernels import costs
 from orpo_kernels.cli import main
 
 from .training import tiny
@@ -49,6 +51,7 @@ def test_what_fits_depends_on_the_gpu_and_on_what_is_trained(capsys):
     assert all(fits[0].values())
     assert not fits[1]["plain PyTorch, fp32 log-softmax"]
     assert fits[1]["ours, recompute"]
+    assert "fits the budget" in large["why"]
     names = {cost["name"]: cost for cost in large["costs"]}
     assert names["ours, resident"]["seconds_at_least"] == pytest.approx(3 * 2 * 16384 * 4096 * 128256 / 989.5e12)
     assert {cost["seconds_at_least"] for cost in small["costs"]} == {None}
@@ -58,7 +61,12 @@ def test_people_get_a_table_and_a_sentence(capsys):
     status, out, _ = run(capsys, "576x49152", "--gpu", "A100", "--batch", "4", "--length", "256")
     assert status == 0
     assert "Recommended" in out
+    assert "memory_budget=" not in out
     assert "TRL ORPOTrainer" in out.replace("\n", " ")
+    _, out, _ = run(capsys, "4096x128256", "--gpu", "24GB")
+    (budget,) = re.findall(r"memory_budget=(\d+)", out)
+    chosen = costs.ours(costs.Case(4096, 128256, 16, 1024, 16384), int(budget))[0].plan
+    assert chosen.schedule == "resident"
     status, out, _ = run(capsys, "16384x256000", "--gpu", "4GB")
     assert "nothing for a loss" in out.replace("\n", " ")
     assert status == 0

@@ -88,8 +88,9 @@ def plan(settings: PlanSettings, output: Output) -> None:
         softcap=model.softcap,
     )
     state = costs.training_state_bytes(model.parameters, 0 if settings.lora else model.parameters, dtype)
-    # What the state holds already is not asked for again: the weight's gradient.
-    left = gpu.memory - state - case.hidden_bytes - (0 if model.parameters else case.weight_bytes)
+    # A cost has the gradient of the head's weight in it, which the state of a whole model has as well.
+    own = case.gradient_bytes - case.hidden_bytes if model.parameters else -case.weight_bytes
+    left = gpu.memory - state - case.hidden_bytes + own
     ours = costs.ours(case, budget=max(1, min(gpu.memory // 16, left)))
     everyone = [*ours, *costs.peers(case)]
     record = {
@@ -101,10 +102,10 @@ def plan(settings: PlanSettings, output: Output) -> None:
         "training_state_bytes": state,
         "left_bytes": left,
         "recommended": ours[0].name.removeprefix("ours, "),
-        "why": ours[0].note,
+        "why": ours[0].plan.reason if ours[0].plan else "",
         "costs": [_record(cost, gpu, left) for cost in everyone],
     }
-    output.result(record, _table(settings, case, gpu, everyone, left), *_sentences(model, gpu, state, left, ours[0]))
+    output.result(record, _table(settings, case, gpu, everyone, left), *_sentences(model, gpu, state, left, ours))
 
 
 def _record(cost: Cost, gpu: GPU, left: int) -> dict[str, Any]:
@@ -131,7 +132,7 @@ def _table(settings: PlanSettings, case: Case, gpu: GPU, everyone: list[Cost], l
         box=SIMPLE_HEAD,
     )
     for column in ("implementation", "GEMMs", "TFLOP", "GiB", "fits", "ms at least", "note"):
-        table.add_column(column, justify="left" if column in ("implementation", "fits", "note") else "right")
+        table.add_column(column, justify="left" if column in ("implementation", "note") else "right", overflow="fold")
     for index, cost in enumerate(everyone):
         fits = Text("yes", "green") if cost.bytes <= left else Text("no", "red")
         least = f"{1e3 * cost.flops / gpu.flops:.3g}" if gpu.flops else "?"
@@ -151,7 +152,7 @@ def _table(settings: PlanSettings, case: Case, gpu: GPU, everyone: list[Cost], l
     return table
 
 
-def _sentences(model: Model, gpu: GPU, state: int, left: int, best: Cost) -> list[str]:
+def _sentences(model: Model, gpu: GPU, state: int, left: int, ours: list[Cost]) -> list[str]:
     from ..planning import format_bytes
 
     said = []
@@ -164,8 +165,15 @@ def _sentences(model: Model, gpu: GPU, state: int, left: int, best: Cost) -> lis
         said.append("That leaves nothing for a loss: use --lora, a larger GPU, or several of them.")
         return said
     said.append(f"{format_bytes(left)} are left for activations and the loss.")
+    best, other, _ = ours
     assert best.plan is not None
+    assert other.plan is not None
     said.append(f"Recommended, and what the loss takes by itself: {best.plan.explain()}")
+    if other.gemms < best.gemms and other.bytes <= left:
+        said.append(
+            f"If the activations leave {format_bytes(other.bytes)}, memory_budget={other.plan.peak_bytes} makes it "
+            f"{other.plan.schedule}: {other.gemms} GEMMs."
+        )
     return said
 
 
