@@ -131,8 +131,8 @@ def _table(settings: PlanSettings, case: Case, gpu: GPU, everyone: list[Cost], l
         f"{head}\n{settings.batch} pairs x {settings.length} tokens, {case.rows} of {case.positions} positions matter",
         box=SIMPLE_HEAD,
     )
-    for column in ("implementation", "GEMMs", "TFLOP", "GiB", "fits", "ms at least", "note"):
-        table.add_column(column, justify="left" if column in ("implementation", "note") else "right", overflow="fold")
+    for column in ("loss", "GEMMs", "TFLOP", "GiB", "fits", "ms at least", "note"):
+        table.add_column(column, justify="left" if column in ("loss", "note") else "right", overflow="fold")
     for index, cost in enumerate(everyone):
         fits = Text("yes", "green") if cost.bytes <= left else Text("no", "red")
         least = f"{1e3 * cost.flops / gpu.flops:.3g}" if gpu.flops else "?"
