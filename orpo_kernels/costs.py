@@ -145,13 +145,26 @@ def liger(case: Case) -> int:
 TRL_TILE = (4096, 32768)  # rows and columns of the tiles of TRL 1.16's ChunkedLogProbFunction
 
 
-def trl_chunked(case: Case, tile_itemsize: int | None = None) -> int:
-    """A tile of logits in place (on a GPU; the torch path holds 30 bytes a logit), gradients in fp32, then cast."""
-    tile = min(case.rows, TRL_TILE[0]) * min(case.vocab_size, TRL_TILE[1]) * (tile_itemsize or case.itemsize)
-    hidden = case.rows * case.hidden_size * (4 + 2 * case.itemsize)
-    weight_fp32 = case.vocab_size * case.hidden_size * 4 if case.trained else 0
-    cast = case.weight_bytes if case.trained else 0
-    return hidden + weight_fp32 + max(tile, cast)
+def trl_chunked(case: Case) -> int:
+    """A tile of logits in place, and gradients in fp32 that are cast at the end: read from its source for a GPU.
+
+    (Its torch path, which can be counted on a CPU, holds more: `trl_chunked_torch`.)
+    """
+    tile = min(case.rows, TRL_TILE[0]) * min(case.vocab_size, TRL_TILE[1]) * case.itemsize
+    cast = case.rows * case.hidden_size * case.itemsize + (case.weight_bytes if case.trained else 0)
+    return _trl_sums(case) + max(tile, cast)
+
+
+def trl_chunked_torch(case: Case) -> int:
+    """30 bytes a logit of a tile, and 8 a number of its hidden states, in bf16."""
+    rows = min(case.rows, TRL_TILE[0])
+    return _trl_sums(case) + 30 * rows * min(case.vocab_size, TRL_TILE[1]) + 8 * rows * case.hidden_size
+
+
+def _trl_sums(case: Case) -> int:
+    """The rows that matter, gathered, and the gradients' sums in fp32."""
+    weight = case.vocab_size * case.hidden_size * 4 if case.trained else 0
+    return case.rows * case.hidden_size * (case.itemsize + 4) + weight
 
 
 def cut_cross_entropy(case: Case) -> int:

@@ -13,12 +13,12 @@ from orpo_kernels.gpus import GPUS, gpu_named
 
 GIB = 2**30
 SHAPES = [memory.Shape(8, 256), memory.Shape(2, 1024, rows=700), memory.Shape(16, 128, rows=900)]
-NAMES = {  # in benchmarks.memory, and the formula with what it leaves out on a CPU
+NAMES = {  # in benchmarks.memory, and the formula
     "plain": lambda case: costs.plain(case, case.itemsize),
     "plain fp32": lambda case: costs.plain(case, 4),
     "TRL trainer": costs.trl_trainer,
     "Liger": costs.liger,
-    "TRL-composed": lambda case: costs.trl_chunked(case, tile_itemsize=30),
+    "TRL-composed": costs.trl_chunked_torch,
 }
 
 

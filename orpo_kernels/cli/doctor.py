@@ -28,9 +28,20 @@ def doctor(settings: DoctorSettings, output: Output) -> None:
     from ..doctor import diagnose
 
     found = diagnose()
-    output.result(found, *_tables(found))
+    output.result(found, *_tables(found), *_failures(found))
     if not found["ok"]:
         raise typer.Exit(1)
+
+
+def _failures(found: dict[str, Any]) -> list[str]:
+    """What is wrong with each check that failed, in full."""
+    told = []
+    for check in found["checks"]:
+        if not check["passed"]:
+            errors = f"its error is {check['error']} where plain PyTorch's is {check['plain_error']}"
+            which = f"{check['backend']} on {check['device']}, {check['dtype']}, {check['schedule']}"
+            told.append(f"{which}: {check['problem'] or errors}")
+    return told
 
 
 def _tables(found: dict[str, Any]) -> list[Any]:
@@ -64,7 +75,7 @@ def _tables(found: dict[str, Any]) -> list[Any]:
         checks.add_column(column, justify="left" if column in ("backend", "dtype", "schedule", "") else "right")
     for check in found["checks"]:
         errors = [f"{check[name]:.1e}" if check[name] is not None else "" for name in ("error", "plain_error")]
-        verdict = Text("passed", "green") if check["passed"] else Text(f"FAILED {check['problem']}", "bold red")
+        verdict = Text("passed", "green") if check["passed"] else Text("FAILED", "bold red")
         names = (f"{check['backend']}, {check['device']}", check["dtype"], check["schedule"])
         checks.add_row(*names, *errors, f"{check['seconds']:.2f}", verdict)
     return [versions, backends, checks]
