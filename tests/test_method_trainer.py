@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,24 @@ def test_sft_trains_on_the_chosen_answers_alone(packing, tmp_path):
 def test_options_that_cannot_work(method, options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         trainer_of(tmp_path, method, **options)
+
+
+def test_the_code_of_the_docs_runs(tmp_path):
+    text = (Path(__file__).parents[1] / "docs" / "methods.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 2
+    names = {
+        "tokenizer": tokenizer(),
+        "model": tiny(),
+        "reference_model": tiny(),
+        "args": TrainingArguments(**settings(tmp_path, max_steps=1)),
+        "pairs": chat_examples(4),
+        "batch": collator("padded")(chat_examples(2)),
+    }
+    for block in blocks:
+        exec(block, names)
+    assert names["trainer"].state.global_step == 1
+    assert names["out"].loss.isfinite()
 
 
 # --- DPO's reference -----------------------------------------------------------------------------------------------
