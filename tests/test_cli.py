@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import random
@@ -21,11 +20,13 @@ import pytest
 import torch
 import yaml
 
-for needed in ("transformers", "accelerate", "typer", "rich", "matplotlib"):
-    pytest.importorskip(needed)
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+pytest.importorskip("typer")
+pytest.importorskip("matplotlib")
 
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from benchmarks.workloads import DPO_EN_DEMO, LLMBAR, data_folder
 from examples.smollm2 import cache_folder, is_available, load_smollm2
@@ -147,7 +148,10 @@ def test_the_settings_of_a_run_are_a_configuration_file(run, model, data, tmp_pa
     ],
     ids=lambda flags: flags[0],
 )
-def test_ways_to_train_the_same(flags, run, model, data, tmp_path):
+def test_ways_to_train_the_same(flags, run, data, tmp_path):
+    model = tmp_path / "model"  # without dropout
+    tiny(initializer_range=0.02).save_pretrained(model)
+    tokenizer().save_pretrained(model)
     for name, more in (("plain", ()), ("other", flags)):
         run("train", model, data, "--output", tmp_path / name, *FAST, "--max-steps", 2, *more)
     plain, other = ([step["nll_loss"] for step in records(tmp_path / name)] for name in ("plain", "other"))
@@ -259,11 +263,15 @@ def test_killed_in_the_middle_of_writing(where, run, model, data, tmp_path):
         (folder / "model.safetensors").write_bytes(b"half")
         kill()
 
+    def in_the_model(self: Any, folder: Any, **_: Any) -> None:  # behind the weights, into the same folder
+        if Path(folder).parent == tmp_path / "run":
+            kill()
+
     def arm() -> None:
         if where == "a checkpoint":
             Recorder.on_save = lambda self, args, state, control, **_: in_a_checkpoint(state=state)  # type: ignore[method-assign]
         else:
-            type(tokenizer()).save_pretrained = kill  # behind the weights, into the same folder
+            PreTrainedTokenizerBase.save_pretrained = in_the_model  # type: ignore[method-assign]
 
     arguments = (*arguments, "--output", tmp_path / "run", "--resume")
     assert os.WTERMSIG(os.waitpid(forked(*arguments, before=arm), 0)[1]) == signal.SIGKILL
@@ -282,6 +290,7 @@ def test_a_run_in_a_process_of_its_own_is_interrupted_and_says_how_to_go_on(mode
         stderr=subprocess.STDOUT,
         text=True,
         cwd=Path(__file__).parents[1],
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a job in the background has none
     )
     while process.poll() is None and not list((tmp_path / "run" / "checkpoints").glob(f"checkpoint-*/{COMPLETE}")):
         time.sleep(0.05)
@@ -298,6 +307,12 @@ def test_a_folder_is_one_runs(run, model, data, tmp_path):
     assert "go on with it (--resume), or choose another --output" in run(*arguments, status=2)["error"]
     assert "has beta 0.1, but now it is 0.3" in run(*arguments, "--beta", 0.3, "--resume", status=2)["error"]
     assert run(*arguments, "--resume") == summary
+
+
+def test_a_folder_of_other_things_is_left_alone(run, model, data, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("precious")
+    assert "holds metrics.jsonl, but no run" in run("train", model, data, "--output", tmp_path, status=2)["error"]
+    assert (tmp_path / "metrics.jsonl").read_text() == "precious"
 
 
 def test_what_could_not_begin_is_not_in_the_way(run, model, data, tmp_path):
@@ -331,9 +346,14 @@ def test_a_file_or_folder_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
         patch.setattr(os, "fsync", out_of_space)
         with pytest.raises(OSError, match="No space"):
             write_whole(tmp_path / "file", "new")
-    with pytest.raises(OSError, match="No space"), whole_folder(tmp_path / "folder") as scratch:
-        (scratch / "file").write_text("half")
-        out_of_space()
+
+    def half() -> None:
+        with whole_folder(tmp_path / "folder") as scratch:
+            (scratch / "file").write_text("half")
+            out_of_space()
+
+    with pytest.raises(OSError, match="No space"):
+        half()
     assert (tmp_path / "file").read_text() == (tmp_path / "folder" / "file").read_text() == "old"
 
 
@@ -515,10 +535,10 @@ def test_bad_flags_are_a_sentence(flags, message, run, model, data, tmp_path):
     [
         (("train", "./nowhere", "DATA"), "There is no folder ./nowhere"),
         (("train", "MODEL", "nowhere.jsonl"), "There is no file nowhere.jsonl"),
-        (("train", "DATA_FOLDER", "DATA"), "cannot be loaded as a tokenizer"),
+        (("train", "DATA_FOLDER", "DATA"), "holds no model: there is no config.json"),
         (("evaluate", "MODEL", "DATA", "--eval-split", "test"), "give the share or number"),
         (("sweep", "MODEL", "DATA", "--betas", "a,b"), "--betas is 'a,b'; write numbers"),
-        (("sweep", "MODEL", "DATA", "--eval-split", "0", "--max-steps", "1"), "give --eval-split 0.1"),
+        (("sweep", "MODEL", "DATA", "--eval-split", "0", "--max-steps", "1"), "--eval-split holds out none"),
     ],
 )
 def test_bad_input_is_a_sentence(arguments, message, run, model, data, tmp_path):

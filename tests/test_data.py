@@ -181,7 +181,7 @@ def test_of_a_mixed_file_every_pair_is_found_and_every_other_row_named(tmp_path_
     assert dict(zip(found.rows, found.pairs, strict=True)) == expected
     assert [problem.row for problem in found.problems] == bad
     assert all(problem.reason.startswith("it") for problem in found.problems)
-    assert sum(found.layouts.values()) == len(expected)
+    assert len(found.layouts) == len(expected)
 
 
 @given(st.lists(st.tuples(texts, texts, texts), min_size=1, max_size=8), st.booleans())
@@ -268,7 +268,7 @@ def test_layouts_are_recognised_in_every_format(name, tmp_path):
     for path in sorted(tmp_path.iterdir()):
         found = load_preferences(str(path))
         assert found.pairs == expected, path.name
-        assert found.layouts == {FOUND.get(name, name): 3}
+        assert found.layouts == [FOUND.get(name, name)] * 3
         assert found.problems == []
 
 
@@ -285,6 +285,13 @@ def test_a_data_set(tmp_path, monkeypatch):
     assert load_preferences(str(folder), split="test").pairs == expected[:1]
     with pytest.raises(UserError, match="whose split 'dev' can be loaded"):
         load_preferences(str(folder), split="dev")
+
+
+def test_a_cell_of_csv_that_only_looks_like_a_chat(tmp_path):
+    answers = ['[{"name": "x"}]', '{"role": "x"}', "[]", "[{", '["role", "content"]']
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["prompt", "chosen", "rejected"], *(["JSON, please", a, "no"] for a in answers)])
+    assert [pair["chosen"] for pair in load_preferences(str(tmp_path / "a.csv")).pairs] == answers
 
 
 def test_a_megabyte_in_a_cell(tmp_path):
@@ -307,7 +314,7 @@ def write(tmp_path: Path, *rows: Any) -> str:
 
 def test_the_layout_can_be_told(tmp_path):
     path = write(tmp_path, {"prompt": "Q", "chosen": "A", "rejected": "B"}, chat([user("Q")], "A", "B"))
-    assert load_preferences(path).layouts == {"text": 1, "chat": 1}
+    assert load_preferences(path).layouts == ["text", "chat"]
     assert load_preferences(path, layout="chat").pairs == [chat([user("Q")], "A", "B")] * 2
     forced = load_preferences(path, layout="text")
     assert [str(problem) for problem in forced.problems] == ["row 2: its prompt is a list, not a string"]

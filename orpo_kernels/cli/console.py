@@ -8,6 +8,15 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
+
+
+def table(title: str, *columns: str) -> Table:
+    """An empty table: the first column names things, the others hold figures."""
+    made = Table(title=title, min_width=len(title) + 4)
+    for index, column in enumerate(columns):
+        made.add_column(column, justify="right" if index else "left")
+    return made
 
 
 class Output:

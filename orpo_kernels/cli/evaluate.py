@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..finetuning.settings import EvaluateSettings
-from .console import Output
+from .console import Output, table
 from .flags import command
 
 TITLES = {
@@ -32,20 +32,14 @@ def evaluate(settings: EvaluateSettings, output: Output) -> None:
 
 
 def _table(record: dict[str, Any]) -> Any:
-    from rich.table import Table
-
-    table = Table(title=f"{record['pairs']} pairs (with 95 % intervals)")
-    table.add_column("")
-    for name in record["models"]:
-        table.add_column(name, justify="right")
-    if record["difference"]:
-        table.add_column("difference", justify="right")
+    difference = ["difference"] if record["difference"] else []
+    shown = table(f"{record['pairs']} pairs (with 95 % intervals)", "", *record["models"], *difference)
     for metric, (title, form, signed) in TITLES.items():
         cells = [_cell(values[metric], form) for values in record["models"].values()]
         if record["difference"]:
             cells.append(_cell(record["difference"][metric], signed))
-        table.add_row(title, *cells)
-    return table
+        shown.add_row(title, *cells)
+    return shown
 
 
 def _cell(value: dict[str, float], form: str) -> str:

@@ -7,7 +7,7 @@ import shlex
 from typing import TYPE_CHECKING, Any
 
 from ..finetuning.settings import SweepSettings
-from .console import Output
+from .console import Output, table
 from .flags import command
 
 if TYPE_CHECKING:
@@ -37,13 +37,10 @@ def sweep(settings: SweepSettings, output: Output) -> None:
 
 
 def _table(points: list[Point], best: Point) -> Any:
-    from rich.table import Table
-
-    table = Table(title=f"{best.held_out} held-out pairs, after training")
-    for column in ("lambda", "learning rate", "accuracy", "NLL", "log-odds", "seconds"):
-        table.add_column(column, justify="right")
+    columns = ("lambda", "learning rate", "accuracy", "NLL", "log-odds", "seconds")
+    shown = table(f"{best.held_out} held-out pairs, after training", *columns)
     for point in points:
-        table.add_row(
+        shown.add_row(
             f"{point.beta:g}",
             f"{point.lr:g}",
             f"{point.accuracy:.1%} ± {point.accuracy_error:.1%}",
@@ -52,4 +49,4 @@ def _table(points: list[Point], best: Point) -> Any:
             f"{point.seconds:.0f}",
             style="bold" if point is best else "",
         )
-    return table
+    return shown

@@ -6,7 +6,7 @@ import shlex
 from typing import Any
 
 from ..finetuning.settings import TrainSettings
-from .console import Output
+from .console import Output, table
 from .flags import command
 
 
@@ -33,18 +33,15 @@ def train(settings: TrainSettings, output: Output) -> None:
 
 
 def _told(summary: dict[str, Any]) -> list[Any]:
-    from rich.table import Table
-
-    table = Table(title=f"{summary['held_out']} held-out pairs, before and after {summary['steps']} steps")
-    for column in ("", "before", "after"):
-        table.add_column(column, justify="right" if column else "left")
+    title = f"{summary['held_out']} held-out pairs, before and after {summary['steps']} steps"
+    shown_in = table(title, "", "before", "after")
     before, after = summary["before"], summary["after"]
     shown = {"accuracy": "{:.1%}", "log_odds": "{:+.3f}", "nll_loss": "{:.3f}", "or_loss": "{:.3f}", "loss": "{:.3f}"}
     for name, form in shown.items() if before else ():
         values = [form.format(one[name]) for one in (before, after) if one[name] is not None]
-        table.add_row(name, *values)
+        shown_in.add_row(name.replace("_", " "), *values)
     folder = summary["output"]
     written = (
         f"{summary['seconds']:.0f} s of training. The model is in {folder}/model, the curves are {folder}/curves.png"
     )
-    return [table, written] if before else [written]
+    return [shown_in, written] if before else [written]

@@ -9,8 +9,8 @@
 | transcript   | chosen, rejected: "Human: ..." and "Assistant: ..." in turns          | Anthropic HH        |
 
 A message is `{"role": ..., "content": ...}` or ShareGPT's `{"from": ..., "value": ...}`. The prompt of conversations
-and transcripts is what both sides have in common; a string beside conversations that is called the prompt
-(UltraFeedback's) repeats it and is not looked at.
+and transcripts is what both sides have in common; a prompt column beside conversations
+(UltraFeedback has one) repeats it and is not looked at.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ def recognise(row: Mapping[str, Any], columns: Columns) -> Layout:
     """The layout of a row. Raises `BadRow` if it is none of them."""
     chosen, rejected = field(row, "chosen", columns), field(row, "rejected", columns)
     prompt = _optional(row, "prompt", columns)
-    if _is_conversation(chosen) and _is_conversation(rejected) and not isinstance(prompt, list):
+    if _is_conversation(chosen) and _is_conversation(rejected):
         return "conversation"
     if prompt is None and all(isinstance(side, str) and TURN.search(side) for side in (chosen, rejected)):
         return "transcript"
     if prompt is None:
-        names = ", ".join(ALIASES["prompt"])
-        raise BadRow(f"it has no prompt ({names}), and chosen and rejected are not conversations that include it")
-    is_text = _name(row, "prompt", columns) in ("prompt", columns.get("prompt")) and not _optional(
-        row, "system", columns
-    )
-    return "text" if is_text and all(isinstance(part, str) for part in (prompt, chosen, rejected)) else "chat"
+        names = columns.get("prompt") or f"prompt ({', '.join(ALIASES['prompt'])})"
+        raise BadRow(f"it has no {names}, and chosen and rejected are not conversations that include it")
+    strings = all(isinstance(part, str) for part in (prompt, chosen, rejected))
+    # A question, an instruction or a system message is a chat's; a prompt is text that the answer continues.
+    from_a_chat = _name(row, "prompt", columns) not in ("prompt", columns.get("prompt"))
+    return "text" if strings and not from_a_chat and not _optional(row, "system", columns) else "chat"
 
 
 def read_pair(row: Any, layout: Layout | None, columns: Columns) -> tuple[Layout, dict[str, Any]]:

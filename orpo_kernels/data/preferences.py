@@ -36,18 +36,18 @@ class Preferences:
         pairs: prompt, chosen and rejected of each, text or chat messages, as `PreferenceCollator` takes them.
         rows: the number of the row that each came from.
         problems: the rows that could not be used.
-        layouts: how many pairs were written in which layout.
+        layouts: how each was written.
     """
 
     source: str
     pairs: list[dict[str, Any]] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
-    layouts: Counter[Layout] = field(default_factory=Counter)
+    layouts: list[Layout] = field(default_factory=list)
 
     def describe(self) -> str:
         """A sentence on what was recognised, and one on what was not."""
-        recognised = ", ".join(f"{count} as {layout}" for layout, count in self.layouts.most_common())
+        recognised = ", ".join(f"{count} as {layout}" for layout, count in Counter(self.layouts).most_common())
         text = f"{self.source}: {_count(len(self.pairs), 'pair')} ({recognised})."
         if not self.problems:
             return text
@@ -65,7 +65,7 @@ class Preferences:
             [self.pairs[i] for i in kept],
             [self.rows[i] for i in kept],
             sorted(problems, key=lambda problem: problem.row),
-            self.layouts,
+            [self.layouts[i] for i in kept],
         )
 
 
@@ -110,7 +110,7 @@ def _collect(source: str, rows: Iterable[Row], layout: Layout | None, columns: M
         except BadRow as bad:
             preferences.problems.append(Problem(number, str(bad)))
             continue
-        preferences.layouts[found] += 1
+        preferences.layouts.append(found)
         preferences.pairs.append(pair)
         preferences.rows.append(number)
     return preferences

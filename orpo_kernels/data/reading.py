@@ -90,10 +90,15 @@ def _csv(path: Path) -> Iterator[Row]:
 
 def _messages_or_text(cell: Any) -> Any:
     """A cell of CSV can hold a chat as JSON."""
-    if isinstance(cell, str) and cell.startswith(("[{", "[ {")):
-        parsed = _parsed(cell)
-        return cell if isinstance(parsed, Unreadable) else parsed
-    return cell
+    if not isinstance(cell, str) or not cell.startswith(("[", "{")):
+        return cell
+    parsed = _parsed(cell)
+    messages = parsed if isinstance(parsed, list) else [parsed]
+    return parsed if messages and all(map(_is_message, messages)) else cell
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and (value.keys() >= {"role", "content"} or value.keys() >= {"from", "value"})
 
 
 def _parquet(path: Path) -> Iterator[Row]:

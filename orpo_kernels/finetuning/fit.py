@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -52,6 +51,7 @@ def fit(settings: TrainSettings, console: Console, *, save_model: bool = True) -
     _check_is_ours(folder, settings)
     if (summary := folder.finished()) is not None:
         console.print(f"The run in {settings.output} is finished already.", markup=False)
+        folder.clean()
         return summary
 
     checkpoint = folder.latest_checkpoint()
@@ -60,12 +60,13 @@ def fit(settings: TrainSettings, console: Console, *, save_model: bool = True) -
         console.print(f"Going on behind step {step_of(checkpoint)}.")
     tokenizer = load_tokenizer(settings.model)
     pairs, training, held_out = load_split(settings, tokenizer, console)
-    trainer = _trainer(settings, folder, tokenizer, training, held_out)
-    problems = pairs.preferences.problems
-    write_whole(folder.problems, "".join(json.dumps(dataclasses.asdict(problem)) + "\n" for problem in problems))
+    recorder = Recorder(folder)
+    trainer = _trainer(settings, folder, tokenizer, training, held_out, [recorder, *_tensorboard(folder)])
     # From here on the folder holds a run. (What cannot even begin does not stand in the way of the next try.)
     write_whole(folder.settings, yaml.safe_dump(_plain(settings), sort_keys=False, allow_unicode=True))
-    with ProgressBar(console, trainer.args.max_steps) as bar:
+    problems = pairs.preferences.problems
+    write_whole(folder.problems, "".join(json.dumps(dataclasses.asdict(problem)) + "\n" for problem in problems))
+    with ProgressBar(console, recorder, trainer.args.max_steps) as bar:
         trainer.add_callback(bar)
         _run(trainer, folder, checkpoint)
     if save_model:
@@ -74,7 +75,7 @@ def fit(settings: TrainSettings, console: Console, *, save_model: bool = True) -
     counts = {"pairs": len(training), "held_out": len(held_out), "problems": len(problems)}
     summary = _summary(settings, folder, counts) | {"reference_seconds": round(trainer.reference_seconds, 3)}
     write_whole(folder.summary, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-    shutil.rmtree(folder.checkpoints, ignore_errors=True)
+    folder.clean()
     return summary
 
 
@@ -82,8 +83,10 @@ def fit(settings: TrainSettings, console: Console, *, save_model: bool = True) -
 
 
 def _check_is_ours(folder: RunFolder, settings: TrainSettings) -> None:
-    """Refuse a folder that holds another run, or one that nobody asked to resume."""
+    """Refuse a folder that holds another run, or one that nobody asked to resume, or what is no run's."""
     if not folder.settings.exists():
+        if foreign := folder.results():
+            raise UserError(f"{folder.path} holds {foreign[0].name}, but no run of this kind: choose another --output.")
         return
     if not settings.resume:
         raise UserError(f"{folder.path} holds a run already: go on with it (--resume), or choose another --output.")
@@ -138,7 +141,7 @@ def _summary(settings: TrainSettings, folder: RunFolder, counts: dict[str, int])
 
 
 def _trainer(
-    settings: TrainSettings, folder: RunFolder, tokenizer: Any, training: list, held_out: list
+    settings: TrainSettings, folder: RunFolder, tokenizer: Any, training: list, held_out: list, callbacks: list
 ) -> PreferenceTrainer:
     dtype = compute_dtype(settings.dtype)
     set_seed(settings.seed)
@@ -159,7 +162,7 @@ def _trainer(
             method=settings.method,
             beta=settings.beta,
             loss_options=loss_options,
-            callbacks=_callbacks(folder),
+            callbacks=callbacks,
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"{settings.model} cannot be trained so. {error}") from error
@@ -179,7 +182,7 @@ def _arguments(settings: TrainSettings, folder: RunFolder, pairs: int, has_held_
         gradient_accumulation_steps=settings.grad_accum,
         learning_rate=settings.peak_lr,
         lr_scheduler_type="linear",
-        warmup_steps=ceil(WARMUP * steps),
+        warmup_steps=int(WARMUP * steps),  # with any, the first step has a learning rate of 0
         weight_decay=0.0,
         bf16=compute_dtype(settings.dtype) is torch.bfloat16,
         seed=settings.seed,
@@ -199,13 +202,12 @@ def _arguments(settings: TrainSettings, folder: RunFolder, pairs: int, has_held_
     )
 
 
-def _callbacks(folder: RunFolder) -> list[Any]:
-    callbacks: list[Any] = [Recorder(folder)]
-    if is_tensorboard_available():
-        from torch.utils.tensorboard import SummaryWriter
+def _tensorboard(folder: RunFolder) -> list[Any]:
+    if not is_tensorboard_available():
+        return []
+    from torch.utils.tensorboard import SummaryWriter
 
-        callbacks.append(TensorBoardCallback(SummaryWriter(str(folder.tensorboard))))
-    return callbacks
+    return [TensorBoardCallback(SummaryWriter(str(folder.tensorboard)))]
 
 
 def _run(trainer: PreferenceTrainer, folder: RunFolder, checkpoint: Path | None) -> None:
@@ -214,7 +216,11 @@ def _run(trainer: PreferenceTrainer, folder: RunFolder, checkpoint: Path | None)
     try:
         if evaluates and not folder.evaluations.read():
             trainer.evaluate()
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        if checkpoint is not None and step_of(checkpoint) == trainer.args.max_steps:  # `train` would do one step more
+            trainer._load_from_checkpoint(str(checkpoint))
+            trainer.state.global_step = trainer.args.max_steps
+        else:
+            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         if evaluates and folder.evaluations.read()[-1]["step"] < trainer.state.global_step:
             trainer.evaluate()
     except torch.OutOfMemoryError as error:

@@ -42,6 +42,15 @@ class RunFolder:
         self.tensorboard = path / "tensorboard"
         path.mkdir(parents=True, exist_ok=True)
 
+    def results(self) -> list[Path]:
+        """What there is of what a run would write over."""
+        names = (self.metrics.path, self.evaluations.path, self.checkpoints, self.model, self.merged, self.summary)
+        return [path for path in names if path.exists()]
+
+    def clean(self) -> None:
+        """Remove what a finished run does not need."""
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+
     def finished(self) -> dict[str, Any] | None:
         """The summary of a run that came to its end."""
         return json.loads(self.summary.read_text(encoding="utf-8")) if self.summary.exists() else None
@@ -59,7 +68,8 @@ class RunFolder:
     def rewind(self, step: int) -> None:
         """Forget what was logged behind a step."""
         for log in (self.metrics, self.evaluations):
-            log.replace([record for record in log.read() if record["step"] <= step])
+            if log.path.exists():
+                log.replace([record for record in log.read() if record["step"] <= step])
 
 
 def step_of(checkpoint: Path) -> int:

@@ -42,6 +42,7 @@ class Recorder(TrainerCallback):
 
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
+        self.latest: dict[str, Any] = {}
         self._began, self._seconds, self._tokens = 0.0, 0.0, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -55,7 +56,8 @@ class Recorder(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         if "loss" in logs:
-            self.folder.metrics.append(self._step(state, logs))
+            self.latest = self._step(state, logs)
+            self.folder.metrics.append(self.latest)
         elif "eval_loss" in logs:
             self.folder.evaluations.append({"step": state.global_step, **renamed(logs, "eval_")})
 
@@ -97,8 +99,8 @@ def peak_memory() -> int:
 class ProgressBar(TrainerCallback):
     """A bar with the latest means beside it; a line now and then where there is no terminal."""
 
-    def __init__(self, console: Console, steps: int) -> None:
-        self.console, self.steps = console, steps
+    def __init__(self, console: Console, recorder: Recorder, steps: int) -> None:
+        self.console, self.recorder, self.steps = console, recorder, steps
         self._recent: deque[dict[str, Any]] = deque(maxlen=SHOWN_OVER)
         self._bar = Progress(
             TextColumn("Training"),
@@ -119,16 +121,20 @@ class ProgressBar(TrainerCallback):
         self._bar.stop()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-        values = renamed(logs, "eval_" if "eval_loss" in logs else "")
         if "eval_loss" in logs:
-            self.console.print(f"step {state.global_step}, held out: {_told(values)}", soft_wrap=True)
+            told = _told(renamed(logs, "eval_"))
+            self.console.print(f"step {state.global_step}, held out: {told}", soft_wrap=True)
         elif "loss" in logs:
-            self._recent.append(values)
-            means = {name: _mean([step[name] for step in self._recent]) for name in values}
-            speed = f"{state.num_input_tokens_seen:,} tokens  {peak_memory() / 2**30:.1f} GiB"
-            self._bar.update(self._task, completed=state.global_step, live=f"{_told(means)}  {speed}")
-            if not self.console.is_terminal and state.global_step % max(1, self.steps // 10) == 0:
-                self.console.print(f"step {state.global_step}/{self.steps}: {_told(means)}  {speed}", soft_wrap=True)
+            self._recent.append(self.recorder.latest)
+            self._show(state.global_step)
+
+    def _show(self, step: int) -> None:
+        means = {name: _mean([one[name] for one in self._recent]) for name in (*LOGGED, "tokens_per_second")}
+        memory = f"{self.recorder.latest['memory_bytes'] / 2**30:.1f} GiB"
+        live = f"{_told(means)}  {means['tokens_per_second']:,.0f} tokens/s  {memory}"
+        self._bar.update(self._task, completed=step, live=live)
+        if not self.console.is_terminal and step % max(1, self.steps // 10) == 0:
+            self.console.print(f"step {step}/{self.steps}: {live}", soft_wrap=True)
 
 
 def _mean(values: list[float | None]) -> float | None:

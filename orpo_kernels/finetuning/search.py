@@ -63,7 +63,7 @@ def sweep(settings: SweepSettings, console: Console) -> list[Point]:
 def _point(summary: dict[str, Any]) -> Point:
     after = summary["after"]
     if after is None or after["accuracy"] is None:
-        raise UserError("Runs are compared by the held-out pairs, but none are held out: give --eval-split 0.1 or so.")
+        raise UserError(f"No held-out pair of {summary['data']} could be rated: give a larger --eval-split.")
     return Point(
         beta=summary["beta"],
         lr=summary["lr"],

@@ -152,15 +152,16 @@ class SweepSettings(TrainSettings):
     """What to try; all else as in training."""
 
     beta: float = 0.1  # given by `betas`, and no flag
-    lr: float | None = None
     output: Path = setting(Path("runs/sweep"), "The folder of the runs.", metavar="FOLDER")
     resume: bool = setting(False, "Go on with the sweep in the folder, if there is one.")
     betas: str = setting("0,0.05,0.1,0.3,1", "Lambdas to try, with commas.", metavar="FLOATS")
-    lrs: str = setting("", "Learning rates to try, with commas. By default the one of `train`.", metavar="FLOATS")
+    lrs: str = setting("", "Learning rates to try, with commas. By default --lr alone.", metavar="FLOATS")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.beta_values(), self.lr_values()
+        if self.eval_split.strip("0.") == "":
+            raise UserError("Runs are compared by the held-out pairs, but --eval-split holds out none: give 0.1 or so.")
 
     def beta_values(self) -> list[float]:
         return _numbers("--betas", self.betas, least=0)

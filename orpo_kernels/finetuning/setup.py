@@ -23,9 +23,15 @@ DTYPES = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfl
 
 
 def model_folder(name: str) -> str:
-    """`name`, or the model in it if it is a run folder."""
-    inside = Path(name) / "model"
-    return str(inside) if inside.is_dir() and not (Path(name) / "config.json").exists() else name
+    """`name`, a folder or a name on the hub; of a run folder, the model in it."""
+    if not Path(name).is_dir():
+        if name.startswith((".", "/", "~")):
+            raise UserError(f"There is no folder {name}.")
+        return name
+    for folder in (Path(name), Path(name) / "model"):
+        if (folder / "config.json").exists() or (folder / "adapter_config.json").exists():
+            return str(folder)
+    raise UserError(f"{name} holds no model: there is no config.json in it, nor in a folder model there.")
 
 
 def compute_dtype(name: str) -> torch.dtype:
@@ -36,8 +42,6 @@ def compute_dtype(name: str) -> torch.dtype:
 
 
 def load_tokenizer(name: str) -> Any:
-    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
-        raise UserError(f"There is no folder {name}.")
     folder = model_folder(name)
     try:
         return AutoTokenizer.from_pretrained(folder)
@@ -103,7 +107,7 @@ def load_pairs(settings: DataSettings, tokenizer: Any, console: Console, source:
     console.print(pairs.preferences.describe(), markup=False, soft_wrap=True)
     if not tokenized:
         raise UserError(f"{settings.data} has no pair that the tokenizer of {settings.model} can take.")
-    if preferences.layouts["text"] and tokenizer.chat_template:
+    if "text" in preferences.layouts and tokenizer.chat_template:
         console.print("Plain text for a model with a chat template: --layout chat would make messages of it.")
     return pairs
 
