@@ -53,13 +53,21 @@ def lora(**options: Any) -> nn.Module:
     return peft.get_peft_model(tiny(), config)
 
 
+def but_noise(trainer: PreferenceTrainer) -> list[dict[str, float]]:
+    """The logs without what is a comparison of two roundings of 0: DPO's preferences before the first step."""
+    first, *rest = trainer.state.log_history
+    assert "loss" in first
+    noisy = ("rewards/accuracies",) if trainer.method.needs_reference else ()
+    return [{key: value for key, value in first.items() if key not in noisy}, *rest]
+
+
 @each_method
 def test_accumulation_is_exact(method, tmp_path):
     """Loss, gradient and logged means of four micro-batches of one pair are those of one batch of four."""
     options: dict[str, Any] = {"max_steps": 2, "loss_options": {"alpha": 1.0}}
     small = trained(tmp_path, method, per_device_train_batch_size=1, gradient_accumulation_steps=4, **options)
     large = trained(tmp_path, method, per_device_train_batch_size=4, **options)
-    assert_same_logs(small.state.log_history, large.state.log_history)
+    assert_same_logs(but_noise(small), but_noise(large))
 
 
 @each_method
@@ -68,7 +76,7 @@ def test_shared_prompts_are_the_same_run(method, tmp_path):
     shared, padded = (
         trained(tmp_path, method, data_collator=collator(packing), **options) for packing in ("shared", "padded")
     )
-    assert_same_logs(shared.state.log_history, padded.state.log_history)
+    assert_same_logs(but_noise(shared), but_noise(padded))
 
 
 @each_method

@@ -127,7 +127,8 @@ class PreferenceLossMixin:
         """Refuse, before the first step, what the loss would bypass."""
         if self.args.label_smoothing_factor:
             raise ValueError(
-                f"label_smoothing_factor is {self.args.label_smoothing_factor}, but the loss has none; set 0."
+                f"label_smoothing_factor is {self.args.label_smoothing_factor}, but the loss has no label smoothing; "
+                "set 0."
             )
         if self.args.n_gpu > 1:
             raise ValueError(
@@ -317,6 +318,9 @@ class PreferenceTrainer(PreferenceLossMixin, Trainer):
     def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **options: Any) -> Any:
         if self.method.needs_reference:
             dataset = self._with_reference(dataset)
+        if self.accelerator.num_processes == 1 and self.accelerator.dispatch_batches is None:
+            # Of a stream, Accelerate would cut all tensors to as many rows as the first of them has.
+            self.accelerator.dataloader_config.dispatch_batches = False
         collator = self.data_collator
         if is_training and not self.method.is_preference and isinstance(collator, PreferenceCollator):
             self.data_collator = replace(collator, answers="chosen")
