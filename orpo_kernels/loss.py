@@ -162,7 +162,7 @@ def orpo_loss_from_rows(
         raise ValueError(f"hidden has shape {tuple(hidden.shape)}, it must be (N, H); see orpo_loss for (2B, T, H)")
     columns = None
     if low_rank is not None:
-        weight, columns = _extended(weight, low_rank)
+        weight, columns = extended(weight, low_rank)
     check_head(hidden, weight, bias)
     check_options(logit_scale, logit_softcap, sparse_eps)
     check_denominator("nll_denominator", nll_denominator)
@@ -203,7 +203,7 @@ def orpo_loss_from_rows(
     return ORPOOutput(*outputs)
 
 
-def _extended(weight: Tensor, low_rank: Tensor) -> tuple[Tensor, Tensor | None]:
+def extended(weight: Tensor, low_rank: Tensor) -> tuple[Tensor, Tensor | None]:
     """The weight with the columns of `low_rank`, and those again if they alone are to get a gradient."""
     if low_rank.dim() != 2 or low_rank.shape[0] != weight.shape[0]:
         raise ValueError(

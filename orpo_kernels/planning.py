@@ -242,7 +242,18 @@ def plan(
         sparse_eps=sparse_eps,
     )
     budget = memory_budget or default_budget(device)
-    name, reason, group_rows = _choose(work, schedule, budget, memory_budget is not None, largest_pair)
+    return planned(work, schedule, budget, memory_budget is not None, largest_pair)
+
+
+def planned(
+    work: Work,
+    schedule: str,
+    budget: int,
+    budget_given: bool = True,
+    largest_pair: Callable[[], int] | None = None,
+) -> Plan:
+    """`plan` for work on any device, whether it is here or not."""
+    name, reason, group_rows = _choose(work, schedule, budget, budget_given, largest_pair)
     return _sized(work, name, reason, group_rows, budget)
 
 

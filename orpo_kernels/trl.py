@@ -25,12 +25,13 @@ from torch import Tensor, nn
 from trl.experimental.orpo import ORPOConfig
 from trl.experimental.orpo import ORPOTrainer as TRLORPOTrainer
 
+from .methods import ORPO
 from .transformers.body import unwrap
 from .transformers.collator import IGNORE_INDEX, End, Packing, end_turn
 from .transformers.lm_head import resolve_lm_head
 from .transformers.packing import PackedPairs, pack_pairs
 from .transformers.sharing import refuses_shared_prompt
-from .transformers.trainer import PAIR_METRICS, ORPOLossMixin, pair_metrics
+from .transformers.trainer import PAIR_METRICS, PreferenceLossMixin, pair_metrics
 
 __all__ = ["ORPOConfig", "ORPOTrainer"]
 
@@ -38,7 +39,7 @@ _BATCH_METRICS = ("nll_loss", "logits/chosen", "logits/rejected")
 _STEP_COUNTS = "step_counts"
 
 
-class ORPOTrainer(ORPOLossMixin, TRLORPOTrainer):
+class ORPOTrainer(PreferenceLossMixin, TRLORPOTrainer):
     """`trl.experimental.orpo.ORPOTrainer` with the fused loss. All its arguments, and four by keyword:
 
     Args:
@@ -80,7 +81,8 @@ class ORPOTrainer(ORPOLossMixin, TRLORPOTrainer):
         _refuse_encoder_decoder(args[0] if args else options.get("model"))
         super().__init__(*args, **options)
         _refuse_encoder_decoder(self.model)  # one that came by its name
-        self.loss_options = {"beta": self.beta, "sparse_eps": sparse_eps}
+        self.method = ORPO(beta=self.beta)
+        self.loss_options = {"sparse_eps": sparse_eps}
         self._check_setup()
         reason = self._refuses_shared_prompt() if packing != "padded" else None
         if packing == "shared" and reason:
@@ -118,8 +120,8 @@ class ORPOTrainer(ORPOLossMixin, TRLORPOTrainer):
         inner = self.accelerator.unwrap_model(model)
         inputs = self.loss_inputs(batch)
         with mean_hidden_states(inner, sides_of(**inputs)) as means:
-            loss, out = self.orpo_step(model, inputs, batch.get(_STEP_COUNTS))
-        of_pairs = self.accelerator.gather_for_metrics(pair_metrics(out, self.beta)).nanmean(0)
+            loss, out = self.loss_step(model, inputs, batch.get(_STEP_COUNTS))
+        of_pairs = self.accelerator.gather_for_metrics(pair_metrics(out)).nanmean(0)
         of_batch = torch.cat((out.nll_loss[None].float(), mean_logits(inner, means)))
         of_batch = self.accelerator.gather(of_batch[None]).mean(0)
         values = torch.cat((of_pairs, of_batch)).tolist()

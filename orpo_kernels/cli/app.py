@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import typer
 
+from .compare import compare
+from .doctor import doctor
 from .evaluate import evaluate
+from .plan import plan
 from .sweep import sweep
 from .train import train
 
@@ -22,5 +25,5 @@ def _several_commands() -> None:
     """Typer makes an app of a single command that command; with a callback it stays an app of commands."""
 
 
-for command in (train, evaluate, sweep):
+for command in (train, evaluate, sweep, compare, plan, doctor):
     app.command()(command)

@@ -17,8 +17,9 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback, is_tensorboard_available
 
 from ..errors import UserError
+from ..methods import method_named
 from ..transformers import PreferenceCollator
-from ..transformers.trainer import ORPOTrainer
+from ..transformers.trainer import PreferenceTrainer
 from . import plots
 from .folder import RunFolder, step_of, whole_folder, write_whole
 from .progress import ProgressBar, Recorder
@@ -72,7 +73,7 @@ def fit(settings: TrainSettings, console: Console, *, save_model: bool = True) -
         _save(trainer.model, tokenizer, folder, settings.merge)
     plots.curves(folder.metrics.read(), folder.evaluations.read(), folder.curves)
     counts = {"pairs": len(training), "held_out": len(held_out), "problems": len(problems)}
-    summary = _summary(settings, folder, counts)
+    summary = _summary(settings, folder, counts) | {"reference_seconds": round(trainer.reference_seconds, 3)}
     write_whole(folder.summary, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     folder.clean()
     return summary
@@ -123,7 +124,7 @@ def _summary(settings: TrainSettings, folder: RunFolder, counts: dict[str, int])
         "model": settings.model,
         "data": settings.data,
         "method": settings.method,
-        "beta": settings.beta,
+        "beta": method_named(settings.method, beta=settings.beta).beta,
         "lr": settings.peak_lr,
         **counts,
         "steps": len(steps),
@@ -141,23 +142,24 @@ def _summary(settings: TrainSettings, folder: RunFolder, counts: dict[str, int])
 
 def _trainer(
     settings: TrainSettings, folder: RunFolder, tokenizer: Any, training: list, held_out: list, callbacks: list
-) -> ORPOTrainer:
+) -> PreferenceTrainer:
     dtype = compute_dtype(settings.dtype)
     set_seed(settings.seed)
     # Weights that are trained stay float32, or steps as small as a fine-tune's would round to nothing.
     model = load_model(settings.model, dtype if settings.lora else torch.float32)
     if settings.lora:
         model = with_adapters(model, settings.lora_rank)
-    loss_options: dict[str, Any] = {"prompt_nll": settings.prompt_nll}
+    loss_options: dict[str, Any] = settings.method_options()
     if settings.sparse_eps is not None:
         loss_options["sparse_eps"] = settings.sparse_eps
     try:
-        trainer = ORPOTrainer(
+        trainer = PreferenceTrainer(
             model,
             _arguments(settings, folder, len(training), bool(held_out)),
             data_collator=PreferenceCollator(tokenizer, max_length=settings.max_length, packing=settings.packing),
             train_dataset=training,
             eval_dataset=held_out or None,
+            method=settings.method,
             beta=settings.beta,
             loss_options=loss_options,
             callbacks=callbacks,
@@ -208,7 +210,7 @@ def _tensorboard(folder: RunFolder) -> list[Any]:
     return [TensorBoardCallback(SummaryWriter(str(folder.tensorboard)))]
 
 
-def _run(trainer: ORPOTrainer, folder: RunFolder, checkpoint: Path | None) -> None:
+def _run(trainer: PreferenceTrainer, folder: RunFolder, checkpoint: Path | None) -> None:
     """Train, and evaluate before and behind it; what a checkpoint has seen of this is not done again."""
     evaluates = trainer.eval_dataset is not None
     try:

@@ -15,6 +15,7 @@ from .folder import write_whole
 from .progress import SHOWN_OVER
 
 if TYPE_CHECKING:
+    from .comparison import Outcome
     from .scoring import Scores
     from .search import Point
 
@@ -72,6 +73,27 @@ def sweep(points: Sequence[Point], path: Path) -> None:
         axis.set_title(title)
         axis.grid(alpha=0.3)
     right.legend()
+    save(figure, path)
+
+
+def comparison(outcomes: Sequence[Outcome], path: Path) -> None:
+    """Accuracy and NLL on the held-out pairs against the time of a step, a point for a method."""
+    before, *methods = outcomes
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.subplots(1, 2)
+    panels = {"accuracy": "preference accuracy, held out", "nll": "NLL of the chosen answers, held out"}
+    for axis, (name, title) in zip(axes, panels.items(), strict=True):
+        axis.axhline(getattr(before, name)["value"], color="gray", linestyle="--", label="before training")
+        for number, outcome in enumerate(methods):
+            of = getattr(outcome, name)
+            spread = [[of["value"] - of["low"]], [of["high"] - of["value"]]]
+            axis.errorbar(outcome.seconds_per_step, of["value"], yerr=spread, fmt="o", capsize=3, color=f"C{number}")
+            axis.annotate(outcome.method, (outcome.seconds_per_step, of["value"]), (6, 4), textcoords="offset points")
+        axis.set_xlim(left=0)
+        axis.set_xlabel("seconds a step")
+        axis.set_title(title)
+        axis.grid(alpha=0.3)
+        axis.legend()
     save(figure, path)
 
 

@@ -17,7 +17,7 @@ from ..errors import UserError
 from . import plots
 from .fit import fit
 from .folder import write_whole
-from .settings import SweepSettings, TrainSettings
+from .settings import SweepSettings, TrainSettings, train_arguments
 
 
 @dataclass(frozen=True)
@@ -95,12 +95,5 @@ def winner(points: list[Point]) -> Point:
 
 def command_line(settings: TrainSettings, best: Point) -> list[str]:
     """`orpo-kernels train` with the winner's lambda and learning rate, and all else as it was."""
-    chosen = dataclasses.replace(settings, beta=best.beta, lr=best.lr)
-    words = ["orpo-kernels", "train", settings.model, settings.data]
-    for field in dataclasses.fields(TrainSettings):
-        value = getattr(chosen, field.name)
-        if field.name in ("model", "data", "output", "resume") or value == field.default:
-            continue
-        flag = f"--{field.name.replace('_', '-')}"
-        words += ([flag] if value else [f"--no-{flag[2:]}"]) if isinstance(value, bool) else [flag, f"{value}"]
-    return [*words, "--output", f"{settings.output}/best"]
+    chosen = dataclasses.replace(settings, beta=best.beta, lr=best.lr, output=settings.output / "best", resume=False)
+    return ["orpo-kernels", *train_arguments(chosen)]

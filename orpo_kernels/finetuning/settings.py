@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ..errors import UserError
 
-Method = Literal["orpo"]
+Method = Literal["orpo", "sft", "dpo", "simpo", "cpo"]
 DType = Literal["auto", "float32", "fp32", "bfloat16", "bf16"]
 Packing = Literal["auto", "shared", "padded"]
 DataLayout = Literal["auto", "text", "chat", "conversation", "transcript"]
@@ -63,8 +63,19 @@ class TrainSettings(DataSettings):
     output: Path = setting(Path("runs/train"), "The run folder.", metavar="FOLDER")
     resume: bool = setting(False, "Go on with the run in the run folder, if there is one.")
     method: Method = setting("orpo", "The loss.", rich_help_panel="Loss")
-    beta: float = setting(0.1, "Weight of the preference loss (ORPO's lambda).", rich_help_panel="Loss")
-    prompt_nll: bool = setting(True, "Whether the NLL covers the prompt as well.", rich_help_panel="Loss", both=True)
+    beta: float | None = setting(
+        None,
+        "Strength of the preference (ORPO's lambda). By default the method's own: 0.1, of simpo 2.",
+        metavar="FLOAT",
+        rich_help_panel="Loss",
+    )
+    gamma: float | None = setting(None, "SimPO's margin. By default 1.", metavar="FLOAT", rich_help_panel="Loss")
+    prompt_nll: bool | None = setting(
+        None,
+        "Whether the NLL covers the prompt as well. By default it does for orpo alone, as in TRL.",
+        rich_help_panel="Loss",
+        both=True,
+    )
     sparse_eps: float | None = setting(
         None,
         "Leave out probabilities below this in the backward pass, which is an approximation.",
@@ -100,6 +111,18 @@ class TrainSettings(DataSettings):
             raise UserError(f"--sparse-eps is {self.sparse_eps}, but has to be between 0 and 1, like 2e-4.")
         if self.merge and not self.lora:
             raise UserError("--merge is for adapters; give --lora as well, or leave it out.")
+
+        self.method_options()
+
+    def method_options(self) -> dict[str, float | bool]:
+        """What is set of the method's own options, beside beta."""
+        options = {"gamma": self.gamma, "prompt_nll": self.prompt_nll}
+        given = {name: value for name, value in options.items() if value is not None}
+        if "gamma" in given and self.method != "simpo":
+            raise UserError(
+                f"--gamma is SimPO's, but the method is {self.method}; leave it out, or give --method simpo."
+            )
+        return given
 
     @property
     def peak_lr(self) -> float:
@@ -145,6 +168,41 @@ class SweepSettings(TrainSettings):
 
     def lr_values(self) -> list[float]:
         return _numbers("--lrs", self.lrs, least=1e-30) if self.lrs else [self.peak_lr]
+
+
+@dataclass(frozen=True)
+class CompareSettings(TrainSettings):
+    """Which methods; all else as in training, and the same for each of them."""
+
+    method: Method = "orpo"  # given by `methods`, and no flag, as is what only one of them has
+    beta: float | None = None
+    gamma: float | None = None
+    prompt_nll: bool | None = None
+    output: Path = setting(Path("runs/compare"), "The folder of the runs.", metavar="FOLDER")
+    resume: bool = setting(False, "Go on with the comparison in the folder, if there is one.")
+    methods: str = setting("sft,orpo,dpo,simpo,cpo", "Methods to compare, with commas.", metavar="NAMES")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.method_names()
+
+    def method_names(self) -> list[Method]:
+        names = [name.strip() for name in self.methods.split(",")]
+        if unknown := [name for name in names if name not in get_args(Method)]:
+            raise UserError(f"--methods has {unknown[0]!r}, but the methods are {', '.join(get_args(Method))}.")
+        return list(dict.fromkeys(names))  # type: ignore[arg-type]
+
+
+def train_arguments(settings: TrainSettings) -> list[str]:
+    """What to type behind `orpo-kernels` to train so."""
+    words = ["train", settings.model, settings.data]
+    for field in dataclasses.fields(TrainSettings):
+        value = getattr(settings, field.name)
+        if field.name in ("model", "data", "output") or value == field.default:
+            continue
+        flag = f"--{field.name.replace('_', '-')}"
+        words += ([flag] if value else [f"--no-{flag[2:]}"]) if isinstance(value, bool) else [flag, f"{value}"]
+    return [*words, "--output", f"{settings.output}"]
 
 
 def _numbers(flag: str, text: str, least: float) -> list[float]:
