@@ -159,7 +159,7 @@ def trl_chunked_torch(case: Case) -> int:
 
 
 def _trl_chunked(case: Case, of_a_logit: int, of_a_hidden: int) -> int:
-    """The gathered rows and the gradients' sums in fp32; on top of them the tile, and later what the sums are cast to."""
+    """Gathered rows and sums of gradients in fp32; on top of them the tile, and later what the sums are cast to."""
     rows, columns = min(case.rows, TRL_TILE[0]), min(case.vocab_size, TRL_TILE[1])
     tile = rows * (columns * of_a_logit + case.hidden_size * of_a_hidden)
     summed = case.rows + (case.vocab_size if case.trained else 0)
