@@ -6,6 +6,7 @@ from .ops import backends
 from .planning import Plan, plan
 from .preference_loss import PreferenceOutput, preference_loss_from_rows
 from .rows import Rows, rows_from_labels
+from .sparsity import Sparsity, measured_sparsity
 from .token_logps import token_logps
 
 __version__ = "0.1.0"
@@ -16,8 +17,10 @@ __all__ = [
     "Plan",
     "PreferenceOutput",
     "Rows",
+    "Sparsity",
     "backends",
     "dialects",
+    "measured_sparsity",
     "methods",
     "orpo_loss",
     "orpo_loss_from_rows",

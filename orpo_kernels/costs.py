@@ -109,6 +109,7 @@ def _our_cost(case: Case, schedule: str, budget: int, gradient: bool = True) -> 
         needs_weight=gradient and case.trained,
         needs_bias=gradient and case.trained and case.bias,
         softcap=case.softcap,
+        sparse_eps=None,
     )
     plan = planned(work, schedule, budget, budget_given=False)
     gradients = case.gradient_bytes if gradient else 0

@@ -65,7 +65,7 @@ def preference_loss_from_rows(
         method: an instance of one of `orpo_kernels.methods`.
         reference_logps: (2B,) summed log-probabilities of the answers under the reference model, for DPO.
         nll_denominator, pair_denominator: as in `orpo_loss`: the whole batch's counts make accumulation exact.
-        options: logit_scale, logit_softcap, schedule, memory_budget, backend, as in `orpo_loss`.
+        options: logit_scale, logit_softcap, schedule, memory_budget, backend, sparse_eps, as in `orpo_loss`.
 
     The GEMMs are those of `token_logps`: a trained head's residual is held as a whole or not at all (groups of pairs,
     which know each other's gradient, are ORPO's alone).
@@ -139,6 +139,7 @@ def row_logps(
     low_rank: Tensor | None = None,
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
+    sparse_eps: float | None = None,
     **options: Any,
 ) -> Tensor:
     """(R,) float64 log-probabilities of live rows, differentiable. Arguments as in `orpo_loss_from_rows`."""
@@ -148,7 +149,7 @@ def row_logps(
     if low_rank is not None:
         weight, columns = extended(weight, low_rank)
     check_head(hidden, weight, bias)
-    check_options(logit_scale, logit_softcap)
+    check_options(logit_scale, logit_softcap, sparse_eps)
     check_same_device("hidden", hidden, "rows", rows.position)
     check_targets("labels", rows.target, weight.shape[0])
     check_positions(rows.position, hidden.shape[0])
@@ -161,6 +162,7 @@ def row_logps(
         columns=columns,
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
+        sparse_eps=sparse_eps,
         **options,
     )
 

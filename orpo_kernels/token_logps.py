@@ -27,6 +27,7 @@ def token_logps(
     schedule: str = "auto",
     memory_budget: int | None = None,
     backend: str = "auto",
+    sparse_eps: float | None = None,
 ) -> Tensor:
     """log softmax(logits)[target] of every position, without the logits; differentiable, any upstream gradient.
 
@@ -37,7 +38,7 @@ def token_logps(
         weight: (V, H) lm-head weight; bias: (V,) or None.
         targets: (...) int64, the token each position predicts; `ignore_index` for none. Finding the positions with a
             target is a host synchronisation on a GPU.
-        logit_scale, logit_softcap, schedule, memory_budget, backend: as in `orpo_loss`.
+        logit_scale, logit_softcap, schedule, memory_budget, backend, sparse_eps: as in `orpo_loss`.
 
     Returns:
         (...) log-probabilities in nats, 0 at `ignore_index`; fp32, float64 for float64 inputs.
@@ -53,7 +54,7 @@ def token_logps(
     if targets.dtype != torch.int64:
         raise TypeError(f"targets is {targets.dtype}, it must be torch.int64")
     check_head(hidden, weight, bias)
-    check_options(logit_scale, logit_softcap)
+    check_options(logit_scale, logit_softcap, sparse_eps)
     check_same_device("hidden", hidden, "targets", targets)
     flat = targets.flatten()
     position = (flat != ignore_index).nonzero().squeeze(1)
@@ -70,6 +71,7 @@ def token_logps(
         schedule=schedule,
         memory_budget=memory_budget,
         backend=backend,
+        sparse_eps=sparse_eps,
     ).to(accumulation_dtype(hidden.dtype))
     return logps.new_zeros(flat.shape[0]).index_put((position,), logps).view(targets.shape)
 
@@ -87,6 +89,7 @@ def logps_of(
     schedule: str = "auto",
     memory_budget: int | None = None,
     backend: str = "auto",
+    sparse_eps: float | None = None,
 ) -> Tensor:
     """(R,) float64: log softmax(logits)[target] at positions (R,) of hidden (N, H). Arguments have been checked.
 
@@ -103,5 +106,6 @@ def logps_of(
         memory_budget=memory_budget,
         backend=backend,
         needs=needs_grad(hidden, weight if columns is None else columns, bias),
+        sparse_eps=sparse_eps,
     )
     return F.logsigmoid(TokenLogOdds.apply(hidden, weight, bias, position, target, options, columns))

@@ -76,7 +76,7 @@ def causal_lm_orpo_loss(
             default the model's own. It is a mean over the tokens of this batch: where the denominators are those of k
             micro-batches, pass the model's coefficient / k.
         options: anything else that `orpo_loss` takes: beta, alpha, nll_denominator, pair_denominator, schedule,
-            memory_budget, backend.
+            memory_budget, backend, sparse_eps.
 
     Returns:
         `CausalLMORPOOutput`. `loss` is differentiable with respect to whatever of the model requires grad.
@@ -127,7 +127,7 @@ def causal_lm_preference_loss(
             `causal_lm_answers(reference_model, **batch).logps`.
         chosen_only: the batch has the B chosen sequences alone, as SFT trains on. Every pair then counts as not valid.
         options: anything else that `preference_loss_from_rows` takes: nll_denominator, pair_denominator, schedule,
-            memory_budget, backend.
+            memory_budget, backend, sparse_eps.
 
     Raises as `causal_lm_orpo_loss`, and `ValueError` for an unknown method, for one without the reference it needs, and
     for one that compares with rejected answers where there are none.
