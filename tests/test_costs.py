@@ -1,7 +1,4 @@
-"""The peers' formulas of costs.py beside what their code allocates, counted storage by storage.
-
-Ours are compared in `under_stub_gpu.py`, where our kernels are launched.
-"""
+"""The peers' formulas of costs.py beside what their code allocates, counted storage by storage."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from orpo_kernels import costs
 from orpo_kernels.gpus import GPUS, gpu_named
 
 GIB = 2**30
-SHAPES = [memory.Shape(8, 256), memory.Shape(2, 1024, rows=700), memory.Shape(16, 128, rows=900)]
+SHAPES = [memory.Shape(16, 512), memory.Shape(16, 256, rows=3440), memory.Shape(2, 4096)]
 NAMES = {  # in benchmarks.memory, and the formula
     "plain": lambda case: costs.plain(case, case.itemsize),
     "plain fp32": lambda case: costs.plain(case, 4),
