@@ -47,6 +47,7 @@ class Timing:
     name: str
     seconds: list[float]
     floor: bool = False
+    variant: bool = False  # of ours
     loss_error: float | None = None  # relative, to float64
 
     @property
@@ -74,7 +75,7 @@ class Result:
 
     @property
     def peers(self) -> list[Timing]:
-        return [timing for timing in self.timings if not timing.floor and timing.name != "ours"]
+        return [timing for timing in self.timings if not (timing.floor or timing.variant or timing.name == "ours")]
 
     @property
     def speedups(self) -> dict[str, float]:
@@ -150,7 +151,7 @@ def measure(
             seconds[name].append(time.perf_counter() - begin)
             progress.advance(task)
     progress.remove_task(task)
-    timings = [Timing(name, seconds[name], name in floors, errors.get(name)) for name in runs]
+    timings = [Timing(name, seconds[name], name in floors, name in variants, errors.get(name)) for name in runs]
     return Result(str(workload), str(dtype).removeprefix("torch."), head, timings, left_out)
 
 
@@ -182,7 +183,7 @@ def table(result: Result) -> Table:
     for column in ("loss", "median s", "range", "/ ours", "/ floor", "error"):
         shown.add_column(column, justify="left" if column == "loss" else "right", no_wrap=True)
     for timing in sorted(result.timings, key=lambda t: t.median):
-        style = "bold" if timing.name == "ours" else "dim" if timing.floor else ""
+        style = "bold" if timing.name == "ours" or timing.variant else "dim" if timing.floor else ""
         shown.add_row(
             timing.name,
             f"{timing.median:.3f}",

@@ -182,7 +182,9 @@ def head_gradients(p: Projection, blocks: list[Block], coefficient: Tensor, grad
             bias = grads.bias[columns, None].addmm_(profiles, tail_numbers)
         for block, rows in places:
             index, residual = residual_within(p, block, rows, columns)
-            if grads.weight is not None:
+            if grads.weight is not None and index is None:
+                matmul_into(total, residual.t(), x[rows], accumulate=True)
+            elif grads.weight is not None and index is not None:
                 add_rows_(p, total, index, residual.t() @ x[rows])
             if grads.bias is not None:
                 add_rows_(p, bias, index, bias_gradient(residual, coefficient[rows])[:, None])
