@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 
 TIMEOUT = 60  # seconds until a collective gives up; in a test that passes, none does
 
@@ -31,7 +31,7 @@ class Topology:
 
     world: Any
     pair: Any  # ranks 0 and 1, or 2 and 3
-    mesh: DeviceMesh  # ("outer", "inner"), 2 x 2
+    mesh: Any  # ("outer", "inner"), 2 x 2; None for an odd number of ranks
 
 
 _topology: Topology | None = None
@@ -47,8 +47,8 @@ class RankError(AssertionError):
 
 
 class Ranks:
-    def __init__(self, size: int):
-        self.size = size
+    def __init__(self, size: int, timeout: float = TIMEOUT):
+        self.size, self.timeout = size, timeout
 
     def __enter__(self) -> Ranks:
         context = mp.get_context("spawn")
@@ -57,7 +57,9 @@ class Ranks:
         for rank in range(self.size):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_serve, args=(rank, self.size, f"file://{self._folder.name}/store", theirs), daemon=True
+                target=_serve,
+                args=(rank, self.size, f"file://{self._folder.name}/store", self.timeout, theirs),
+                daemon=True,
             )
             process.start()
             theirs.close()
@@ -78,23 +80,30 @@ class Ranks:
         """`function(*arguments)` on every rank. Raises `RankError` where one fails."""
         for pipe in self._pipes:
             pipe.send((function, arguments))
-        results = [pipe.recv() for pipe in self._pipes]
+        results = [_received(pipe) for pipe in self._pipes]
         if failed := [f"rank {rank}: {text}" for rank, (ok, text) in enumerate(results) if not ok]:
             raise RankError("\n".join(failed))
         return [result for _, result in results]
 
 
-def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
+def _received(pipe: Connection) -> tuple[bool, Any]:
+    try:
+        return pipe.recv()
+    except EOFError:
+        return False, "the process has died"
+
+
+def _serve(rank: int, size: int, store: str, seconds: float, pipe: Connection) -> None:
     global _topology
     torch.set_num_threads(1)
     # A tensor in a message travels as its bytes, not as a handle of shared memory.
     mp.set_sharing_strategy("file_system")
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
-    timeout = datetime.timedelta(seconds=TIMEOUT)
+    timeout = datetime.timedelta(seconds=seconds)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timeout)
-    pairs = [dist.new_group([i, i + 1], timeout=timeout) for i in range(0, size, 2)]
-    mesh = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("outer", "inner"))
-    _topology = Topology(dist.group.WORLD, pairs[rank // 2], mesh)
+    pairs = [dist.new_group([i, i + 1], timeout=timeout) for i in range(0, size - 1, 2)]
+    mesh = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("outer", "inner")) if size % 2 == 0 else None
+    _topology = Topology(dist.group.WORLD, pairs[rank // 2] if rank // 2 < len(pairs) else None, mesh)
     while True:
         try:
             function, arguments = pipe.recv()

@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .. import ORPOOutput, Rows, orpo_loss_from_rows
 from ..rows import padded_rows
-from .body import router_loss_coef, run_body, unwrap
+from .body import BodyOutput, router_loss_coef, run_body, unwrap
+from .engines import is_fsdp2, through
 from .lm_head import resolve_lm_head
 from .packing import IGNORE_INDEX, PackedPairs
 from .probe import verify_lm_head
@@ -27,6 +29,11 @@ class CausalLMORPOOutput(ORPOOutput):
     """
 
     aux_loss: Tensor | None = None
+
+    def with_loss(self, loss: Tensor) -> CausalLMORPOOutput:
+        out = CausalLMORPOOutput(*self._replace(loss=loss))
+        out.aux_loss = self.aux_loss
+        return out
 
 
 def causal_lm_orpo_loss(
@@ -46,9 +53,9 @@ def causal_lm_orpo_loss(
 
     Args:
         model: a `transformers` causal LM, or a `peft` model around one (adapters in the body, LoRA or `modules_to_save`
-            on the head). Its body is called as its own forward calls it; no forward is copied or patched. The first
-            call also runs the model's own forward on a few tokens, to check that its head is what it seems
-            (`probe.py`).
+            on the head), also under FSDP2 (`fully_shard`). Its body is called as its own forward calls it; no forward
+            is copied. The first call also runs the model's own forward on a few tokens, to check that its head is what
+            it seems (`probe.py`).
         input_ids: (2B, T) int64, the B chosen sequences first, then the rejected ones in the same order; (R, T) with
             `packed`.
         attention_mask: (2B, T) int or bool, 1 on tokens and 0 on padding, on either side; None if there is no padding.
@@ -86,26 +93,57 @@ def causal_lm_orpo_loss(
         nll_reduction=nll_reduction,
         ignore_index=ignore_index,
     )
+    kept: list[CausalLMORPOOutput] = []
+
+    def forward() -> Tensor:
+        hidden, aux_loss = _checked_body(model, inner, input_ids, attention_mask, packed)
+        out = _head_loss(inner, hidden, rows, options)
+        kept.append(_with_router_loss(out, aux_loss, router_loss_coef(inner), router_aux_loss_coef))
+        return kept[0].loss
+
+    # FSDP2 gathers what belongs to no layer of its own in the forward of the whole model.
+    loss = through(model, forward) if is_fsdp2(model) else forward()
+    return kept[0].with_loss(loss)
+
+
+def _checked_body(
+    model: nn.Module,
+    inner: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    packed: PackedPairs | None,
+) -> BodyOutput:
+    """The last hidden states, once it is known that body and head are all there is to the model."""
     if packed is not None:
         packed = packed.to(input_ids.device)
         if reason := refuses_shared_prompt(model):
             raise ValueError(f'{reason} Use PreferenceCollator(packing="padded").')
-    head = resolve_lm_head(inner)
-    verify_lm_head(model, inner, head, input_ids)
+    verify_lm_head(model, inner, resolve_lm_head(inner), input_ids)
+    return run_body(inner, input_ids, attention_mask, packed)
 
-    hidden, aux_loss = run_body(inner, input_ids, attention_mask, packed)
-    operands = head.operands(hidden)
-    out = orpo_loss_from_rows(
-        operands.hidden.flatten(0, 1),
-        operands.weight,
-        rows,
-        bias=operands.bias,
-        low_rank=operands.low_rank,
-        logit_scale=head.logit_scale,
-        logit_softcap=head.logit_softcap,
-        **options,
-    )
-    return _with_router_loss(out, aux_loss, router_loss_coef(inner), router_aux_loss_coef)
+
+def _head_loss(inner: PreTrainedModel, hidden: Tensor, rows: Rows, options: dict[str, Any]) -> ORPOOutput:
+    """The loss, in the forward of the head if an engine shards that: its weight is whole there."""
+    kept: list[ORPOOutput] = []
+
+    def forward(hidden: Tensor) -> Tensor:
+        head = resolve_lm_head(inner)
+        operands = head.operands(hidden)
+        out = orpo_loss_from_rows(
+            operands.hidden.flatten(0, 1),
+            operands.weight,
+            rows,
+            bias=operands.bias,
+            low_rank=operands.low_rank,
+            logit_scale=head.logit_scale,
+            logit_softcap=head.logit_softcap,
+            **options,
+        )
+        kept.append(out)
+        return out.loss
+
+    loss = through(inner.get_output_embeddings(), forward, hidden)
+    return kept[0]._replace(loss=loss)
 
 
 def _with_router_loss(
