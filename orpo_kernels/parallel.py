@@ -153,6 +153,8 @@ class Groups:
         result, error, failed = None, None, 0
         try:
             result = make()
+        except PeerError:
+            raise  # there is nobody to tell
         except Exception as own:
             error, failed = own, 1
         for group in (self.vocab, self.sequence, self.data):

@@ -99,11 +99,12 @@ def _serve(rank: int, size: int, store: str, seconds: float, pipe: Connection) -
     # A tensor in a message travels as its bytes, not as a handle of shared memory.
     mp.set_sharing_strategy("file_system")
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
-    timeout = datetime.timedelta(seconds=seconds)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timeout)
+    patient, timeout = datetime.timedelta(seconds=TIMEOUT), datetime.timedelta(seconds=seconds)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=patient)
+    world = dist.new_group(list(range(size)), timeout=timeout)
     pairs = [dist.new_group([i, i + 1], timeout=timeout) for i in range(0, size - 1, 2)]
     mesh = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("outer", "inner")) if size % 2 == 0 else None
-    _topology = Topology(dist.group.WORLD, pairs[rank // 2] if rank // 2 < len(pairs) else None, mesh)
+    _topology = Topology(world, pairs[rank // 2] if rank // 2 < len(pairs) else None, mesh)
     while True:
         try:
             function, arguments = pipe.recv()

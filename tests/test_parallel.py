@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from benchmarks.distributed import PAGE, messages, with_tables
-from orpo_kernels import ORPOLoss, ORPOOutput, orpo_loss, orpo_loss_from_rows, planning, token_logps
+from orpo_kernels import ORPOLoss, ORPOOutput, orpo_loss, orpo_loss_from_rows, parallel, planning, token_logps
 
 from .batches import IGNORE, Batch, batches, plain_loss, random_labels, random_rows, relative_error
 from .ranks import RankError, Ranks, topology
@@ -582,3 +582,44 @@ def test_bytes_are_those_of_the_page(ranks, kinds, schedule):
 def test_the_page_is_what_the_command_writes():
     page = PAGE.read_text()
     assert with_tables(page) == page
+
+
+@pytest.mark.parametrize(
+    ("schedule", "order"),
+    [
+        # s: an exchange starts, w: one is waited for, G: a GEMM. Two chunks of rows.
+        ("single_pass", "G s G w s s w G s w s w G s w w"),
+        ("resident", "G s G w s s w w s w - G s G w"),
+    ],
+)
+def test_exchanges_overlap_with_gemms(ranks, schedule, order):
+    """What starts before a GEMM is waited for behind it."""
+    batch = example(pairs=1, length=2, train_weight=schedule == "resident")
+    batch = replace(batch, labels=torch.full_like(batch.labels, 5))
+    for events in ranks.run(order_of_events, batch.to(FP32)):
+        assert events == order
+
+
+def order_of_events(batch: Batch) -> str:
+    from orpo_kernels import gemm, projection
+    from orpo_kernels.schedules import resident, single_pass
+
+    events: list[str] = []
+
+    def noting(mark: str, function: Any) -> Any:
+        return lambda *args, **options: (events.append(mark), function(*args, **options))[1]
+
+    columns = [slice(0, 20), slice(20, 37)][place("inner")]
+    leaves = batch.hidden.clone().requires_grad_(), batch.weight[columns].clone().requires_grad_(batch.train_weight)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "CHUNK_ROWS", {"cpu": 2 if batch.train_weight else 4})
+        patch.setattr(projection, "project", noting("G", gemm.project))
+        for schedule in (single_pass, resident):
+            patch.setattr(schedule, "matmul_into", noting("G", gemm.matmul_into))
+        patch.setattr(parallel.Group, "all_reduce", noting("s", parallel.Group.all_reduce))
+        patch.setattr(parallel.Pending, "wait", noting("w", parallel.Pending.wait))
+        loss = orpo_loss(*leaves, batch.labels, vocab_group=group_of("inner")).loss
+        if batch.train_weight:
+            events.append("-")
+            loss.backward()
+    return " ".join(events)

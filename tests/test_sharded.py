@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ if not dist.is_available():
     pytest.skip("torch.distributed is not in this build of torch", allow_module_level=True)
 
 from orpo_kernels.transformers import PreferenceCollator, causal_lm_orpo_loss
+from orpo_kernels.transformers.engines import run_inside
 
 from .batches import relative_error
 from .ranks import Ranks, topology
@@ -117,3 +119,40 @@ def test_fsdp2_with_tied_embeddings(ranks, layout):
 def test_fsdp2_with_lora_on_a_frozen_sharded_base(ranks):
     pytest.importorskip("peft")
     check(ranks.run(with_fsdp, "layers", "padded", {}, True), alone(lora=True))
+
+
+def with_zero3(packing: str, tied: bool) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+    from deepspeed.utils import safe_get_full_grad
+
+    deepspeed.init_distributed(dist_backend="gloo")
+    model = tiny(tie_word_embeddings=tied)
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 2,  # so that backward leaves the gradients where they are
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+    }
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+
+    def loss_of(**batch: Any) -> Any:
+        return causal_lm_orpo_loss(engine.module, **batch, data_group=topology().world)
+
+    steps = []
+    for _ in range(2):
+        assert model.lm_head.weight.numel() == 0  # the parameters lie in parts, on all ranks
+        out = run_inside(engine, engine.module, loss_of, batch_of(mine(), packing))
+        engine.backward(out.loss, scale_wrt_gas=False)
+        grads = {name: safe_get_full_grad(parameter) for name, parameter in engine.module.named_parameters()}
+        steps.append((out.loss.detach(), {name: grad.clone() for name, grad in grads.items() if grad is not None}))
+        engine.optimizer.zero_grad()
+    return steps
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
+def test_zero3(ranks, tied):
+    """DeepSpeed's ZeRO-3, where the package is installed."""
+    pytest.importorskip("deepspeed")
+    check(ranks.run(with_zero3, "padded", tied), alone(tied=tied))
