@@ -151,6 +151,7 @@ def with_zero3(packing: str, tied: bool) -> list[tuple[Tensor, dict[str, Tensor]
     return steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
 def test_zero3(ranks, tied):
     """DeepSpeed's ZeRO-3, where the package is installed."""

@@ -53,7 +53,7 @@ def verify_lm_head(model: nn.Module, inner: PreTrainedModel, head: LMHead, input
 
 def _compare(model: nn.Module, inner: PreTrainedModel, head: LMHead, tokens: Tensor) -> None:
     hidden, aux_loss = run_body(inner, tokens, None)
-    size = head_layers(inner)[0].in_features
+    size = getattr(head.weight, "ds_shape", head.weight.shape)[1]  # of a parameter that ZeRO-3 has put away, its own
     if hidden.shape[-1] != size:
         raise _refusal(inner, head, f"the body gives {hidden.shape[-1]} features, the head takes {size}")
 
