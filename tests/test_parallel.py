@@ -242,6 +242,14 @@ def test_a_vocabulary_group_by_groups_of_pairs(ranks):
     check(ranks, batch, {"vocab": ("world", parts)}, memory_budget=budget)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_evaluation(ranks, backend):
+    """Nothing requires grad: one GEMM, inside a kernel for Triton."""
+    batch = example(train_hidden=False, train_weight=False)
+    parts = [slice(0, 2), slice(2, 20), slice(20, 30), slice(30, 37)]
+    check(ranks, batch, {"vocab": ("world", parts)}, backend=backend)
+
+
 def test_padding_of_the_vocabulary_is_cut_off_by_its_rank(ranks):
     """37 tokens in 40 rows: the last rank passes a slice, and its parameter's gradient is 0 in the rows of padding."""
     batch = example()

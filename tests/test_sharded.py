@@ -64,7 +64,12 @@ def step(model: nn.Module, packing: str) -> tuple[Tensor, dict[str, Tensor]]:
     return out.loss.detach(), grads
 
 
-def with_fsdp(layout: str, packing: str, changes: dict[str, Any], lora: bool) -> list[tuple[Tensor, dict[str, Tensor]]]:
+def with_fsdp(
+    layout: str, packing: str, changes: dict[str, Any], lora: bool, mixed: bool = False
+) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    policy = {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)} if mixed else {}
     model = adapted(tiny(**changes)) if lora else tiny(**changes)
     if lora:
         from torch.distributed.fsdp import fully_shard
@@ -73,7 +78,7 @@ def with_fsdp(layout: str, packing: str, changes: dict[str, Any], lora: bool) ->
             fully_shard(layer)
         fully_shard(model)
     else:
-        sharded(model, layout)
+        sharded(model, layout, **policy)
     return [step(model, packing) for _ in range(2)]  # the second call finds the model as the first has left it
 
 
@@ -114,6 +119,12 @@ def test_fsdp2(ranks, layout, packing):
 @pytest.mark.parametrize("layout", ["root alone", "layers"])
 def test_fsdp2_with_tied_embeddings(ranks, layout):
     check(ranks.run(with_fsdp, layout, "padded", {"tie_word_embeddings": True}, False), alone(tied=True))
+
+
+@pytest.mark.parametrize("layout", ["layers", "Accelerate"])
+def test_fsdp2_in_bf16(ranks, layout):
+    """A mixed precision policy: the engine's casts, our loss in what it gathers."""
+    check(ranks.run(with_fsdp, layout, "padded", {}, False, True), alone(), tolerance=5e-2)
 
 
 def test_fsdp2_with_lora_on_a_frozen_sharded_base(ranks):
