@@ -72,7 +72,7 @@ def messages(
     found = []
     if vocab:
         found += [
-            Message("vocab", "all_gather", "sizes of the shards, and whether they and all inputs fit", 8 * NUMBER),
+            Message("vocab", "all_gather", "sizes of the shards, and whether they and all inputs fit", 9 * NUMBER),
             Message("vocab", "all_reduce", "largest logit of every row", rows * NUMBER),
             Message("vocab", "all_reduce", "sum and target logit of every row", 2 * rows * NUMBER),
         ]

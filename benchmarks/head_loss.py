@@ -19,7 +19,7 @@ import random
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -92,8 +92,19 @@ class Result:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def measure(workload: Workload, *, trained: bool, names: list[str], rounds: int, progress: Progress) -> Result:
-    """Check, then time, ours and the named peers on one workload in its dtype."""
+def measure(
+    workload: Workload,
+    *,
+    trained: bool,
+    names: list[str],
+    rounds: int,
+    progress: Progress,
+    variants: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Result:
+    """Check, then time, ours and the named peers on one workload in its dtype.
+
+    variants: more of ours, by the name they are to have and the options of `orpo_loss` that make them.
+    """
     dtype, head = workload.hidden.dtype, "trained" if trained else "frozen"
     hidden = workload.hidden.clone().requires_grad_()
     weight = workload.weight.clone().requires_grad_(trained)
@@ -105,12 +116,14 @@ def measure(workload: Workload, *, trained: bool, names: list[str], rounds: int,
         return value.item()
 
     title = f"{str(dtype).removeprefix('torch.')}, head {head}"
-    task = progress.add_task(title, total=(rounds + 1) * (len(names) + 3))
+    variants = variants or {}
+    task = progress.add_task(title, total=(rounds + 1) * (len(names) + len(variants) + 3))
     exact = exact_loss(workload)
     errors: dict[str, float] = {}
     left_out: dict[str, str] = {}
     runs: dict[str, Callable[[], Any]] = {}
     contestants: dict[str, Callable[..., Tensor]] = {"ours": peers.ours, **{name: peers.PEERS[name] for name in names}}
+    contestants |= {name: functools.partial(peers.ours, **options) for name, options in variants.items()}
     for name, loss in contestants.items():
         try:  # the first call also compiles and warms up
             errors[name] = abs(step(loss) - exact) / abs(exact)

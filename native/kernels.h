@@ -34,6 +34,18 @@ struct Logits {
   Transform transform;
 };
 
+struct ColumnStatistics {
+  Matrix residual;          // (B, V)
+  const float* row_weight;  // (B,)
+  float *peak, *mass;       // (V,)
+};
+
+struct GatherColumns {
+  Matrix residual, out;  // (B, V) and (B, A), of one dtype
+  const int64_t* columns;  // (A,)
+  double* sums;            // (B,)
+};
+
 struct GatherRows {
   Matrix hidden, out;
   const int64_t* position;
@@ -58,6 +70,12 @@ struct Kernels {
   // z, some columns of the logits, becomes their residual by the lse_others of the whole rows.
   // The target is in other columns where it is outside [0, columns).
   void (*recomputed_residual)(const Logits&, const double* lse_others, int64_t begin, int64_t end);
+
+  // Of the columns [begin, end): the largest of row_weight[r] * residual[r], at least 0, and their sum.
+  void (*column_statistics)(const ColumnStatistics&, int64_t begin, int64_t end);
+
+  // out[r] = residual[r, columns], and the sum of these entries
+  void (*gather_columns)(const GatherColumns&, int64_t begin, int64_t end);
 
   // out[r] = coefficient[r] * hidden[position[r]]
   void (*gather_rows)(const GatherRows&, int64_t begin, int64_t end);

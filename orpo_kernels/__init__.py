@@ -5,6 +5,7 @@ from .loss import ORPOLoss, ORPOOutput, orpo_loss, orpo_loss_from_rows
 from .ops import backends
 from .planning import Plan, plan
 from .rows import Rows, rows_from_labels
+from .sparsity import Sparsity, measured_sparsity
 from .token_logps import token_logps
 
 __version__ = "0.1.0"
@@ -14,8 +15,10 @@ __all__ = [
     "ORPOOutput",
     "Plan",
     "Rows",
+    "Sparsity",
     "backends",
     "dialects",
+    "measured_sparsity",
     "orpo_loss",
     "orpo_loss_from_rows",
     "plan",

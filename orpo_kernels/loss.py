@@ -68,6 +68,7 @@ def orpo_loss(
     schedule: str = "auto",
     memory_budget: int | None = None,
     backend: str = "auto",
+    sparse_eps: float | None = None,
     data_group: Any = None,
     vocab_group: Any = None,
     sequence_group: Any = None,
@@ -95,6 +96,9 @@ def orpo_loss(
         schedule: "auto", "single_pass", "resident" or "recompute"; see `plan`.
         memory_budget: bytes for the loss beside its inputs and the gradients; by default a sixteenth of the memory.
         backend: "auto", "torch", "native" or "triton".
+        sparse_eps: None for exact gradients. A probability, 2**-14 say: the backward pass leaves out the tokens whose
+            probability nowhere in a block of rows exceeds it, and puts the tail's mean in their place. The loss itself
+            stays exact. What it saves and costs is in `docs/sparse.md`; `measured_sparsity` prints it for your data.
         data_group: a `torch.distributed.ProcessGroup` or one-dimensional `DeviceMesh` whose ranks hold different pairs.
             The means run over all of them: loss, nll_loss, or_loss and gradients, averaged over the ranks as DDP and
             FSDP do, are those of one process with the whole batch. Denominators that are given are those of all ranks.
@@ -149,6 +153,7 @@ def orpo_loss(
         schedule=schedule,
         memory_budget=memory_budget,
         backend=backend,
+        sparse_eps=sparse_eps,
     )
 
 
@@ -168,6 +173,7 @@ def orpo_loss_from_rows(
     schedule: str = "auto",
     memory_budget: int | None = None,
     backend: str = "auto",
+    sparse_eps: float | None = None,
     data_group: Any = None,
     vocab_group: Any = None,
     sequence_group: Any = None,
@@ -206,6 +212,7 @@ def orpo_loss_from_rows(
         schedule=schedule,
         memory_budget=memory_budget,
         backend=backend,
+        sparse_eps=sparse_eps,
     )
 
 
@@ -233,19 +240,20 @@ def _loss(
     alpha: float,
     nll_denominator: int | Tensor | None,
     pair_denominator: int | Tensor | None,
-    logit_scale: float,
-    logit_softcap: float | None,
     schedule: str,
-    memory_budget: int | None,
-    backend: str,
+    **head_options: Any,
 ) -> ORPOOutput:
-    """The loss of `inputs()`, hidden (N, H) and rows, whose checks are of this call as well."""
+    """The loss of `inputs()`, hidden (N, H) and rows, whose checks are of this call as well.
+
+    head_options: logit_scale, logit_softcap, memory_budget, backend, sparse_eps.
+    """
     if torch.compiler.is_compiling():
         hidden, rows = inputs()
         if low_rank is not None:
             weight, _ = _extended(weight, low_rank)
-        _check(hidden, weight, bias, rows, nll_denominator, pair_denominator, logit_scale, logit_softcap)
-        head = (logit_scale, logit_softcap, schedule, memory_budget, backend)
+        _check(hidden, weight, bias, rows, nll_denominator, pair_denominator, head_options)
+        names = ("logit_scale", "logit_softcap", "schedule", "memory_budget", "backend", "sparse_eps")
+        head = [{"schedule": schedule, **head_options}[name] for name in names]
         counts = (nll_denominator, pair_denominator)
         return ORPOOutput(*loss_in_a_graph(hidden, weight, bias, rows, *counts, alpha, beta, *head))
 
@@ -257,7 +265,7 @@ def _loss(
         hidden, rows = inputs()
         if columns is not None:
             head, columns = _extended(head, columns)
-        _check(hidden, head, head_bias, rows, nll_denominator, pair_denominator, logit_scale, logit_softcap)
+        _check(hidden, head, head_bias, rows, nll_denominator, pair_denominator, head_options)
         rows = rows.live()
         check_targets("labels", rows.target, shard.vocab_size if shard else head.shape[0])
         check_positions(rows.position, hidden.shape[0])
@@ -267,13 +275,10 @@ def _loss(
             head,
             head_bias,
             num_rows=len(rows),
-            logit_scale=logit_scale,
-            logit_softcap=logit_softcap,
-            memory_budget=memory_budget,
-            backend=backend,
             largest_pair=rows.largest_pair,
             needs=needs_grad(hidden, head if columns is None else columns, head_bias),
             shard=shard,
+            **head_options,
         )
         options = plan_with(schedule=schedule)
         # Groups of pairs would accumulate the gradient of the whole weight, and other ranks have other groups.
@@ -303,11 +308,10 @@ def _check(
     rows: Rows,
     nll_denominator: int | Tensor | None,
     pair_denominator: int | Tensor | None,
-    logit_scale: float,
-    logit_softcap: float | None,
+    head_options: dict[str, Any],
 ) -> None:
     check_head(hidden, weight, bias)
-    check_options(logit_scale, logit_softcap)
+    check_options(*(head_options[name] for name in ("logit_scale", "logit_softcap", "sparse_eps")))
     check_denominator("nll_denominator", nll_denominator)
     check_denominator("pair_denominator", pair_denominator)
     check_same_device("hidden", hidden, "rows", rows.position)
@@ -348,12 +352,13 @@ class ORPOLoss(nn.Module):
         schedule: str = "auto",
         memory_budget: int | None = None,
         backend: str = "auto",
+        sparse_eps: float | None = None,
         data_group: Any = None,
         vocab_group: Any = None,
         sequence_group: Any = None,
     ):
         super().__init__()
-        check_options(logit_scale, logit_softcap)
+        check_options(logit_scale, logit_softcap, sparse_eps)
         self.beta = beta
         self.alpha = alpha
         self.nll_reduction = nll_reduction
@@ -364,6 +369,7 @@ class ORPOLoss(nn.Module):
         self.schedule = schedule
         self.memory_budget = memory_budget
         self.backend = backend
+        self.sparse_eps = sparse_eps
         self.data_group = data_group
         self.vocab_group = vocab_group
         self.sequence_group = sequence_group

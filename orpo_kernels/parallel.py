@@ -221,6 +221,10 @@ class VocabShard:
             )
         return cls(group, sum(sizes[: group.rank]), size, max(sizes), sum(sizes))
 
+    def holds(self, target: Tensor) -> Tensor:
+        """Which targets (C,), minus `start`, are among this rank's columns."""
+        return (target >= 0) & (target < self.size)
+
 
 @dataclass(frozen=True)
 class Combination:
@@ -257,7 +261,7 @@ def combine(shard: VocabShard, target: Tensor, log_odds: Tensor, lse_others: Ten
         target: (C,) int64, the target minus `shard.start`: on another rank where it is outside [0, shard.size).
         log_odds, lse_others: (C,) float64, with `nearest(target)` in place of the target.
     """
-    is_here = (target >= 0) & (target < shard.size)
+    is_here = shard.holds(target)
     # Where the target is elsewhere, the column that stood in for it is one of the others.
     own = torch.where(is_here, lse_others, lse_others + torch.logaddexp(log_odds, torch.zeros_like(log_odds)))
     top = own.clone()

@@ -50,6 +50,7 @@ class HeadOptions:
         memory_budget: int | None,
         backend: str,
         largest_pair: Callable[[], int] | None = None,
+        sparse_eps: float | None = None,
         dtype: torch.dtype | None = None,
         needs: Sequence[bool] | None = None,
         shard: VocabShard | None = None,
@@ -76,6 +77,7 @@ class HeadOptions:
             memory_budget=memory_budget,
             backend=backend,
             largest_pair=largest_pair,
+            sparse_eps=sparse_eps,
         )
         return cls(logit_scale, logit_softcap, call, select(backend, hidden.device, dtype), shard)
 
@@ -87,6 +89,7 @@ def facts_of(weight: Tensor, num_rows: int, options: HeadOptions) -> dict[str, i
         "the number of rows": num_rows,
         "the hidden size": weight.shape[1],
         "the number of GEMMs, by the schedule and what requires grad,": plan.gemms,
+        "whether hidden states (2) and head (1) require grad": 2 * plan.needs_hidden + plan.needs_head,
         "the number of rows of a chunk": plan.row_chunk,
         "the number of rows of a group of pairs": plan.group_rows or 0,
     }
@@ -192,9 +195,14 @@ class Projection:
         return combine(self.shard, self.target, log_odds, lse_others).advance().result()
 
     def residuals(
-        self, chunks: Iterator[slice], buffer_of: Callable[[slice], Tensor], weight: WeightSlices, log_odds: Tensor
+        self,
+        chunks: Iterator[slice],
+        buffer_of: Callable[[slice], Tensor],
+        weight: WeightSlices,
+        log_odds: Tensor,
+        lse_others: Tensor | None = None,
     ) -> Iterator[tuple[slice, Tensor]]:
-        """Each chunk of rows with its residual (C, V), which lies in `buffer_of(rows)`; fills `log_odds` (R,).
+        """Each chunk of rows with its residual (C, V), in `buffer_of(rows)`; fills `log_odds` and `lse_others` (R,).
 
         Of a shard, a chunk comes one late: its statistics travel between the ranks while the GEMM of the next one runs.
         """
@@ -202,13 +210,18 @@ class Projection:
             for rows in chunks:
                 residual = buffer_of(rows)
                 project(self.hidden_rows(rows), weight, self.bias, residual)
+                target_logit = self._target_logit(residual, rows) if lse_others is not None else None
                 log_odds[rows] = self.ops.residual_(residual, self.target[rows], *self._transform)
+                if lse_others is not None:
+                    lse_others[rows] = target_logit - log_odds[rows]
                 yield rows, residual
             return
 
         def finished(rows: slice, logits: Tensor, combination: Combination) -> tuple[slice, Tensor]:
-            log_odds[rows], lse_others = combination.result()
-            self.ops.recomputed_residual_(logits, self.target[rows], lse_others, *self._transform)
+            log_odds[rows], lse = combination.result()
+            self.ops.recomputed_residual_(logits, self.target[rows], lse, *self._transform)
+            if lse_others is not None:
+                lse_others[rows] = lse
             return rows, logits
 
         late: tuple[slice, Tensor, Combination] | None = None
@@ -230,6 +243,16 @@ class Projection:
         if self.shard is None:
             return None
         return self.shard.group.all_reduce(u, "the gradient of the hidden states")
+
+    def _target_logit(self, logits: Tensor, rows: slice) -> Tensor:
+        """The logits of the targets (C,) float64, scaled and capped, of a chunk (C, V) that is neither."""
+        logit = logits.gather(1, self.target[rows, None]).squeeze(1).to(self.sum_dtype)
+        scale, cap = self._transform
+        return (logit * scale if cap is None else cap * torch.tanh(logit * scale / cap)).double()
+
+    def weight_rows(self, columns: Tensor) -> Tensor:
+        """(A, H) rows of the weight, in the GEMM's dtype."""
+        return self.ops.gather_rows(self.weight, columns, None, self.plan.gemm_dtype)
 
     def residual_slice(self, x: Tensor, w: Tensor, columns: slice, lse_others: Tensor, out: Tensor) -> None:
         """The columns `columns` of the residual of all rows into `out` (R, S); x (R, H), w (S, H)."""

@@ -30,6 +30,7 @@ def token_logps(
     schedule: str = "auto",
     memory_budget: int | None = None,
     backend: str = "auto",
+    sparse_eps: float | None = None,
     data_group: Any = None,
     vocab_group: Any = None,
     sequence_group: Any = None,
@@ -43,7 +44,7 @@ def token_logps(
         weight: (V, H) lm-head weight; bias: (V,) or None.
         targets: (...) int64, the token each position predicts; `ignore_index` for none. Finding the positions with a
             target is a host synchronisation on a GPU.
-        logit_scale, logit_softcap, schedule, memory_budget, backend: as in `orpo_loss`.
+        logit_scale, logit_softcap, schedule, memory_budget, backend, sparse_eps: as in `orpo_loss`.
         vocab_group: as in `orpo_loss`: the ranks hold `weight` and `bias` by rows, and the same hidden states, targets
             and upstream gradient.
         data_group, sequence_group: taken so that the arguments are those of `orpo_loss`. A position's log-probability
@@ -69,7 +70,7 @@ def token_logps(
         if targets.dtype != torch.int64:
             raise TypeError(f"targets is {targets.dtype}, it must be torch.int64")
         check_head(hidden, head, head_bias)
-        check_options(logit_scale, logit_softcap)
+        check_options(logit_scale, logit_softcap, sparse_eps)
         check_same_device("hidden", hidden, "targets", targets)
         flat = targets.flatten()
         position = (flat != ignore_index).nonzero().squeeze(1)
@@ -85,6 +86,7 @@ def token_logps(
             schedule=schedule,
             memory_budget=memory_budget,
             backend=backend,
+            sparse_eps=sparse_eps,
             shard=shard,
         )
         return head, head_bias, position, target - shard.start if shard else target, options

@@ -633,3 +633,29 @@ def order_of_events(batch: Batch) -> str:
             events.append("-")
             loss.backward()
     return " ".join(events)
+
+
+# --- the sparse backward pass --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("train_weight", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_the_sparse_backward_pass_of_a_vocabulary_group(ranks, backend, train_weight):
+    """As far from the exact gradient as one process is, and exact where nothing is left out."""
+    if backend not in BACKENDS:
+        pytest.skip("the native kernels are not built")
+    batch = example(pairs=4, length=12, vocab=256, size=16, train_weight=train_weight)
+    batch = replace(batch, hidden=4 * batch.hidden)  # most of a row's probability is in few tokens
+    parts = [slice(0, 100), slice(100, 140), slice(140, 200), slice(200, 256)]
+    split: dict[str, tuple[str, list[slice]]] = {"vocab": ("world", parts)}
+    out, exact = batch.run(orpo_loss)
+    for eps, bar in ((1e-12, 1e-5), (1e-3, None)):
+        options = {"sparse_eps": eps, "backend": backend}
+        alone, grads = batch.to(FP32).run(orpo_loss, **options)
+        results = ranks.run(in_parts, batch.to(FP32), split, options)
+        for theirs, _ in results:
+            assert abs(float(theirs.loss - out.loss)) <= 1e-6 * float(out.loss)
+        for name, grad in exact.items():
+            error = relative_error(joined(results, split, name, grad), grad)
+            of_one = relative_error(grads[name], grad)
+            assert error <= (bar or max(2 * of_one, 1e-5)), name

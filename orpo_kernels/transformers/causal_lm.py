@@ -73,7 +73,7 @@ def causal_lm_orpo_loss(
             default the model's own. It is a mean over the tokens of this batch: where the denominators are those of k
             micro-batches, pass the model's coefficient / k.
         options: anything else that `orpo_loss` takes: beta, alpha, nll_denominator, pair_denominator, schedule,
-            memory_budget, backend.
+            memory_budget, backend, sparse_eps.
 
     Returns:
         `CausalLMORPOOutput`. `loss` is differentiable with respect to whatever of the model requires grad.
