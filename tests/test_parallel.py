@@ -651,7 +651,7 @@ def test_the_sparse_backward_pass_of_a_vocabulary_group(ranks, backend, train_we
     out, exact = batch.run(orpo_loss)
     for eps, bar in ((1e-12, 1e-5), (1e-3, None)):
         options = {"sparse_eps": eps, "backend": backend}
-        alone, grads = batch.to(FP32).run(orpo_loss, **options)
+        _, grads = batch.to(FP32).run(orpo_loss, **options)
         results = ranks.run(in_parts, batch.to(FP32), split, options)
         for theirs, _ in results:
             assert abs(float(theirs.loss - out.loss)) <= 1e-6 * float(out.loss)
