@@ -74,7 +74,8 @@ def with_fsdp(
     if lora:
         from torch.distributed.fsdp import fully_shard
 
-        for layer in model.get_base_model().model.layers:
+        inner = model.get_base_model()
+        for layer in (*inner.model.layers, inner.lm_head):
             fully_shard(layer)
         fully_shard(model)
     else:
@@ -86,7 +87,7 @@ def adapted(model: nn.Module) -> nn.Module:
     import peft
 
     torch.manual_seed(3)
-    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False, task_type="CAUSAL_LM")
     return peft.get_peft_model(model, config)
 
 
@@ -128,6 +129,7 @@ def test_fsdp2_in_bf16(ranks, layout):
 
 
 def test_fsdp2_with_lora_on_a_frozen_sharded_base(ranks):
+    """Adapters in the layers and on the head, which is a unit of its own."""
     pytest.importorskip("peft")
     check(ranks.run(with_fsdp, "layers", "padded", {}, True), alone(lora=True))
 

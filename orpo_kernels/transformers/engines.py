@@ -51,6 +51,11 @@ def is_fsdp2(module: nn.Module) -> bool:
     return isinstance(module, FSDPModule)
 
 
+def class_of(module: nn.Module) -> type:
+    """The module's own class, under what FSDP2 mixes into it."""
+    return type(module).__bases__[-1] if is_fsdp2(module) else type(module)
+
+
 def hooks_of_engine(hooks: Any) -> bool:
     """Whether all of a module's hooks are those by which an engine gathers its parameters."""
     return all((getattr(hook, "__module__", None) or "").startswith(ENGINES) for hook in hooks.values())

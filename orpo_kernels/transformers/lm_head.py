@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .body import unwrap
-from .engines import hooks_of_engine, is_fsdp2
+from .engines import class_of, hooks_of_engine
 
 # The config fields by which the models of transformers 5.23 transform their logits, found by reading every
 # `logits = self.lm_head(...)` there. A field that is missing or None does nothing.
@@ -177,11 +177,11 @@ def _lora(layer: Any, name: str) -> LoRA:
 
 
 def _class_name(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
+    return f"{class_of(module).__module__}.{class_of(module).__qualname__}"
 
 
 def _check_module(head: nn.Module) -> None:
-    if type(head) is not nn.Linear and not (is_fsdp2(head) and nn.Linear in type(head).__bases__):
+    if class_of(head) is not nn.Linear:
         raise TypeError(
             f"The lm head is a {_class_name(head)}, not a plain torch.nn.Linear, and what it does beyond one would be "
             "bypassed. Leave lm_head out of quantization, remove parametrizations from it, and of adapters put plain "
