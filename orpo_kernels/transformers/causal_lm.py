@@ -72,8 +72,8 @@ def causal_lm_orpo_loss(
             `config.output_router_logits=True`, which is added to the loss as the model's own forward adds it; by
             default the model's own. It is a mean over the tokens of this batch: where the denominators are those of k
             micro-batches, pass the model's coefficient / k.
-        options: anything else that `orpo_loss` takes: beta, alpha, nll_denominator, pair_denominator, schedule,
-            memory_budget, backend, sparse_eps.
+        options: anything else that `orpo_loss` takes: beta, alpha, nll_denominator, pair_denominator, data_group,
+            schedule, memory_budget, backend, sparse_eps.
 
     Returns:
         `CausalLMORPOOutput`. `loss` is differentiable with respect to whatever of the model requires grad.
@@ -206,6 +206,11 @@ def _check_options(options: dict[str, Any]) -> None:
             )
         if name in _FROM_THE_BATCH:
             raise TypeError(f"{name} is made from the batch (see prompt_nll); call orpo_kernels.orpo_loss to set it.")
+        if name in ("vocab_group", "sequence_group") and options[name] is not None:
+            raise ValueError(
+                f"{name} is given, but the model has the whole head and the batch whole sequences; pass data_group, or "
+                "call orpo_kernels.orpo_loss_from_rows with hidden states and a head of your own."
+            )
 
 
 def _check_packed(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None, packed: PackedPairs) -> None:
