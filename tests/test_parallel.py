@@ -590,6 +590,7 @@ def test_bytes_are_those_of_the_page(ranks, kinds, schedule):
 
 
 def test_the_page_is_what_the_command_writes():
+    pytest.importorskip("triton", reason="the page plans for Triton's kernels")
     page = PAGE.read_text()
     assert with_tables(page) == page
 

@@ -7,6 +7,7 @@ data dimension besides. (The body of a larger model would be tensor-parallel ove
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,22 +34,23 @@ if device == "cuda":
 dist.init_process_group("cuda:nccl,cpu:gloo" if device == "cuda" else "gloo")
 mesh = init_device_mesh(device, (dist.get_world_size() // VOCAB_RANKS, VOCAB_RANKS), mesh_dim_names=("data", "vocab"))
 
-model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).to(device)
+model: Any = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).to(device)
 tokenizer = AutoTokenizer.from_pretrained(MODEL)
-body, head = model.model, nn.Linear(*reversed(model.lm_head.weight.shape), bias=False)  # tied embeddings part here
-head.weight = nn.Parameter(distribute_tensor(model.lm_head.weight.data.clone(), mesh["vocab"], [Shard(0)]))
+body, weight = model.model, model.lm_head.weight.detach().clone()  # tied embeddings part here
+head = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+head.weight = nn.Parameter(distribute_tensor(weight, mesh["vocab"], [Shard(0)]))
 for layer in body.layers:
     fully_shard(layer, mesh=mesh["data"])
 fully_shard(body, mesh=mesh["data"])
 fully_shard(head, mesh=mesh["data"])
 
-pairs = [json.loads(line) for line in Path(DATA).read_text().splitlines()]
+pairs: Any = [json.loads(line) for line in Path(DATA).read_text().splitlines()]
 for pair in pairs:
     pair["prompt"] = [{"role": "user", "content": pair["prompt"]}]
 collator = PreferenceCollator(tokenizer, max_length=256)
 optimizer = torch.optim.AdamW([*body.parameters(), *head.parameters()], lr=2e-5, weight_decay=0.0)
 
-groups = {"data_group": mesh["data"], "vocab_group": mesh["vocab"]}
+groups: Any = {"data_group": mesh["data"], "vocab_group": mesh["vocab"]}
 for step in range(STEPS):
     first = (step * mesh["data"].size() + mesh["data"].get_local_rank()) * PAIRS
     batch = collator([pairs[i % len(pairs)] for i in range(first, first + PAIRS)])
@@ -59,12 +61,13 @@ for step in range(STEPS):
     nn.utils.clip_grad_norm_(body.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
-    dist.all_reduce(loss := out.loss.detach(), dist.ReduceOp.AVG if device == "cuda" else dist.ReduceOp.SUM)
+    loss = out.loss.detach() / dist.get_world_size()
+    dist.all_reduce(loss)
     if dist.get_rank() == 0:
-        print(f"step {step + 1}: loss {loss / (1 if device == 'cuda' else dist.get_world_size()):.4f}", flush=True)
+        print(f"step {step + 1}: loss {loss:.4f}", flush=True)
 
-state = {f"model.{name}": value.full_tensor().cpu() for name, value in body.state_dict().items()}
-state["lm_head.weight"] = head.weight.full_tensor().cpu()
+sharded: Any = {f"model.{name}": value for name, value in body.state_dict().items()} | {"lm_head.weight": head.weight}
+state = {name: value.full_tensor().cpu() for name, value in sharded.items()}
 if dist.get_rank() == 0:
     model.config.tie_word_embeddings = False
     Path(FOLDER).mkdir(parents=True, exist_ok=True)
