@@ -378,26 +378,26 @@ def _memory(
 def _sparse_memory(work: Work, budget: int, row_chunk: int, weight_slice: int) -> tuple[int, int, int]:
     """The same of the sparse schedule, at the most: half of the columns active, or dense chunks up to the budget."""
     itemsize, wide = work.gemm_dtype.itemsize, max(4, work.gemm_dtype.itemsize)
-    chunk_rows = min(row_chunk, work.rows)
-    blocks = -(-work.rows // SPARSE_BLOCK_ROWS) + -(-work.rows // row_chunk)
-    u = work.rows * work.weight_row_bytes if work.needs_hidden else 0
-    tails = blocks * (work.vocab_size * wide + work.weight_row_bytes)
-    indices = 8 * blocks * int(DENSE_SHARE * work.vocab_size)
-    # Sparse blocks are always kept, half of the residual at most; dense ones where the budget has room for them.
-    residual = max(int(DENSE_SHARE * work.residual_bytes), min(work.residual_bytes, budget)) if work.needs_head else 0
-    held = 24 * work.rows + u + residual + (tails + indices if work.needs_head else 0)
-    chunk = chunk_rows * work.vocab_size * work.logit_bytes + work.casts * weight_slice * work.weight_row_bytes
-    block = int(DENSE_SHARE * work.vocab_size) * (min(SPARSE_BLOCK_ROWS, chunk_rows) * itemsize + work.weight_row_bytes)
-    forward = (
-        held
-        + chunk
-        + block
-        + (0 if work.needs_head else tails + indices + int(DENSE_SHARE * chunk_rows * work.vocab_size * itemsize))
-    )
-    slices = min(FACTOR_SLICE, work.vocab_size)
-    backward = held + 2 * work.rows * work.weight_row_bytes
-    if work.needs_head:
-        backward += slices * (2 * work.hidden_size * wide + chunk_rows * work.logit_bytes) + 8 * work.vocab_size
+    chunk_rows, columns = min(row_chunk, work.rows), int(DENSE_SHARE * work.vocab_size)
+    blocks_of_chunk = -(-chunk_rows // SPARSE_BLOCK_ROWS)
+    blocks = blocks_of_chunk * -(-work.rows // max(row_chunk, 1))
+    profiles, indices = blocks * work.vocab_size * wide, 8 * columns
+    # Dense chunks are kept where the budget has room for them, sparse ones, half of the columns at most, always.
+    dense = min(work.residual_bytes, budget)
+    residual = dense + int(DENSE_SHARE * (work.residual_bytes - dense))
+    of_head = residual + profiles + blocks * indices if work.needs_head else 0
+    held = 24 * work.rows + work.needs_hidden * work.rows * work.weight_row_bytes + of_head
+
+    logits = chunk_rows * work.vocab_size * work.logit_bytes + work.casts * weight_slice * work.weight_row_bytes
+    of_chunk = 0 if work.needs_head else profiles + blocks_of_chunk * indices + chunk_rows * columns * itemsize
+    row_wise = 0 if work.in_place else min(SPARSE_BLOCK_ROWS, chunk_rows) * work.vocab_size * wide
+    of_block = max(columns * work.weight_row_bytes, row_wise, profiles)
+    forward = held + logits + of_chunk + of_block
+    if not work.needs_head:
+        return held, forward, held
+    columns = min(FACTOR_SLICE, work.vocab_size)
+    of_slice = columns * (work.hidden_size * (2 * wide + itemsize) + chunk_rows * work.logit_bytes)
+    backward = held + profiles + 2 * work.rows * work.weight_row_bytes + of_slice + 8 * work.vocab_size
     return held, forward, backward
 
 

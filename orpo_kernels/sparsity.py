@@ -71,9 +71,12 @@ _measured: ContextVar[Sparsity | None] = ContextVar("measured_sparsity", default
 
 
 @contextmanager
-def measured_sparsity() -> Iterator[Sparsity]:
-    """Inside, every forward pass with `sparse_eps` in this thread writes down what it leaves out."""
-    measured = Sparsity()
+def measured_sparsity(measured: Sparsity | None = None) -> Iterator[Sparsity]:
+    """Inside, every forward pass with `sparse_eps` in this thread writes down what it leaves out.
+
+    measured: where to go on; by default, with nothing.
+    """
+    measured = Sparsity() if measured is None else measured
     token = _measured.set(measured)
     try:
         yield measured

@@ -39,7 +39,7 @@ _STEP_COUNTS = "step_counts"
 
 
 class ORPOTrainer(ORPOLossMixin, TRLORPOTrainer):
-    """`trl.experimental.orpo.ORPOTrainer` with the fused loss. All its arguments, and three by keyword:
+    """`trl.experimental.orpo.ORPOTrainer` with the fused loss. All its arguments, and four by keyword:
 
     Args:
         exact_accumulation: True (default): with gradient accumulation, the loss is that of one large batch. False:
@@ -50,6 +50,8 @@ class ORPOTrainer(ORPOLossMixin, TRLORPOTrainer):
             loss and gradients are the same. "padded": as TRL. "auto" (default): shared, unless the model does not allow
             it (`refuses_shared_prompt`), the batches come from a `data_collator` of yours, or `generate_during_eval`
             is set.
+        sparse_eps: None (default): exact gradients; else as in `orpo_loss`, and what it leaves out is logged as
+            `sparse/active_share` and `sparse/dropped_mass`.
 
     Logged are TRL's metrics, averaged over the pairs with two non-empty answers. `logits/chosen` and
     `logits/rejected`, the mean of all logits (of padding as well, in a padded batch, as in TRL), come from the mean
@@ -67,6 +69,7 @@ class ORPOTrainer(ORPOLossMixin, TRLORPOTrainer):
         exact_accumulation: bool = True,
         end: End = "trl",
         packing: Packing = "auto",
+        sparse_eps: float | None = None,
         **options: Any,
     ):
         for name, value, choices in (("end", end, get_args(End)), ("packing", packing, get_args(Packing))):
@@ -77,7 +80,7 @@ class ORPOTrainer(ORPOLossMixin, TRLORPOTrainer):
         _refuse_encoder_decoder(args[0] if args else options.get("model"))
         super().__init__(*args, **options)
         _refuse_encoder_decoder(self.model)  # one that came by its name
-        self.loss_options = {"beta": self.beta}
+        self.loss_options = {"beta": self.beta, "sparse_eps": sparse_eps}
         self._check_setup()
         reason = self._refuses_shared_prompt() if packing != "padded" else None
         if packing == "shared" and reason:

