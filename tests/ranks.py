@@ -71,9 +71,8 @@ class Ranks:
         for pipe in self._pipes:
             pipe.close()
         for process in self._processes:
-            process.join(timeout=5)
-            if process.is_alive():
-                process.kill()
+            process.kill()  # they have nothing to leave behind
+            process.join()
         self._folder.cleanup()
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
