@@ -33,12 +33,12 @@ def statistics_kernel(
     i_row = tl.program_id(0).to(tl.int64)
     row = LOGITS + i_row * stride_logits
     target = tl.load(TARGET + i_row)
-    z_target, _t = transform(tl.load(row + target).to(tl.float32), scale, softcap)
+    z_target, _ = transform(tl.load(row + target).to(tl.float32), scale, softcap)
     top = tl.full((), LOWEST, tl.float32)
     total = tl.zeros((), tl.float32)
     for start in range(0, V, BLOCK_V):
         i_v = start + tl.arange(0, BLOCK_V)
-        z, t = transform(tl.load(row + i_v, mask=i_v < V, other=0.0).to(tl.float32), scale, softcap)
+        z, _t = transform(tl.load(row + i_v, mask=i_v < V, other=0.0).to(tl.float32), scale, softcap)
         others = tl.where((i_v == target) | (i_v >= V), LOWEST, z)
         new_top = tl.maximum(top, tl.max(others, 0))
         total = total * tl.exp(top - new_top) + tl.sum(tl.exp(others - new_top), 0)
