@@ -159,7 +159,7 @@ def rows_of(model: Model) -> Iterator[list[str]]:
 
 HEADER = (
     "devices", "weights, gradients, AdamW", "head gathered", "loss", "sent for the head",
-    "shard gathered", "loss, vocabulary / 8", "sent for the shard and the loss",
+    "shard gathered", "loss, vocabulary over the node", "sent for the shard and the loss",
 )  # fmt: skip
 
 
