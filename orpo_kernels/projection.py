@@ -210,10 +210,11 @@ class Projection:
             for rows in chunks:
                 residual = buffer_of(rows)
                 project(self.hidden_rows(rows), weight, self.bias, residual)
-                target_logit = self._target_logit(residual, rows) if lse_others is not None else None
+                if lse_others is not None:
+                    lse_others[rows] = self._target_logit(residual, rows)
                 log_odds[rows] = self.ops.residual_(residual, self.target[rows], *self._transform)
                 if lse_others is not None:
-                    lse_others[rows] = target_logit - log_odds[rows]
+                    lse_others[rows] -= log_odds[rows]
                 yield rows, residual
             return
 

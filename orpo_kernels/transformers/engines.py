@@ -76,7 +76,7 @@ def _standing_in(module: nn.Module, function: Callable[..., Any]) -> Iterator[No
         restore()  # `function` may call the module's own forward
         return function(*args, **inputs)
 
-    module.forward = forward  # type: ignore[assignment]
+    module.forward = forward
     try:
         yield
     finally:

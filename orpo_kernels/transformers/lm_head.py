@@ -181,7 +181,7 @@ def _class_name(module: nn.Module) -> str:
 
 
 def _check_module(head: nn.Module) -> None:
-    if class_of(head) is not nn.Linear:
+    if class_of(head) is not nn.Linear or not isinstance(head, nn.Linear):
         raise TypeError(
             f"The lm head is a {_class_name(head)}, not a plain torch.nn.Linear, and what it does beyond one would be "
             "bypassed. Leave lm_head out of quantization, remove parametrizations from it, and of adapters put plain "
