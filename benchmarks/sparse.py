@@ -208,7 +208,7 @@ def train(steps: int, progress: Progress, autocast: bool = False, **options: Any
     from orpo_kernels.transformers import causal_lm_orpo_loss
 
     model, tokenizer = load_smollm2()
-    batches = workloads.llmbar_batches(tokenizer, TRAINING_PAIRS, TRAINING_LENGTH)[:steps]
+    batches: list[Any] = workloads.llmbar_batches(tokenizer, TRAINING_PAIRS, TRAINING_LENGTH)[:steps]
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0, fused=True)
     losses = []
     for batch in progress.track(batches, description=f"training, {options or ('bf16' if autocast else 'exact')}"):
