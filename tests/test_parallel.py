@@ -156,7 +156,9 @@ def check(ranks: Ranks, batch: Batch, split: dict[str, tuple[str, list[slice]]],
         mean = torch.stack([getattr(theirs, name) for theirs, _ in results]).mean()
         assert abs(float(mean - whole)) <= 1e-6 * max(1.0, abs(float(whole))), name
     for name, grad in grads.items():
-        assert relative_error(joined(results, split, name, grad), grad) <= 1e-5, name
+        # A gradient that cancels to almost nothing is known to the rounding of its terms, which are of order 1.
+        error = (joined(results, split, name, grad) - grad).norm()
+        assert error <= 1e-5 * grad.norm() + 1e-7, name
 
 
 seeds = st.integers(0, 2**31)
