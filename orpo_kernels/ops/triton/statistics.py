@@ -14,6 +14,8 @@ from .device_math import LOWEST, transform
 from .launch import current_target, launch
 from .tiles import row_tile
 
+LARGEST_TILE = 16384  # columns: the row is read once and need not stay; 32768 with a soft-cap spill on AMD's gfx9
+
 
 @triton.jit(do_not_specialize_on_alignment=["TARGET", "LOG_ODDS", "LSE_OTHERS"])
 def statistics_kernel(
@@ -67,7 +69,7 @@ def statistics(
         logits.stride(0),
         logit_scale,
         logit_softcap,
-        BLOCK_V=tile.columns,
+        BLOCK_V=min(tile.columns, LARGEST_TILE),
         num_warps=tile.warps,
     )
     return log_odds, lse_others
