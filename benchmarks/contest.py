@@ -117,6 +117,7 @@ class Contestant:
     forward: Callable[[], Any]
     backward: Callable[[Any], None]
     compiled: bool = False
+    opaque: bool = False
 
 
 class Contest:
@@ -145,12 +146,12 @@ class Contest:
             return Contestant(floor.forward, lambda _: floor.backward())
         inputs = (self.hidden, self.weight, self.work.labels, self.work.nll_labels, BETA)
         options = {} if self.work.logit_softcap is None else {"logit_softcap": self.work.logit_softcap}
-        loss: Callable[..., Tensor]
         if name in OURS:
-            loss, compiled = functools.partial(peers.ours, backend=OURS[name]), False
-        else:
-            loss, compiled = self._peer(name), peers.PEERS[name].compiled
-        return Contestant(functools.partial(loss, *inputs, bias=self.bias, **options), Tensor.backward, compiled)
+            ours = functools.partial(peers.ours, *inputs, bias=self.bias, backend=OURS[name], **options)
+            return Contestant(ours, Tensor.backward)
+        peer = self._peer(name)
+        forward = functools.partial(peer, *inputs, bias=self.bias, **options)
+        return Contestant(forward, Tensor.backward, peer.compiled, peer.opaque)
 
     def _peer(self, name: str) -> peers.Peer:
         peer = peers.PEERS[name]
@@ -184,7 +185,7 @@ class Contest:
         """Peak bytes above the inputs and FLOPs of matrix products, of one call.
 
         On a CPU a compiled peer counts as it would run uncompiled: as many FLOPs, but what it holds is unknown. On a
-        GPU the products of a Triton kernel cannot be seen, so that no FLOPs are given there.
+        GPU the products of a Triton kernel cannot be seen, so that no FLOPs are given there; nor for an opaque peer.
         """
         self.clear()
         if self.device.type == "cuda":
@@ -192,6 +193,8 @@ class Contest:
             before = torch.cuda.memory_allocated()
             self.run(contestant)
             return torch.cuda.max_memory_allocated() - before, None
+        if contestant.opaque:
+            return None, None
         inputs = [t for t in (self.hidden, self.weight, self.bias) if t is not None]
         with (
             torch.compiler.set_stance("force_eager"),

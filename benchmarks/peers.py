@@ -351,6 +351,7 @@ class Peer:
     compiled: bool = False  # the first call of every new shape pays for torch.compile
     bias: bool = True
     softcap: bool = False
+    opaque: bool = False  # one operation of torch: what it holds and multiplies inside cannot be counted
     slow: bool = False  # several times as slow as the others on a CPU: it gets fewer rounds
 
     def __call__(self, *args: Any, **options: Any) -> Tensor:
@@ -416,6 +417,7 @@ PEERS: dict[str, Peer] = {
             torch_native,
             "F.linear_cross_entropy(reduction='none') over the rows that matter, on a CPU in chunks and precision that "
             "are faster than its own choice; 4 GEMMs, 3 if frozen",
+            opaque=True,
         ),
         Peer(
             "CCE",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ def draw(cases: dict[str, dict[str, Any]], folder: Path, subtitle: str) -> list[
     for name, picture in PICTURES.items():
         figure = picture(cases)
         if figure is not None:
-            figure.supxlabel(subtitle, fontsize=7, color="0.4")
+            lines = textwrap.wrap(subtitle, int(17 * figure.get_figwidth()))
+            figure.supxlabel("\n".join(lines), fontsize=7, color="0.4")
             drawn.append(folder / f"{name}.png")
             figure.savefig(drawn[-1], dpi=110)
     return drawn
@@ -49,7 +51,7 @@ def time(cases: dict[str, dict[str, Any]]) -> Any:
             if floor in found:
                 axis.axvline(found[floor].median, color="black", linestyle=style, linewidth=1, label=floor)
         axis.set(xlabel="seconds (forward, then backward; line: range)")
-        axis.legend(fontsize="x-small", loc="lower right")
+        axis.legend(fontsize="x-small", loc="upper right")
 
     return _grid(contests(cases, "llmbar", "synthetic"), panel)
 
@@ -153,6 +155,8 @@ def _lines(axis: Any, by_name: dict[str, list[tuple[int, float]]]) -> None:
     axis.grid(alpha=0.3)
     if by_name:
         axis.legend(fontsize="x-small")
+    else:
+        axis.set_axis_off()
 
 
 def models(cases: dict[str, dict[str, Any]]) -> Any:
