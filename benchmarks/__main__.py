@@ -32,7 +32,7 @@ from benchmarks import contest, docs, peers, plots, report, shapes, suite, workl
 from benchmarks.results import Results, read
 from benchmarks.suite import Settings
 
-ROUNDS = {False: 3, True: 7}  # by --full
+ROUNDS = {False: 3, True: 5}  # by --full
 DTYPES = ("float32", "bfloat16", "float16")
 NO_GPU = (
     "--device cuda needs a GPU that torch can use, NVIDIA's with a CUDA build or AMD's with a ROCm build, but "

@@ -255,6 +255,8 @@ def measure(
             }
             del result, gradients
             found[name]["peak_bytes"], found[name]["flops"] = contest.count(contestant)
+        if contestant.compiled:
+            contest.run(contestant)  # some compile again at their second call
         ready[name] = contestant
 
     def timed(name: str, i_round: int) -> None:

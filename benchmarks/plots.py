@@ -69,7 +69,7 @@ def memory_here(cases: dict[str, dict[str, Any]]) -> Any:
             axis.barh(i + 0.2, counted.get(name, 0) / MIB, 0.4, color=color)
             axis.barh(i - 0.2, resident.get(name, 0) / MIB, 0.4, color=color, alpha=BACKWARD)
         axis.set_yticks(range(len(names)), names)
-        axis.set(xlabel="MiB above the inputs (dark: counted, light: resident in a fresh process)")
+        axis.set(xlabel="MiB above the inputs; dark: counted, light: resident")
 
     return _grid(contests(cases, "llmbar", "synthetic"), panel)
 

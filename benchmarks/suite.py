@@ -224,8 +224,8 @@ def _account(shapes: list[memory.Shape], progress: Progress) -> dict[str, Any]:
 
 def _processes(settings: Settings) -> Iterator[Case]:
     if settings.device == "cpu":
-        for dtype in settings.dtypes:
-            yield Case(f"process/{dtype}", functools.partial(_resident, settings, dtype))
+        dtype = settings.dtypes[0]
+        yield Case(f"process/{dtype}", functools.partial(_resident, settings, dtype))
 
 
 def _resident(settings: Settings, dtype: str, progress: Progress) -> dict[str, Any]:
@@ -270,7 +270,7 @@ def _step(settings: Settings, data: str, dtype: str, progress: Progress) -> dict
     from benchmarks import training_step
 
     bench = training_step.load(training_step.CASES[data], dtype)
-    result = training_step.measure(bench, dtype, min(settings.rounds, 5), progress)
+    result = training_step.measure(bench, dtype, min(settings.rounds, 4), progress)
     return asdict(training_step.with_memory(result, data, dtype, settings.threads, progress))
 
 
