@@ -64,19 +64,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.list:
             console.print("\n".join(case.key for case in chosen), highlight=False)
             return 0
+        output = options.output or Path("runs/benchmarks") / (
+            settings.device + ("-full" if settings.full else "-quick")
+        )
         if options.fresh:
-            (options.output / "results.json").unlink(missing_ok=True)
+            (output / "results.json").unlink(missing_ok=True)
         torch.set_num_threads(settings.threads)
-        results = Results(options.output, measured_under(settings))
+        results = Results(output, measured_under(settings))
     except ValueError as error:
         parser.error(str(error))
     if not workloads.have_real_data():
         console.print(NO_REAL_DATA)
     warnings.filterwarnings("ignore")  # peers warn about their own deprecations; a wrong loss is caught
 
+    missing = [case for case in chosen if case.key not in results.cases]
+    if kept := len(chosen) - len(missing):
+        console.print(f"{kept} of {len(chosen)} cases are in {results.path} already; --fresh measures them again.")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        missing = [case for case in chosen if case.key not in results.cases]
         whole = progress.add_task("cases", total=len(missing))
         for case in missing:
             progress.update(whole, description=case.key)
@@ -86,8 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for sheet in report.sheets(shown):
         console.print(sheet.rich())
     where = docs.machine_line(results.machine)
-    plots.draw(results.cases, options.output, where)
-    console.print(f"{where}\nresults.json and pictures: {options.output}", soft_wrap=True, highlight=False)
+    plots.draw(results.cases, output, where)
+    console.print(f"{where}\nresults.json and pictures: {output}", soft_wrap=True, highlight=False)
     if options.write_docs:
         command = f"python -m benchmarks {shlex.join(sys.argv[1:] if arguments is None else arguments)}"
         for path in docs.write(read(results.path), command):
@@ -143,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--rounds", type=int, help=f"timed calls (default: {ROUNDS[False]}, full: {ROUNDS[True]})")
     parser.add_argument("--threads", type=int, default=2, help="of the CPU (default: 2)")
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="(default: runs/benchmarks)")
+    parser.add_argument("--output", type=Path, help="folder (default: runs/benchmarks/cpu-quick, cpu-full, ...)")
     parser.add_argument("--fresh", action="store_true", help="start anew instead of going on with what --output has")
     parser.add_argument("--write-docs", action="store_true", help="write docs/benchmarks.md and the README's figures")
     parser.add_argument("--compare", nargs=2, type=Path, metavar="RESULTS", help="only compare two runs' rankings")

@@ -21,7 +21,7 @@ MORE_ACCURATE = 0.95  # a gradient error below this times ours: less is the orde
 
 # Why somebody is ahead of us, where somebody is: (who, in what).
 REASONS = {
-    ("CCE", "time"): "it is given the rows that matter alone, so that its products, most of the time, are the same as ours"
+    ("CCE", "time"): "given the rows that matter alone, it has the same products as we, and they are most of the time"
 }
 
 

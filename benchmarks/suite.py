@@ -72,7 +72,7 @@ def cases(settings: Settings) -> list[Case]:
     if settings.full:
         found += [*_shares(settings), *_growth(settings), *_processes(settings), *_steps(settings)]
     found += _models(settings)
-    return [*found, Case("estimate", estimate)]
+    return [*found, Case("estimate", estimate)] if settings.full else found
 
 
 # ---------------------------------------------------------------------------------------------------------------------

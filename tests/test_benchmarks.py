@@ -359,7 +359,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.usefixtures("small")
-def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     measured: list[str] = []
     measure = contest.measure
 
@@ -377,6 +377,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert list(before) == ["contest/synthetic/float32/frozen"]
     measured.clear()
     after = run(tmp_path, *arguments)
+    assert "1 of 2 cases are in" in " ".join(capsys.readouterr().out.split())
     assert measured == ["trained"]
     assert after["contest/synthetic/float32/frozen"] == before["contest/synthetic/float32/frozen"]
 
