@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -32,7 +31,6 @@ from benchmarks import contest, docs, peers, plots, report, shapes, suite, workl
 from benchmarks.results import Results, read
 from benchmarks.suite import Settings
 
-ROUNDS = {False: 3, True: 5}  # by --full
 DTYPES = ("float32", "bfloat16", "float16")
 NO_GPU = (
     "--device cuda needs a GPU that torch can use, NVIDIA's with a CUDA build or AMD's with a ROCm build, but "
@@ -94,8 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plots.draw(results.cases, output, where)
     console.print(f"{where}\nresults.json and pictures: {output}", soft_wrap=True, highlight=False)
     if options.write_docs:
-        command = f"python -m benchmarks {shlex.join(sys.argv[1:] if arguments is None else arguments)}"
-        for path in docs.write(read(results.path), command):
+        for path in docs.write(read(results.path)):
             console.print(f"wrote {path}", soft_wrap=True, highlight=False)
     return 0
 
@@ -111,7 +108,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
         heads=tuple(options.head or heads),
         peers=None if options.peer is None else tuple(options.peer),
         models=tuple(options.model or ()),
-        rounds=options.rounds or ROUNDS[options.full],
+        rounds=options.rounds or suite.ROUNDS[options.full],
         threads=options.threads,
     )
 
@@ -146,7 +143,9 @@ def _parser() -> argparse.ArgumentParser:
         "--model", nargs="+", metavar="MODEL", help=f"{', '.join(shapes.SHAPES)}, or HxV (default: with --full, all)"
     )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--rounds", type=int, help=f"timed calls (default: {ROUNDS[False]}, full: {ROUNDS[True]})")
+    parser.add_argument(
+        "--rounds", type=int, help=f"timed calls (default: {suite.ROUNDS[False]}, full: {suite.ROUNDS[True]})"
+    )
     parser.add_argument("--threads", type=int, default=2, help="of the CPU (default: 2)")
     parser.add_argument("--output", type=Path, help="folder (default: runs/benchmarks/cpu-quick, cpu-full, ...)")
     parser.add_argument("--fresh", action="store_true", help="start anew instead of going on with what --output has")

@@ -8,15 +8,27 @@ The README has a pair of comments around every block that is written here; what 
 
 from __future__ import annotations
 
+import math
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import plots, report
+from benchmarks import plots, report, suite
 from benchmarks.results import PROJECT
 
 Cases = dict[str, dict[str, Any]]
+
+
+def command_of(options: dict[str, Any]) -> str:
+    """What measures the same again."""
+    words = ["python -m benchmarks", "--full" if options["full"] else "--quick"]
+    words += [f"--device {options['device']}"] * (options["device"] != "cpu")
+    words += [f"--peer {shlex.join(options['peers'])}"] if options["peers"] is not None else []
+    words += [f"--rounds {options['rounds']}"] * (options["rounds"] != suite.ROUNDS[options["full"]])
+    words += [f"--threads {options['threads']}"] * (options["threads"] != suite.Settings().threads)
+    return " ".join(words)
 
 
 def machine_line(machine: dict[str, Any]) -> str:
@@ -90,8 +102,9 @@ SECTIONS: tuple[tuple[str, str, tuple[str, ...], tuple[str, ...]], ...] = (
 )
 
 
-def document(results: dict[str, Any], command: str, pictures: set[str]) -> str:
-    parts = [INTRODUCTION.format(command=command, machine=machine_line(results["machine"]))]
+def document(results: dict[str, Any], pictures: set[str]) -> str:
+    command, machine = command_of(results["options"]), machine_line(results["machine"])
+    parts = [INTRODUCTION.format(command=command, machine=machine)]
     cases, taken = results["cases"], set()
     if lines := summary(cases):
         parts.append("\n".join(["## Who is ahead of us, and where", "", *(f"- {line}" for line in lines), ""]))
@@ -131,7 +144,7 @@ def _time(cases: Cases) -> str:
         names = [name for name in next(iter(by_head.values())) if not all(m[name].failure for m in by_head.values())]
         last = list(by_head.values())[-1]
         rows = []
-        for name in sorted(names, key=lambda name: last[name].median if last[name].forward else 0.0):
+        for name in sorted(names, key=lambda name: last[name].median if last[name].forward else math.inf):
             row = [name]
             for found in by_head.values():
                 m = found[name]
@@ -190,7 +203,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Cases], str]]] = {
 }
 
 
-def with_blocks(text: str, results: dict[str, Any], command: str) -> str:
+def with_blocks(text: str, results: dict[str, Any]) -> str:
     """The README's text with its blocks renewed; a block whose cases are not in the results stays as it was.
 
     Raises:
@@ -204,17 +217,17 @@ def with_blocks(text: str, results: dict[str, Any], command: str) -> str:
         start, block = BLOCKS[name]
         if not any(key.startswith(start) for key in results["cases"]):
             return match[0]
-        source = f"`{command}`, {machine_line(results['machine'])}."
+        source = f"`{command_of(results['options'])}`, {machine_line(results['machine'])}."
         return f"<!-- benchmarks: {name} -->\n{block(results['cases'])}\n\n{source}\n<!-- end of benchmarks: {name} -->"
 
     pattern = r"<!-- benchmarks: (?P<name>\w+) -->\n.*?<!-- end of benchmarks: (?P=name) -->"
     return re.sub(pattern, renew, text, flags=re.DOTALL)
 
 
-def write(results: dict[str, Any], command: str, project: Path = PROJECT) -> list[Path]:
+def write(results: dict[str, Any], project: Path = PROJECT) -> list[Path]:
     """docs/benchmarks.md, docs/benchmarks/*.png and the README's blocks; the paths written."""
     pictures = plots.draw(results["cases"], project / "docs" / "benchmarks", machine_line(results["machine"]))
     page, readme = project / "docs" / "benchmarks.md", project / "README.md"
-    page.write_text(document(results, command, {path.stem for path in pictures}))
-    readme.write_text(with_blocks(readme.read_text(), results, command))
+    page.write_text(document(results, {path.stem for path in pictures}))
+    readme.write_text(with_blocks(readme.read_text(), results))
     return [page, *pictures, readme]

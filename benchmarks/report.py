@@ -89,7 +89,11 @@ def contest_sheet(record: dict[str, Any]) -> Sheet:
         f"{record['work']}; {record['dtype']}, {TITLES[record['head']]}",
         columns,
         rows,
-        [f"{m.name}: {m.failure}" for m in failed] + verdict(record),
+        [
+            *([record["failure"]] if "failure" in record else []),
+            *(f"{m.name}: {m.failure}" for m in failed),
+            *verdict(record),
+        ],
     )
 
 

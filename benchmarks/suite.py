@@ -24,6 +24,7 @@ from benchmarks.exact import exact
 from benchmarks.shapes import SHAPES, ModelShape, named
 from benchmarks.workloads import Workload
 
+ROUNDS = {False: 3, True: 5}  # by `Settings.full`
 SHARES = (0.3, 0.5, 1.0)
 ROWS = (256, 1024, 4096, 16384, 65536)
 VOCABULARIES = (32768, 65536, 131072, 262144)

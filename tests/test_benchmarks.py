@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -440,6 +441,18 @@ def test_without_a_gpu_it_says_what_it_needs(capsys: pytest.CaptureFixture[str])
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+OPTIONS = {"full": True, "device": "cpu", "peers": None, "rounds": suite.ROUNDS[True], "threads": 2}
+
+
+def test_the_command_that_stands_beside_a_figure() -> None:
+    assert docs.command_of(OPTIONS) == "python -m benchmarks --full"
+    other = {"full": False, "device": "cuda", "peers": ["plain", "Liger compiled"], "rounds": 9, "threads": 4}
+    words = "--quick --device cuda --peer plain 'Liger compiled' --rounds 9 --threads 4"
+    assert docs.command_of(other) == f"python -m benchmarks {words}"
+    parsed = command._parser().parse_args(shlex.split(words))
+    assert command.measured_under(command.settings_of(parsed)) == other
+
+
 def results_of_every_kind() -> dict[str, Any]:
     fast = {"forward": [0.5] * 3, "backward": [0.1] * 3}
     alike = record(plain=fast | {"forward": [2.0] * 3})
@@ -449,6 +462,7 @@ def results_of_every_kind() -> dict[str, Any]:
     ratio = {"shape": "Llama-3-8B", "gpu": "H100 SXM", "ratio": 1.04}
     return {
         "machine": machine.describe(),
+        "options": OPTIONS,
         "cases": {
             "contest/llmbar/float32/trained": alike,
             "memory/shapes": {"dtype": "bf16", "shapes": [shape], "baselines": [1], "losses": [peaks]},
@@ -482,7 +496,7 @@ def test_docs_are_written_from_results(tmp_path: Path) -> None:
         f"<!-- benchmarks: {b} -->\nold {b}\n<!-- end of benchmarks: {b} -->\nbetween\n" for b in docs.BLOCKS
     )
     (tmp_path / "README.md").write_text(f"before\n{blocks}after\n")
-    written = docs.write(results, "python -m benchmarks --full", tmp_path)
+    written = docs.write(results, tmp_path)
     assert all(path.stat().st_size > 100 for path in written)
     assert {path.stem for path in written} >= {"benchmarks", "README", *plots.PICTURES}
     page = (tmp_path / "docs" / "benchmarks.md").read_text()
@@ -497,15 +511,15 @@ def test_docs_are_written_from_results(tmp_path: Path) -> None:
     assert readme.startswith("before\n<!-- benchmarks: time -->\n")
     assert readme.endswith("after\n")
     assert readme.count("between\n") == readme.count("`python -m benchmarks --full`, ") == len(docs.BLOCKS)
-    docs.write(results, "python -m benchmarks --full", tmp_path)
+    docs.write(results, tmp_path)
     assert (tmp_path / "README.md").read_text() == readme  # once more changes nothing
 
 
 def test_a_block_that_nobody_measured_stays() -> None:
     text = "<!-- benchmarks: step -->\nold\n<!-- end of benchmarks: step -->\n"
-    assert docs.with_blocks(text, {"machine": machine.describe(), "cases": {}}, "x") == text
+    assert docs.with_blocks(text, {"machine": machine.describe(), "options": OPTIONS, "cases": {}}) == text
     with pytest.raises(ValueError, match="block 'tiem'"):
-        docs.with_blocks(text.replace("step", "tiem"), {"machine": {}, "cases": {}}, "x")
+        docs.with_blocks(text.replace("step", "tiem"), {"machine": {}, "options": OPTIONS, "cases": {}})
 
 
 def test_the_readme_has_every_block() -> None:
