@@ -127,11 +127,11 @@ def growth(cases: dict[str, dict[str, Any]]) -> Any:
                 if not m.failure and name != ALL_ROWS:
                     by_name.setdefault(name, []).append((size, m.median))
         _lines(panels[0][column], by_name)
-        panels[0][column].set(title=f"time as the {kind} grow" if kind == "rows" else "time as the vocabulary grows")
-        panels[0][column].set(xlabel=kind, ylabel="seconds, head trained")
+        panels[0][column].set(xlabel=kind, ylabel="seconds, head trained", title="time, H = 576")
+        by_loss: dict[str, list[tuple[int, float]]] = {}
         if counted := cases.get(f"memory/{kind}"):
             sizes = [s["vocabulary" if kind == "vocabulary" else "positions"] for s in counted["shapes"]]
-            lines = {
+            by_loss = {
                 f"{one['loss']}, {one['head']}": [
                     (size, (peak - base) / GIB)
                     for size, peak, base in zip(sizes, one["peaks"], counted["baselines"], strict=True)
@@ -139,8 +139,8 @@ def growth(cases: dict[str, dict[str, Any]]) -> Any:
                 for one in counted["losses"]
                 if one["head"] == "trained"
             }
-            _lines(panels[1][column], lines)
-            panels[1][column].set(xlabel=kind, ylabel="GiB above the inputs, counted", title="memory, H = 4096, bf16")
+        _lines(panels[1][column], by_loss)
+        panels[1][column].set(xlabel=kind, ylabel="GiB above the inputs, counted", title="memory, H = 4096, bf16")
     return figure
 
 
