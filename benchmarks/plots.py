@@ -51,7 +51,8 @@ def time(cases: dict[str, dict[str, Any]]) -> Any:
             if floor in found:
                 axis.axvline(found[floor].median, color="black", linestyle=style, linewidth=1, label=floor)
         axis.set(xlabel="seconds (forward, then backward; line: range)")
-        axis.legend(fontsize="x-small", loc="upper right")
+        if set(FLOORS) & set(found):
+            axis.legend(fontsize="x-small", loc="upper right")
 
     return _grid(contests(cases, "llmbar", "synthetic"), panel)
 

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import peers
-from benchmarks.confidence import BROKEN, GAPS, SIDES, confident, exact_results, results, worst_error
+from benchmarks import confidence, peers
+from benchmarks.confidence import BROKEN, SIDES, confident, exact_results, results, worst_error
 
 from .batches import relative_error
 from .test_peers import peer_named
 
+GAPS = [gap for gap in confidence.GAPS if gap >= 5]  # below, a bf16 peer is off by its roundings alone
 FEW_GAPS = (8, 17, 30, 80)  # one where bf16 peers fail, one where fp32 peers do, and beyond
 DTYPES = (torch.float32, torch.bfloat16)
 
