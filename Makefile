@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 NATIVE := CMakeLists.txt $(wildcard native/*.cpp native/*.h)
 
@@ -28,10 +29,10 @@ demo: $(READY)  ## fine-tune a real 135M language model with ORPO on questions o
 	$(BIN)/python -m examples.facts
 
 test: $(READY)  ## the tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(READY)  ## the tests, the minutes-long ones included, and more examples of each property
-	$(BIN)/python -m pytest --hypothesis-profile=thorough
+	$(PYTEST) --hypothesis-profile=thorough
 
 test-native: $(READY)  ## the native kernels alone, in C++ and in Python
 	cmake --preset release && cmake --build --preset release && ctest --preset release

@@ -16,7 +16,7 @@ import gc
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +30,8 @@ from benchmarks.memory import PeakBytes
 from benchmarks.workloads import Workload
 
 HEADS = {"evaluation": (False, False), "frozen": (True, False), "trained": (True, True)}  # hidden, head require grad
-OURS = {"ours": "auto", "ours, torch": "torch"}  # the same schedules with our kernels and without
+Variants = Mapping[str, Mapping[str, Any]]  # name -> options of `orpo_loss`
+OURS: Variants = {"ours": {}, "ours, torch": {"backend": "torch"}}  # the same schedules with our kernels and without
 FLOOR, ALL_ROWS = "GEMMs, valid rows", "GEMMs, all rows"
 FLOORS = (FLOOR, ALL_ROWS)
 SLOW_ROUNDS = 3  # of those that take several times as long as the others
@@ -123,9 +124,9 @@ class Contestant:
 class Contest:
     """One workload's inputs under one head, and everybody who takes part."""
 
-    def __init__(self, work: Workload, head: str) -> None:
+    def __init__(self, work: Workload, head: str, variants: Variants = OURS) -> None:
         train_hidden, train_head = HEADS[head]
-        self.work, self.head = work, head
+        self.work, self.head, self.variants = work, head, variants
         self.hidden = work.hidden.detach().requires_grad_(train_hidden)
         self.weight = work.weight.detach().requires_grad_(train_head)
         self.bias = None if work.bias is None else work.bias.detach().requires_grad_(train_head)
@@ -146,8 +147,8 @@ class Contest:
             return Contestant(floor.forward, lambda _: floor.backward())
         inputs = (self.hidden, self.weight, self.work.labels, self.work.nll_labels, BETA)
         options = {} if self.work.logit_softcap is None else {"logit_softcap": self.work.logit_softcap}
-        if name in OURS:
-            ours = functools.partial(peers.ours, *inputs, bias=self.bias, backend=OURS[name], **options)
+        if name in self.variants:
+            ours = functools.partial(peers.ours, *inputs, bias=self.bias, **self.variants[name], **options)
             return Contestant(ours, Tensor.backward)
         peer = self._peer(name)
         forward = functools.partial(peer, *inputs, bias=self.bias, **options)
@@ -220,14 +221,21 @@ class Contest:
 
 
 def measure(
-    work: Workload, truth: Exact, head: str, names: Sequence[str], rounds: int, advance: Callable[[], None]
+    work: Workload,
+    truth: Exact,
+    head: str,
+    names: Sequence[str],
+    rounds: int,
+    advance: Callable[[], None],
+    variants: Variants = OURS,
 ) -> list[Measurement]:
     """Everybody's check against `truth`, what a call takes, and the times of every round.
 
+    variants: ours, by the names that they have among `names`.
     advance: called for each contestant 1 + rounds times.
     """
     torch.compiler.reset()  # else the compiled peers run into the limit of recompilations, and on uncompiled
-    contest = Contest(work, head)
+    contest = Contest(work, head, variants)
     ready: dict[str, Contestant] = {}
     found: dict[str, dict[str, Any]] = {name: {} for name in names}
 

@@ -12,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from benchmarks import confidence
-from benchmarks.contest import FLOOR, FLOORS, OURS, Measurement, ratios
+from benchmarks.contest import FLOOR, FLOORS, Measurement, ratios
 
 GIB, MIB = 2**30, 2**20
 TITLES = {"evaluation": "no gradient", "frozen": "head frozen", "trained": "head trained"}
@@ -128,7 +128,7 @@ def verdict(record: dict[str, Any]) -> list[str]:
         return []
     ahead = []
     for name, m in found.items():
-        if name in (*FLOORS, *OURS):
+        if name in FLOORS or is_ours(name):
             continue
         low, middle, high = ratios(m, ours)
         if high < 1:

@@ -40,6 +40,7 @@ from torch.utils._pytree import tree_iter
 from benchmarks import memory, shapes
 from benchmarks.shapes import SHAPES, ModelShape
 from orpo_kernels import orpo_loss_from_rows, planning
+from orpo_kernels.gpus import GPU, GPUS
 from orpo_kernels.ops import torch_ops
 from orpo_kernels.schedules import recompute, resident, single_pass
 
@@ -134,39 +135,6 @@ def bare_gemms(shape: ModelShape, rows: int, schedule: str, itemsize: int) -> li
 def _gemm_launch(m: int, k: int, n: int, itemsize: int, out_itemsize: int, accumulates: bool) -> Launch:
     sizes = {"m": m, "k": k, "n": n, "itemsize": itemsize, "out_itemsize": out_itemsize}
     return Launch("GEMM", sizes | {"accumulates": int(accumulates)})
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The GPUs
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class GPU:
-    """Peaks of one GPU: dense bf16 FLOP/s of its matrix units, bytes/s of its memory, and the memory's bytes."""
-
-    name: str
-    flops: float
-    bandwidth: float
-    memory: int
-
-    def seconds(self, launches: list[Launch]) -> float:
-        return sum(max(launch.flops / self.flops, launch.bytes / self.bandwidth) for launch in launches)
-
-
-GPUS = (
-    # NVIDIA A100 Tensor Core GPU data sheet, A100 80GB SXM: 312 TFLOPS BF16 without sparsity, 2,039 GB/s
-    GPU("A100 80GB", 312e12, 2.039e12, 80 * 10**9),
-    # NVIDIA H100 Tensor Core GPU data sheet, H100 SXM: 1,979 TFLOPS BF16 with sparsity (half of it dense), 3.35 TB/s
-    GPU("H100 SXM", 989.5e12, 3.35e12, 80 * 10**9),
-    # NVIDIA H200 Tensor Core GPU data sheet, H200 SXM: 1,979 TFLOPS BF16 with sparsity, 4.8 TB/s, 141 GB
-    GPU("H200", 989.5e12, 4.8e12, 141 * 10**9),
-    # NVIDIA DGX B200 data sheet, an eighth of the system: 72 PFLOPS FP8 with sparsity, bf16 half of it, dense again
-    # half: 2.25 PFLOPS; 64 TB/s, 1,440 GB
-    GPU("B200", 2.25e15, 8.0e12, 180 * 10**9),
-    # AMD Instinct MI300X data sheet: 1,307.4 TFLOPS bfloat16 without sparsity, 5.3 TB/s, 192 GB
-    GPU("MI300X", 1307.4e12, 5.3e12, 192 * 10**9),
-)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -295,6 +263,11 @@ def _as_on(gpu: GPU) -> Iterator[Recorder]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def seconds(gpu: GPU, launches: list[Launch]) -> float:
+    """One after another, each at the peak that it meets first."""
+    return sum(max(launch.flops / gpu.flops, launch.bytes / gpu.bandwidth) for launch in launches)
+
+
 @dataclass(frozen=True)
 class Estimate:
     """One model under one schedule on one GPU: seconds at its peaks, of ours and of the bare GEMMs."""
@@ -320,7 +293,7 @@ def estimate(
     ours = launches(shape, rows, schedule, gpu, dtype)
     floor = bare_gemms(shape, rows, schedule, dtype.itemsize)
     flops, traffic = sum(launch.flops for launch in ours), sum(launch.bytes for launch in ours)
-    times = gpu.seconds(ours), gpu.seconds(floor)
+    times = seconds(gpu, ours), seconds(gpu, floor)
     return Estimate(shape.name, schedule, gpu.name, rows, flops, traffic, *times), ours
 
 

@@ -164,17 +164,21 @@ def _contest(
         work = work.cast(getattr(torch, dtype)).to(settings.device)
         truth = exact(work, *contest.HEADS[head])
         found = contest.measure(work, truth, head, names, settings.rounds, lambda: progress.advance(task))
-        least = contest.Contest(work, head).least_flops()
     except torch.OutOfMemoryError:
         failure = "out of memory: the inputs and their float64 copy do not fit"
         return {"work": "too large", "dtype": dtype, "head": head, "failure": failure, "measurements": []}
     finally:
         progress.remove_task(task)
+    return record_of(work, head, found)
+
+
+def record_of(work: Workload, head: str, found: list[contest.Measurement]) -> dict[str, Any]:
+    """A contest as it stands in the results, and as `report` shows it."""
     return {
         "work": str(work),
-        "dtype": dtype,
+        "dtype": str(work.hidden.dtype).removeprefix("torch."),
         "head": head,
-        "least_flops": least,
+        "least_flops": contest.Contest(work, head).least_flops(),
         "measurements": [asdict(measurement) for measurement in found],
     }
 

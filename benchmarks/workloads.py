@@ -176,11 +176,11 @@ def have_real_data() -> bool:
     return (data_folder() / LLMBAR).exists() and is_available()
 
 
-def llmbar_batches(tokenizer: Any, pairs: int, max_length: int = 256) -> list[dict[str, Tensor]]:
+def llmbar_batches(tokenizer: Any, pairs: int, max_length: int = 256, file: str = LLMBAR) -> list[dict[str, Tensor]]:
     """LLMBar as batches of the collator: the pairs that fit whole, in the order of `random.Random(0).shuffle`."""
     from orpo_kernels.transformers import PreferenceCollator, tokenize_pairs
 
-    tokenized, _ = tokenize_pairs(llmbar_pairs(), tokenizer)
+    tokenized, _ = tokenize_pairs(preference_pairs(file), tokenizer)
     whole = [p for p in tokenized if max(len(p["chosen_input_ids"]), len(p["rejected_input_ids"])) <= max_length]
     random.Random(0).shuffle(whole)
     collate = PreferenceCollator(tokenizer)
@@ -201,17 +201,23 @@ def llmbar(pairs: int = 4, max_length: int = 256, share: float = LLMBAR_SHARE) -
             f"No batch of {pairs} pairs of LLMBar is {0.9 * max_length:.0f} tokens long: lower max_length."
         )
 
-    weight = model.get_output_embeddings().weight.detach().clone()
-
-    def with_real_masks(batch: dict[str, Tensor], hidden: Tensor) -> Workload:
-        prompt_and_response = torch.where(batch["attention_mask"] == 1, batch["input_ids"], IGNORE)
-        labels, nll_labels = batch["labels"][:, 1:].contiguous(), prompt_and_response[:pairs, 1:].contiguous()
-        return Workload("SmolLM2-135M on LLMBar", hidden, weight, labels, nll_labels)
-
     def distance(batch: dict[str, Tensor]) -> float:
-        return abs(with_real_masks(batch, torch.empty(0)).share - share)
+        nothing = torch.empty(0)
+        return abs(Workload("", nothing, nothing, *labels_of(batch)).share - share)
 
-    batch = min(batches, key=distance)
-    with torch.no_grad():
-        states = model.model(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-    return with_real_masks(batch, states[:, :-1].contiguous())
+    return workload_of("SmolLM2-135M on LLMBar", model, min(batches, key=distance))
+
+
+@torch.no_grad()
+def workload_of(name: str, model: Any, batch: dict[str, Tensor]) -> Workload:
+    """What the head of a causal LM gets of a padded batch of `PreferenceCollator`."""
+    states = model.model(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    weight = model.get_output_embeddings().weight.detach().clone()
+    return Workload(name, states[:, :-1].contiguous(), weight, *labels_of(batch))
+
+
+def labels_of(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Odds-ratio labels (2B, T - 1) and NLL labels (B, T - 1) of a padded batch, in TRL's dialect, aligned."""
+    prompt_and_response = torch.where(batch["attention_mask"] == 1, batch["input_ids"], IGNORE)
+    pairs = len(prompt_and_response) // 2
+    return batch["labels"][:, 1:].contiguous(), prompt_and_response[:pairs, 1:].contiguous()

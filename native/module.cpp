@@ -143,6 +143,29 @@ void recomputed_residual_(const Array& logits, const Array& target, const Array&
              [&](int, int64_t begin, int64_t end) { kernels->recomputed_residual(a, lse, begin, end); });
 }
 
+void column_statistics(const Array& residual, const Array& row_weight, const Array& peak, const Array& mass,
+                       int threads) {
+  const Matrix r = matrix(residual, "residual");
+  const ColumnStatistics a{r, vector<float>(row_weight, "row_weight", r.rows), vector<float>(peak, "peak", r.columns),
+                           vector<float>(mass, "mass", r.columns)};
+  const nb::gil_scoped_release release;
+  for_ranges(threads, r.columns, 2 * BLOCK,
+             [&](int, int64_t begin, int64_t end) { kernels->column_statistics(a, begin, end); });
+}
+
+void gather_columns(const Array& residual, const Array& columns, const Array& out, const Array& sums, int threads) {
+  const Matrix from = matrix(residual, "residual");
+  check_shape(columns, "columns", {-1});
+  const int64_t count = columns.shape(0);
+  const Matrix to = matrix(out, "out", from.rows, count);
+  if (to.dtype != from.dtype) refuse("residual and out have different dtypes, they must have the same");
+  const GatherColumns a{from, to, indices(columns, "columns", count, from.columns),
+                        vector<double>(sums, "sums", from.rows)};
+  const nb::gil_scoped_release release;
+  for_ranges(threads, from.rows, grain(count),
+             [&](int, int64_t begin, int64_t end) { kernels->gather_columns(a, begin, end); });
+}
+
 void gather_rows(const Array& hidden, const Array& position, const std::optional<Array>& coefficient, const Array& out,
                  int threads) {
   const Matrix from = matrix(hidden, "hidden");
@@ -215,6 +238,8 @@ NB_MODULE(_native, m) {
         "threads"_a);
   m.def("recomputed_residual_", recomputed_residual_, "logits"_a, "target"_a, "lse_others"_a, "scale"_a,
         "softcap"_a.none(), "threads"_a);
+  m.def("column_statistics", column_statistics, "residual"_a, "row_weight"_a, "peak"_a, "mass"_a, "threads"_a);
+  m.def("gather_columns", gather_columns, "residual"_a, "columns"_a, "out"_a, "sums"_a, "threads"_a);
   m.def("gather_rows", gather_rows, "hidden"_a, "position"_a, "coefficient"_a.none(), "out"_a, "threads"_a);
   m.def("scatter_rows_", scatter_rows_, "out"_a, "position"_a, "rows"_a, "coefficient"_a, "threads"_a);
   m.def("sequence_sums", sums, "log_odds"_a, "sequence"_a, "scored"_a, "nll_weight"_a, "mean_logps"_a,

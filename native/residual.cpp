@@ -1,8 +1,8 @@
 // A chunk of logits becomes its softmax residual, in place; one read and one write of the chunk.
 //
 // Every logit is exponentiated once. The first pass leaves exp(z_j - reference) * slope_j in fp32, relative to the
-// largest logit that was known at its block; the second multiplies each block by exp(reference - lse_others) and
-// rounds. (Exponentiating twice would need no row of fp32, but exp is what bounds this pass on a CPU, not memory.)
+// reference of its block; the second multiplies each block by exp(reference - lse_others) and rounds. (Exponentiating
+// twice would need no row of fp32, but exp is what bounds this pass on a CPU, not memory.)
 
 #include "row.h"
 
@@ -14,12 +14,10 @@ template <bool CAPPED, class T>
 double residual_of_row(T* row, int64_t columns, int64_t target, Transform t, float* scratch) {
   const Target y = target_of<CAPPED>(row + target, t);
   float* references = scratch + (columns + BLOCK - 1) / BLOCK * BLOCK;
-  alignas(64) float z[BLOCK], slopes[BLOCK];
   Others others;
   for (int64_t start = 0, i = 0; start < columns; start += BLOCK, ++i) {
     const int64_t count = least(columns - start, BLOCK);
-    others.raise(load_block<CAPPED>(row + start, count, target - start, t, z, slopes));
-    others.total += exp_block(z, count, others.reference, CAPPED ? slopes : nullptr, scratch + start);
+    others.add<CAPPED>(row + start, count, target - start, t, scratch + start);
     references[i] = others.reference;
   }
 

@@ -1,8 +1,8 @@
 // A row of logits, block by block: what the statistics and the residual share.
 //
 // The sum of the others runs as an online softmax (Milakov and Gimelshein, arXiv 1805.02867), but by blocks: a block is
-// taken relative to the largest logit so far, and the sum is rescaled only where a block has a larger one. A block is
-// summed in fp32, lane by lane, and the blocks in float64.
+// taken relative to one logit, and the sum is rescaled only where a block has a much larger one. A block is summed in
+// fp32, lane by lane, and the blocks in float64.
 
 #pragma once
 
@@ -40,36 +40,48 @@ ORPO_INLINE Target target_of(const T* logit, Transform t) {
 
 constexpr float LOWEST = -3.4028234663852886e38f;  // the logit of the target among the others: out of the question
 
-// The transformed logits of a block into `z`, as the pairs of T, with LOWEST for its target (if it is here) and -inf
-// beyond its end. With a cap, and where they are wanted, its slopes go to `slopes`. Returns the largest.
-template <bool CAPPED, class T>
-ORPO_INLINE float load_block(const T* row, int64_t count, int64_t target, Transform t, float* z, float* slopes) {
-  const bool is_here = target >= 0 && target < count;
+// The largest logit of a block of whole pairs without the target and without a cap.
+template <class T>
+ORPO_INLINE float largest_of(const T* row, int64_t count, float scale) {
   Pair top = {splat(LOWEST), splat(LOWEST)};
   for (int64_t i = 0; i < count; i += PAIR) {
-    Pair p = load_pair(row + i, count - i), slope;
-    transform_<CAPPED>(p, slope, t);
-    for (int k = 0; k < 2; ++k) top.v[k] = max_of(p.v[k], top.v[k]);
-    store_pair(z + i, p);
-    if (CAPPED && slopes) store_pair(slopes + i, slope);
-  }
-  if (is_here || count % PAIR != 0) {  // a few blocks of a row
-    if (is_here) z[place_in_pairs(row, target)] = LOWEST;
-    for (int64_t i = count; i % PAIR != 0; ++i) z[place_in_pairs(row, i)] = -__builtin_inff();
-    top = {splat(LOWEST), splat(LOWEST)};
-    for (int64_t i = 0; i < count; i += PAIR)
-      for (int k = 0; k < 2; ++k) top.v[k] = max_of(load(z + i + k * LANES), top.v[k]);
+    const Pair p = load_pair(row + i);
+    for (int k = 0; k < 2; ++k) top.v[k] = max_of(p.v[k] * scale, top.v[k]);
   }
   return largest(max_of(top.v[0], top.v[1]));
 }
 
-// exp(z - reference) of a block as `load_block` left it, times `slopes` (unless null) into `out` (unless null).
-// Returns the sum, without the slopes.
-ORPO_INLINE double exp_block(const float* z, int64_t count, float reference, const float* slopes, float* out) {
-  Pair sum = {};
+// The transformed logits of any other block into `z`, as the pairs of T, with LOWEST for its target (if it is here) and
+// -inf beyond its end. With a cap, and where they are wanted, its slopes go to `slopes`. Returns the largest.
+template <bool CAPPED, class T>
+ORPO_INLINE float load_block(const T* row, int64_t count, int64_t target, Transform t, float* z, float* slopes) {
+  for (int64_t i = 0; i < count; i += PAIR) {
+    Pair p = load_pair(row + i, count - i), slope;
+    transform_<CAPPED>(p, slope, t);
+    store_pair(z + i, p);
+    if (CAPPED && slopes) store_pair(slopes + i, slope);
+  }
+  if (target >= 0 && target < count) z[place_in_pairs(row, target)] = LOWEST;
+  for (int64_t i = count; i % PAIR != 0; ++i) z[place_in_pairs(row, i)] = -__builtin_inff();
+  return largest_of(z, count, 1.0f);
+}
+
+struct Block {
+  double sum;
+  float top;  // the largest exponent
+};
+
+// exp(scale * z - reference) of a block of whole pairs, times `slopes` (unless null) into `out` (unless null). The sum is
+// that without the slopes.
+template <class T>
+ORPO_INLINE Block exp_block(const T* z, int64_t count, float scale, float reference, const float* slopes, float* out) {
+  Pair sum = {}, top = {splat(LOWEST), splat(LOWEST)};
   for (int64_t i = 0; i < count; i += PAIR) {
     Pair e = load_pair(z + i);
-    for (Vec& v : e.v) v = v - reference;
+    for (int k = 0; k < 2; ++k) {
+      e.v[k] = e.v[k] * scale - reference;
+      top.v[k] = max_of(e.v[k], top.v[k]);
+    }
     exp_(e.v);
     for (int k = 0; k < 2; ++k) {
       sum.v[k] += e.v[k];
@@ -77,13 +89,36 @@ ORPO_INLINE double exp_block(const float* z, int64_t count, float reference, con
     }
     if (out) store_pair(out + i, e);
   }
-  return sum_of(sum.v[0] + sum.v[1]);
+  return {sum_of(sum.v[0] + sum.v[1]), largest(max_of(top.v[0], top.v[1]))};
 }
 
-// The running statistics of the others.
+constexpr float SLACK = 40;  // exp(SLACK) is far from fp32's largest number, and so is a block's sum of it
+
+// The running statistics of the others. The exponentials are taken relative to a logit that need not be the largest so
+// far, only near it: most blocks are read once, and their largest logit comes out of the same pass as their sum.
 struct Others {
   float reference = LOWEST;
   double total = 0;  // sum of exp(z_j - reference)
+
+  // The next block of a row, whose exponentials go to `out` (unless null), relative to what is then `reference`. `out`
+  // has room for whole pairs.
+  template <bool CAPPED, class T>
+  inline __attribute__((always_inline)) void add(const T* row, int64_t count, int64_t target, Transform t, float* out) {
+    const bool is_here = target >= 0 && target < count;
+    if (CAPPED || is_here || count % PAIR != 0) {
+      alignas(64) float z[BLOCK], slopes[BLOCK];
+      raise(load_block<CAPPED>(row, count, target, t, z, out ? slopes : nullptr));
+      total += exp_block(z, count, 1.0f, reference, CAPPED && out ? slopes : nullptr, out).sum;
+      return;
+    }
+    if (reference == LOWEST) raise(largest_of(row, count, t.scale));
+    Block block = exp_block(row, count, t.scale, reference, nullptr, out);
+    if (block.top > SLACK) {
+      raise(largest_of(row, count, t.scale));
+      block = exp_block(row, count, t.scale, reference, nullptr, out);
+    }
+    total += block.sum;
+  }
 
   // Before a block whose largest logit is `top`.
   void raise(float top) {

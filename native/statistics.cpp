@@ -8,14 +8,12 @@ namespace {
 
 template <bool CAPPED, class T>
 void statistics_of_rows(const Logits& a, double* log_odds, double* lse_others, int64_t begin, int64_t end) {
-  alignas(64) float z[BLOCK];
   for (int64_t i = begin; i < end; ++i) {
     const T* row = a.z.row<T>(i);
     Others others;
     for (int64_t start = 0; start < a.z.columns; start += BLOCK) {
       const int64_t count = least(a.z.columns - start, BLOCK);
-      others.raise(load_block<CAPPED>(row + start, count, a.target[i] - start, a.transform, z, nullptr));
-      others.total += exp_block(z, count, others.reference, nullptr, nullptr);
+      others.add<CAPPED>(row + start, count, a.target[i] - start, a.transform, nullptr);
     }
     lse_others[i] = others.lse();
     log_odds[i] = target_of<CAPPED>(row + a.target[i], a.transform).z - lse_others[i];

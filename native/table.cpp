@@ -12,6 +12,8 @@ namespace orpo::ORPO_ISA {
 void residual(const Logits&, double*, int64_t, int64_t, float*);
 void statistics(const Logits&, double*, double*, int64_t, int64_t);
 void recomputed_residual(const Logits&, const double*, int64_t, int64_t);
+void column_statistics(const ColumnStatistics&, int64_t, int64_t);
+void gather_columns(const GatherColumns&, int64_t, int64_t);
 void gather_rows(const GatherRows&, int64_t, int64_t);
 void scatter_rows(const ScatterRows&, int64_t, int64_t);
 
@@ -38,7 +40,8 @@ void tanh(const float* x, float* out, float* slope, int64_t count) {
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    ORPO_TEXT(ORPO_ISA), residual, statistics, recomputed_residual, gather_rows, scatter_rows, exp, tanh,
+    ORPO_TEXT(ORPO_ISA), residual,    statistics,   recomputed_residual, column_statistics,
+    gather_columns,      gather_rows, scatter_rows, exp,                 tanh,
 };
 
 }  // namespace orpo::ORPO_ISA

@@ -94,16 +94,19 @@ ORPO_INLINE Half narrow(Bits x) {  // of numbers below 2^16
 #endif
 }
 
-ORPO_INLINE float largest(Vec v) {
-  float top = v[0];
-  for (int i = 1; i < LANES; ++i) top = v[i] > top ? v[i] : top;
-  return top;
+ORPO_INLINE float largest(Vec v) {  // by halves: one after the other they would wait for each other
+  float x[LANES];
+  store_as(x, v);
+  for (int width = LANES / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) x[i] = x[i] > x[i + width] ? x[i] : x[i + width];
+  return x[0];
 }
 
 ORPO_INLINE double sum_of(Vec v) {
-  double total = 0;
-  for (int i = 0; i < LANES; ++i) total += v[i];
-  return total;
+  Wide x = __builtin_convertvector(v, Wide);
+  for (int width = LANES / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) x[i] += x[i + width];
+  return x[0];
 }
 
 }  // namespace orpo::ORPO_ISA

@@ -11,8 +11,7 @@ namespace orpo::ORPO_ISA {
 template <int N>
 ORPO_INLINE void exp_(Vec (&x)[N]) {
   constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: added, it rounds to a whole number, which are then the low bits
-  constexpr uint32_t ONE = 0x3f800000u;
-  Vec k[N], n[N], r[N], r2[N], p[N], q[N], a[N], b[N];
+  Vec k[N], n[N], r[N], r2[N], p[N], q[N];
 #define EACH for (int i = 0; i < N; ++i)
   EACH x[i] = max_of(splat(-105.0f), min_of(splat(89.0f), x[i]));  // beyond, the result is 0 or infinite
   EACH k[i] = x[i] * 1.44269504f + ROUND;
@@ -25,11 +24,17 @@ ORPO_INLINE void exp_(Vec (&x)[N]) {
   EACH p[i] = r2[i] * 1.3814540579915047e-3f + p[i];
   EACH p[i] = p[i] * r2[i] + q[i];
   EACH p[i] = p[i] * r2[i] + r[i];  // exp(r) - 1
+#if defined(__AVX512F__)
+  EACH x[i] = (Vec)_mm512_scalef_ps((__m512)(p[i] + 1.0f), (__m512)n[i]);
+#else
   // 2^n in two factors: one alone would not hold what leads to subnormal results or to the largest.
   // Shifted to the exponent's place, nothing is left of ROUND.
+  constexpr uint32_t ONE = 0x3f800000u;
+  Vec a[N], b[N];
   EACH a[i] = floats_of(((bits_of(k[i]) >> 1) << 23) + ONE);
   EACH b[i] = floats_of(((bits_of(k[i]) - (bits_of(k[i]) >> 1)) << 23) + ONE);
   EACH x[i] = (p[i] * a[i] + a[i]) * b[i];
+#endif
 #undef EACH
 }
 

@@ -48,8 +48,8 @@ class TokenLogOdds(torch.autograd.Function):
         ctx.options = options
         ctx.trained_columns = weight.shape[1] if columns is None else columns.shape[1]
         ctx.hidden_shape, ctx.hidden_dtype = hidden.shape, hidden.dtype
-        # A single pass has already taken all it needs from the hidden states: u is kept instead of them.
-        keeps_hidden = options.plan.schedule != "single_pass"
+        # With a frozen head, a single pass has taken all it needs from the hidden states: u is kept instead of them.
+        keeps_hidden = options.plan.needs_head or options.plan.schedule == "recompute"
         ctx.save_for_backward(hidden if keeps_hidden else None, weight, bias, position, target, *kept)
         return log_odds
 

@@ -70,11 +70,13 @@ def check_positions(position: Tensor, num_positions: int) -> None:
         raise ValueError(f"rows.position runs from {int(low)} to {int(high)}, but hidden has {num_positions} positions")
 
 
-def check_options(logit_scale: float, logit_softcap: float | None) -> None:
+def check_options(logit_scale: float, logit_softcap: float | None, sparse_eps: float | None = None) -> None:
     if not logit_scale > 0:
         raise ValueError(f"logit_scale is {logit_scale}, it must be positive")
     if logit_softcap is not None and not logit_softcap > 0:
         raise ValueError(f"logit_softcap is {logit_softcap}, it must be positive, or None for no soft-cap")
+    if sparse_eps is not None and not 0 <= sparse_eps < 1:
+        raise ValueError(f"sparse_eps is {sparse_eps}, it must be a probability in [0, 1), or None for exact gradients")
 
 
 def check_denominator(name: str, denominator: int | Tensor | None) -> None:

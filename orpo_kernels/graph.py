@@ -48,6 +48,7 @@ def orpo_loss_op(
     schedule: str,
     memory_budget: int | None,
     backend: str,
+    sparse_eps: float | None,
     dtype: torch.dtype,
     needs: list[bool],
 ) -> list[Tensor]:
@@ -66,6 +67,7 @@ def orpo_loss_op(
         memory_budget=memory_budget,
         backend=backend,
         largest_pair=rows.largest_pair,
+        sparse_eps=sparse_eps,
         dtype=dtype,
         needs=needs,
     )
@@ -117,7 +119,7 @@ def loss_in_a_graph(
     pair_denominator: int | Tensor | None,
     *options: Any,
 ) -> tuple[Tensor, ...]:
-    """Loss and metrics by the operator. `options`: as `orpo_loss_op` takes them from `alpha` to `backend`."""
+    """Loss and metrics by the operator. `options`: as `orpo_loss_op` takes them from `alpha` to `sparse_eps`."""
     counts = [
         None if count is None else as_scalar(count, hidden.device) for count in (nll_denominator, pair_denominator)
     ]

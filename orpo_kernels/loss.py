@@ -66,6 +66,7 @@ def orpo_loss(
     schedule: str = "auto",
     memory_budget: int | None = None,
     backend: str = "auto",
+    sparse_eps: float | None = None,
 ) -> ORPOOutput:
     """ORPO: NLL of the chosen answers plus beta times -logsigmoid of the log odds ratio (arXiv 2403.07691).
 
@@ -90,6 +91,9 @@ def orpo_loss(
         schedule: "auto", "single_pass", "resident" or "recompute"; see `plan`.
         memory_budget: bytes for the loss beside its inputs and the gradients; by default a sixteenth of the memory.
         backend: "auto", "torch", "native" or "triton".
+        sparse_eps: None for exact gradients. A probability, 2**-14 say: the backward pass leaves out the tokens whose
+            probability nowhere in a block of rows exceeds it, and puts the tail's mean in their place. The loss itself
+            stays exact. What it saves and costs is in `docs/sparse.md`; `measured_sparsity` prints it for your data.
 
     Raises:
         ValueError: shapes that do not fit, an odd batch, a label outside [0, V), a schedule that cannot serve.
@@ -120,6 +124,7 @@ def orpo_loss(
         schedule=schedule,
         memory_budget=memory_budget,
         backend=backend,
+        sparse_eps=sparse_eps,
     )
 
 
@@ -139,6 +144,7 @@ def orpo_loss_from_rows(
     schedule: str = "auto",
     memory_budget: int | None = None,
     backend: str = "auto",
+    sparse_eps: float | None = None,
 ) -> ORPOOutput:
     """`orpo_loss` for any layout: packed, padding-free, or with a shared prompt.
 
@@ -156,14 +162,14 @@ def orpo_loss_from_rows(
         raise ValueError(f"hidden has shape {tuple(hidden.shape)}, it must be (N, H); see orpo_loss for (2B, T, H)")
     columns = None
     if low_rank is not None:
-        weight, columns = _extended(weight, low_rank)
+        weight, columns = extended(weight, low_rank)
     check_head(hidden, weight, bias)
-    check_options(logit_scale, logit_softcap)
+    check_options(logit_scale, logit_softcap, sparse_eps)
     check_denominator("nll_denominator", nll_denominator)
     check_denominator("pair_denominator", pair_denominator)
     check_same_device("hidden", hidden, "rows", rows.position)
     if torch.compiler.is_compiling():
-        head = (logit_scale, logit_softcap, schedule, memory_budget, backend)
+        head = (logit_scale, logit_softcap, schedule, memory_budget, backend, sparse_eps)
         counts = (nll_denominator, pair_denominator)
         return ORPOOutput(*loss_in_a_graph(hidden, weight, bias, rows, *counts, alpha, beta, *head))
     rows = rows.live()
@@ -180,6 +186,7 @@ def orpo_loss_from_rows(
         memory_budget=memory_budget,
         backend=backend,
         largest_pair=rows.largest_pair,
+        sparse_eps=sparse_eps,
         needs=needs_grad(hidden, weight if columns is None else columns, bias),
     )
     options = plan_with(schedule=schedule)
@@ -196,7 +203,7 @@ def orpo_loss_from_rows(
     return ORPOOutput(*outputs)
 
 
-def _extended(weight: Tensor, low_rank: Tensor) -> tuple[Tensor, Tensor | None]:
+def extended(weight: Tensor, low_rank: Tensor) -> tuple[Tensor, Tensor | None]:
     """The weight with the columns of `low_rank`, and those again if they alone are to get a gradient."""
     if low_rank.dim() != 2 or low_rank.shape[0] != weight.shape[0]:
         raise ValueError(
@@ -231,9 +238,10 @@ class ORPOLoss(nn.Module):
         schedule: str = "auto",
         memory_budget: int | None = None,
         backend: str = "auto",
+        sparse_eps: float | None = None,
     ):
         super().__init__()
-        check_options(logit_scale, logit_softcap)
+        check_options(logit_scale, logit_softcap, sparse_eps)
         self.beta = beta
         self.alpha = alpha
         self.nll_reduction = nll_reduction
@@ -244,6 +252,7 @@ class ORPOLoss(nn.Module):
         self.schedule = schedule
         self.memory_budget = memory_budget
         self.backend = backend
+        self.sparse_eps = sparse_eps
 
     def forward(
         self,

@@ -105,7 +105,7 @@ def odds_ratio(
 ) -> PairLoss:
     """Loss, metrics and the gradient of every row."""
     mean_logps, scored_rows, nll = sums
-    nll_share, pair_share = _reciprocal(counts.nll), _reciprocal(counts.pairs)
+    nll_share, pair_share = reciprocal(counts.nll), reciprocal(counts.pairs)
     nll_loss = nll.sum() * nll_share
 
     valid = _valid_pairs(scored_rows)
@@ -140,6 +140,6 @@ def _valid_pairs(scored_rows: Tensor) -> Tensor:
     return (scored_rows.view(2, -1) > 0).all(0)
 
 
-def _reciprocal(count: Tensor) -> Tensor:
+def reciprocal(count: Tensor) -> Tensor:
     """1 / count, or 0 where there is nothing to average."""
     return torch.where(count > 0, 1 / count.clamp(min=torch.finfo(torch.float64).tiny), 0)

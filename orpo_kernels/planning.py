@@ -7,6 +7,7 @@ One GEMM here is 2 * R * V * H FLOP over the R rows that matter. The schedules (
     resident      3 GEMMs  keeps the residual (R x V) for the weight's gradient; by groups of pairs where the whole
                            does not fit, which costs a V x H accumulator in fp32
     recompute     4 GEMMs  keeps a few floats per row; the backward pass walks the vocabulary in slices
+    sparse        1 GEMM and a share of the others: opt-in, by `sparse_eps`; not exact
 """
 
 from __future__ import annotations
@@ -22,15 +23,20 @@ from .ops import resolve
 SCHEDULES = ("auto", "single_pass", "resident", "recompute")
 
 # Chunks of logits: large enough that a GEMM runs at full speed, small enough that nothing else notices them.
-# CPU: at 512 rows a GEMM is within 3 % of its best speed, at 128 it loses a third (H = 576, V = 49152, two cores).
+# CPU: forward + backward over GEMMs on all rows at once, two cores, fp32, head frozen: 1.16 with 512 rows a chunk, 1.13
+# with 1024, 1.4 with 128 (H = 576, V = 49152); 1.12, 1.05 and 1.5 (H = 1024, V = 32768). Memory binds before that at
+# larger V. In bf16 512 and 1024 are within 4 % of each other.
 # GPU: not measured by us. Published measurements ask for 1k to 4k rows, which kernels that work in place can afford
 # (2 bytes a bf16 logit), while eager row-wise work (6 bytes) has to keep to the peak memory that we promise.
-CHUNK_ROWS = {"cpu": 512, "other": 4096}
+CHUNK_ROWS = {"cpu": 1024, "other": 4096}
 CHUNK_BYTES = {"cpu": 128 * 2**20, "other": 256 * 2**20}
 LEAST_ROWS = 1024  # of a chunk on a GPU, where the budget has room for them and the kernels work in place
 STARVED_ROWS = 256  # of a chunk: with fewer, two GEMMs through the library cost more than three inside kernels
 FUSED_ROWS = 16384  # of a chunk that has no logits, only its hidden states and partial statistics
 COLUMNS_PER_SPLIT = 4096  # of the vocabulary, whose statistics a fused forward pass takes apart: 12 bytes a row
+FACTOR_SLICE = 8192  # rows of dW that exist in fp32 at one time, where it is summed there
+SPARSE_BLOCK_ROWS = 128  # that share their active columns: fewer rows have fewer of them, and starve the GEMM
+DENSE_SHARE = 0.5  # of active columns, from which on a chunk of the sparse schedule goes dense
 MIN_SLICE = 512  # columns; a narrower slice of the vocabulary starves the GEMM
 
 
@@ -39,18 +45,22 @@ class Plan:
     """How one call runs.
 
     Attributes:
-        schedule: "evaluation", "single_pass", "resident" or "recompute".
+        schedule: "evaluation", "single_pass", "resident", "recompute" or "sparse".
         gemm_dtype: the dtype the GEMMs run in.
         row_chunk: rows whose logits exist at one time.
         vocab_slice: columns of the vocabulary that the recompute schedule's backward pass takes at one time.
         weight_slice: rows of the weight cast to `gemm_dtype` at one time, where it has another dtype.
         group_rows: resident by groups of pairs: rows of the residual held at one time; None where all are held.
         fused: whether the forward pass takes its statistics without logits, inside a kernel.
-        gemms: vocabulary-sized matrix multiplications of forward and backward.
+        needs_hidden, needs_head: whether hidden states, and weight or bias, get a gradient.
+        sparse_eps: the probability up to which the sparse schedule leaves out; None for the others.
+        gemms: vocabulary-sized matrix multiplications of forward and backward, of the sparse schedule those that are
+            always whole.
         flops: what they cost.
         held_bytes: what stays allocated from the forward to the backward pass, inputs and outputs not counted.
         forward_bytes, backward_bytes: the most that is allocated at one time in each pass, what is held included;
-            inputs and returned gradients, which exist in the backward pass alone, are not counted.
+            inputs and returned gradients, which exist in the backward pass alone, are not counted. Of the sparse
+            schedule, whose need depends on the data, the most that it may be.
         budget: the memory budget the choice was made under, bytes.
         reason: why this schedule.
     """
@@ -62,6 +72,9 @@ class Plan:
     weight_slice: int
     group_rows: int | None
     fused: bool
+    needs_hidden: bool
+    needs_head: bool
+    sparse_eps: float | None
     gemms: int
     flops: int
     held_bytes: int
@@ -78,11 +91,13 @@ class Plan:
     def explain(self) -> str:
         """The choice in a sentence, with the bytes it will hold."""
         by_groups = f" by groups of at most {self.group_rows} rows" if self.group_rows else ""
+        is_sparse = self.sparse_eps is not None
+        more = f" and a share of {self.needs_hidden + self.needs_head} more" if is_sparse else ""
         return (
-            f"{self.schedule}{by_groups}, {self.gemms} GEMM{'s' if self.gemms > 1 else ''} "
+            f"{self.schedule}{by_groups}, {self.gemms} GEMM{'s' if self.gemms > 1 else ''}{more} "
             f"({self.flops / 1e12:.3g} TFLOP in {str(self.gemm_dtype).removeprefix('torch.')}"
             f"{', the forward pass inside a kernel' if self.fused else ''}): {self.reason}. "
-            f"Holds {format_bytes(self.held_bytes)} until the backward pass and "
+            f"Holds {'at most ' if is_sparse else ''}{format_bytes(self.held_bytes)} until the backward pass and "
             f"{format_bytes(self.peak_bytes)} at most (budget {format_bytes(self.budget)})."
         )
 
@@ -102,6 +117,11 @@ class Work:
     needs_weight: bool
     needs_bias: bool
     softcap: bool
+    sparse_eps: float | None
+
+    @property
+    def needs_head(self) -> bool:
+        return self.needs_weight or self.needs_bias
 
     @property
     def gemm_dtype(self) -> torch.dtype:
@@ -178,6 +198,7 @@ def plan(
     memory_budget: int | None = None,
     backend: str = "auto",
     largest_pair: Callable[[], int] | None = None,
+    sparse_eps: float | None = None,
 ) -> Plan:
     """Choose a schedule and its chunk sizes.
 
@@ -195,6 +216,7 @@ def plan(
         backend: "auto", "torch", "native" or "triton", as in `orpo_loss`.
         largest_pair: gives the number of rows of the largest pair, asked only where it decides. Without it a residual
             that does not fit as a whole is not split into groups of pairs.
+        sparse_eps: as in `orpo_loss`.
 
     Raises:
         ValueError: an unknown schedule, or one that cannot serve, with the reason.
@@ -217,9 +239,21 @@ def plan(
         needs_weight=needs_weight,
         needs_bias=needs_bias,
         softcap=softcap,
+        sparse_eps=sparse_eps,
     )
     budget = memory_budget or default_budget(device)
-    name, reason, group_rows = _choose(work, schedule, budget, memory_budget is not None, largest_pair)
+    return planned(work, schedule, budget, memory_budget is not None, largest_pair)
+
+
+def planned(
+    work: Work,
+    schedule: str,
+    budget: int,
+    budget_given: bool = True,
+    largest_pair: Callable[[], int] | None = None,
+) -> Plan:
+    """`plan` for work on any device, whether it is here or not."""
+    name, reason, group_rows = _choose(work, schedule, budget, budget_given, largest_pair)
     return _sized(work, name, reason, group_rows, budget)
 
 
@@ -227,8 +261,12 @@ def _choose(
     work: Work, schedule: str, budget: int, budget_given: bool, largest_pair: Callable[[], int] | None
 ) -> tuple[str, str, int | None]:
     """The schedule, why, and the rows of a group (None: one group of everything)."""
-    if not (work.needs_hidden or work.needs_weight or work.needs_bias):
+    if work.sparse_eps is not None:
+        _check_sparse(work, schedule)
+    if not (work.needs_hidden or work.needs_head):
         return "evaluation", "nothing requires grad", None
+    if work.sparse_eps is not None:
+        return "sparse", f"asked for by sparse_eps={work.sparse_eps:.3g}", None
     trained = " and ".join(["weight"] * work.needs_weight + ["bias"] * work.needs_bias)
     if schedule == "single_pass" and trained:
         raise ValueError(
@@ -264,6 +302,19 @@ def _choose(
     return "recompute", why_not, None
 
 
+def _check_sparse(work: Work, schedule: str) -> None:
+    if schedule != "auto":
+        raise ValueError(
+            f"sparse_eps={work.sparse_eps:.3g} is a schedule of its own, but schedule is {schedule!r}: leave one of "
+            'them out (schedule="auto", sparse_eps=None)'
+        )
+    if work.backend == "triton":
+        raise RuntimeError(
+            'sparse_eps is not served by the Triton kernels yet: leave it out, or use backend="torch" where eager '
+            "operations are fast enough"
+        )
+
+
 def _sized(work: Work, name: str, reason: str, group_rows: int | None, budget: int) -> Plan:
     """Chunk sizes, and what they add up to."""
     kind = "cpu" if work.device.type == "cpu" else "other"
@@ -281,8 +332,11 @@ def _sized(work: Work, name: str, reason: str, group_rows: int | None, budget: i
     weight_slice = work.vocab_size
     if work.casts and work.vocab_size * work.weight_row_bytes > chunk_bytes:
         weight_slice = max(MIN_SLICE, _fit(chunk_bytes // 2, work.weight_row_bytes))
-    gemms = 1 + recomputes + work.needs_hidden + work.needs_weight
-    held, forward, backward = _memory(work, name, group_rows, fused, row_chunk, vocab_slice, weight_slice)
+    gemms = 1 if name == "sparse" else 1 + recomputes + work.needs_hidden + work.needs_weight
+    if name == "sparse":
+        held, forward, backward = _sparse_memory(work, budget, row_chunk, weight_slice)
+    else:
+        held, forward, backward = _memory(work, name, group_rows, fused, row_chunk, vocab_slice, weight_slice)
     return Plan(
         schedule=name,
         gemm_dtype=work.gemm_dtype,
@@ -291,6 +345,9 @@ def _sized(work: Work, name: str, reason: str, group_rows: int | None, budget: i
         weight_slice=weight_slice,
         group_rows=group_rows,
         fused=fused,
+        needs_hidden=work.needs_hidden,
+        needs_head=work.needs_head,
+        sparse_eps=work.sparse_eps if name == "sparse" else None,
         gemms=gemms,
         flops=gemms * 2 * work.rows * work.vocab_size * work.hidden_size,
         held_bytes=held,
@@ -329,6 +386,32 @@ def _memory(
     held = statistics + work.accumulator_bytes + 4 * work.rows * work.hidden_size
     group = min(group_rows, work.rows) * (work.vocab_size * work.gemm_dtype.itemsize + 2 * work.weight_row_bytes)
     return held, held + group + chunk, held
+
+
+def _sparse_memory(work: Work, budget: int, row_chunk: int, weight_slice: int) -> tuple[int, int, int]:
+    """The same of the sparse schedule, at the most: half of the columns active, or dense chunks up to the budget."""
+    itemsize, wide = work.gemm_dtype.itemsize, max(4, work.gemm_dtype.itemsize)
+    chunk_rows, columns = min(row_chunk, work.rows), int(DENSE_SHARE * work.vocab_size)
+    blocks_of_chunk = -(-chunk_rows // SPARSE_BLOCK_ROWS)
+    blocks = blocks_of_chunk * -(-work.rows // max(row_chunk, 1))
+    profiles, indices = blocks * work.vocab_size * wide, 8 * columns
+    # Dense chunks are kept where the budget has room for them, sparse ones, half of the columns at most, always.
+    dense = min(work.residual_bytes, budget)
+    residual = dense + int(DENSE_SHARE * (work.residual_bytes - dense))
+    of_head = residual + profiles + blocks * indices if work.needs_head else 0
+    held = 24 * work.rows + work.needs_hidden * work.rows * work.weight_row_bytes + of_head
+
+    logits = chunk_rows * work.vocab_size * work.logit_bytes + work.casts * weight_slice * work.weight_row_bytes
+    of_chunk = 0 if work.needs_head else profiles + blocks_of_chunk * indices + chunk_rows * columns * itemsize
+    row_wise = 0 if work.in_place else min(SPARSE_BLOCK_ROWS, chunk_rows) * work.vocab_size * wide
+    of_block = max(columns * work.weight_row_bytes, row_wise, profiles)
+    forward = held + logits + of_chunk + of_block
+    if not work.needs_head:
+        return held, forward, held
+    columns = min(FACTOR_SLICE, work.vocab_size)
+    of_slice = columns * (work.hidden_size * (2 * wide + itemsize) + chunk_rows * work.logit_bytes)
+    backward = held + profiles + 2 * work.rows * work.weight_row_bytes + of_slice + 8 * work.vocab_size
+    return held, forward, backward
 
 
 def gemm_dtype(dtype: torch.dtype, device: torch.device, backend: str = "torch") -> torch.dtype:

@@ -47,6 +47,7 @@ class HeadOptions:
         memory_budget: int | None,
         backend: str,
         largest_pair: Callable[[], int] | None = None,
+        sparse_eps: float | None = None,
         dtype: torch.dtype | None = None,
         needs: Sequence[bool] | None = None,
     ) -> HeadOptions:
@@ -71,6 +72,7 @@ class HeadOptions:
             memory_budget=memory_budget,
             backend=backend,
             largest_pair=largest_pair,
+            sparse_eps=sparse_eps,
         )
         return cls(logit_scale, logit_softcap, call, select(backend, hidden.device, dtype))
 
@@ -163,6 +165,20 @@ class Projection:
         project(self.hidden_rows(rows), weight, self.bias, out)
         return self.ops.residual_(out, self.target[rows], *self._transform)
 
+    def residual_and_target_logit(self, rows: slice, weight: WeightSlices, out: Tensor) -> tuple[Tensor, Tensor]:
+        """`residual`, and the logits of the targets (C,) float64, from which m leads to lse_others."""
+        project(self.hidden_rows(rows), weight, self.bias, out)
+        index = self.target[rows, None]
+        logit = self._transformed(out.gather(1, index).squeeze(1).to(self.sum_dtype))
+        return self.ops.residual_(out, self.target[rows], *self._transform), logit.double()
+
+    def weight_rows(self, columns: Tensor, workspace: Tensor) -> Tensor:
+        """(A, H) rows of the weight, in the GEMM's dtype, in the first rows of `workspace`."""
+        if self.weight.dtype == workspace.dtype:
+            return torch.index_select(self.weight, 0, columns, out=workspace[: columns.shape[0]])
+        rows = self.ops.gather_rows(self.weight, columns, None, workspace.dtype)
+        return workspace[: columns.shape[0]].copy_(rows)
+
     def residual_slice(self, x: Tensor, w: Tensor, columns: slice, lse_others: Tensor, out: Tensor) -> None:
         """The columns `columns` of the residual of all rows into `out` (R, S); x (R, H), w (S, H)."""
         bias = None if self.bias is None else self.bias[columns]
@@ -175,6 +191,10 @@ class Projection:
     @property
     def _transform(self) -> tuple[float, float | None]:
         return self.options.logit_scale, self.options.logit_softcap
+
+    def _transformed(self, logits: Tensor) -> Tensor:
+        scale, cap = self._transform
+        return logits * scale if cap is None else cap * torch.tanh(logits * scale / cap)
 
     def empty_stats(self) -> Tensor:
         return self.hidden.new_empty(self.num_rows, dtype=torch.float64)

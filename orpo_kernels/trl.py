@@ -25,12 +25,13 @@ from torch import Tensor, nn
 from trl.experimental.orpo import ORPOConfig
 from trl.experimental.orpo import ORPOTrainer as TRLORPOTrainer
 
+from .methods import ORPO
 from .transformers.body import unwrap
 from .transformers.collator import IGNORE_INDEX, End, Packing, end_turn
 from .transformers.lm_head import resolve_lm_head
 from .transformers.packing import PackedPairs, pack_pairs
 from .transformers.sharing import refuses_shared_prompt
-from .transformers.trainer import PAIR_METRICS, ORPOLossMixin, pair_metrics
+from .transformers.trainer import PAIR_METRICS, PreferenceLossMixin, pair_metrics
 
 __all__ = ["ORPOConfig", "ORPOTrainer"]
 
@@ -38,8 +39,8 @@ _BATCH_METRICS = ("nll_loss", "logits/chosen", "logits/rejected")
 _STEP_COUNTS = "step_counts"
 
 
-class ORPOTrainer(ORPOLossMixin, TRLORPOTrainer):
-    """`trl.experimental.orpo.ORPOTrainer` with the fused loss. All its arguments, and three by keyword:
+class ORPOTrainer(PreferenceLossMixin, TRLORPOTrainer):
+    """`trl.experimental.orpo.ORPOTrainer` with the fused loss. All its arguments, and four by keyword:
 
     Args:
         exact_accumulation: True (default): with gradient accumulation, the loss is that of one large batch. False:
@@ -50,6 +51,8 @@ class ORPOTrainer(ORPOLossMixin, TRLORPOTrainer):
             loss and gradients are the same. "padded": as TRL. "auto" (default): shared, unless the model does not allow
             it (`refuses_shared_prompt`), the batches come from a `data_collator` of yours, or `generate_during_eval`
             is set.
+        sparse_eps: None (default): exact gradients; else as in `orpo_loss`, and what it leaves out is logged as
+            `sparse/active_share` and `sparse/dropped_mass`.
 
     Logged are TRL's metrics, averaged over the pairs with two non-empty answers. `logits/chosen` and
     `logits/rejected`, the mean of all logits (of padding as well, in a padded batch, as in TRL), come from the mean
@@ -67,6 +70,7 @@ class ORPOTrainer(ORPOLossMixin, TRLORPOTrainer):
         exact_accumulation: bool = True,
         end: End = "trl",
         packing: Packing = "auto",
+        sparse_eps: float | None = None,
         **options: Any,
     ):
         for name, value, choices in (("end", end, get_args(End)), ("packing", packing, get_args(Packing))):
@@ -77,7 +81,8 @@ class ORPOTrainer(ORPOLossMixin, TRLORPOTrainer):
         _refuse_encoder_decoder(args[0] if args else options.get("model"))
         super().__init__(*args, **options)
         _refuse_encoder_decoder(self.model)  # one that came by its name
-        self.loss_options = {"beta": self.beta}
+        self.method = ORPO(beta=self.beta)
+        self.loss_options = {"sparse_eps": sparse_eps}
         self._check_setup()
         reason = self._refuses_shared_prompt() if packing != "padded" else None
         if packing == "shared" and reason:
@@ -115,8 +120,8 @@ class ORPOTrainer(ORPOLossMixin, TRLORPOTrainer):
         inner = self.accelerator.unwrap_model(model)
         inputs = self.loss_inputs(batch)
         with mean_hidden_states(inner, sides_of(**inputs)) as means:
-            loss, out = self.orpo_step(model, inputs, batch.get(_STEP_COUNTS))
-        of_pairs = self.accelerator.gather_for_metrics(pair_metrics(out, self.beta)).nanmean(0)
+            loss, out = self.loss_step(model, inputs, batch.get(_STEP_COUNTS))
+        of_pairs = self.accelerator.gather_for_metrics(pair_metrics(out)).nanmean(0)
         of_batch = torch.cat((out.nll_loss[None].float(), mean_logits(inner, means)))
         of_batch = self.accelerator.gather(of_batch[None]).mean(0)
         values = torch.cat((of_pairs, of_batch)).tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from .training import tiny, tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 NEEDS = {"trl_trainer": "trl", "lora": "peft"}
-EXAMPLES = ("trl_trainer", "transformers_trainer", "accelerate_loop", "pytorch_loop", "lora")
+EXAMPLES = ("trl_trainer", "transformers_trainer", "accelerate_loop", "pytorch_loop", "lora", "grpo_loop")
 
 
 @pytest.fixture
@@ -39,6 +40,14 @@ def run(name: str, **constants: Any) -> dict[str, Any]:
     return namespace
 
 
+def easy_facts(folder: Path) -> str:
+    """Questions that a random model answers right now and then: one letter is enough."""
+    path = folder / "facts.jsonl"
+    facts = [{"prompt": f"{letter}?", "chosen": letter, "rejected": "a whole sentence"} for letter in "aeionrst"]
+    path.write_text("".join(json.dumps(fact) + "\n" for fact in facts))
+    return str(path)
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_it_runs(name, model_folder, tmp_path, monkeypatch):
     if name in NEEDS:
@@ -46,7 +55,8 @@ def test_it_runs(name, model_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
     folder = tmp_path / "run"
-    names = run(name, MODEL=str(model_folder), FOLDER=str(folder), STEPS=2)
+    constants = {"DATA": easy_facts(tmp_path)} if name == "grpo_loop" else {}
+    names = run(name, MODEL=str(model_folder), FOLDER=str(folder), STEPS=2, **constants)
     before = tiny(initializer_range=0.02).state_dict()
     after = names.get("merged", names["model"]).state_dict()
     assert any(not torch.equal(value.cpu().to(before[key].dtype), before[key]) for key, value in after.items())

@@ -110,8 +110,8 @@ def test_a_launch_takes_the_longer_of_its_two_times() -> None:
     gpu = GPU("", flops=100.0, bandwidth=10.0, memory=0)
     computes = Launch("GEMM", {"m": 10, "k": 10, "n": 10, "itemsize": 1, "out_itemsize": 1, "accumulates": 0})
     moves = Launch("other", {"bytes": 70})
-    assert gpu.seconds([computes]) == pytest.approx(max(2000 / 100, 300 / 10))
-    assert gpu.seconds([computes, moves, moves]) == pytest.approx(30 + 14)
+    assert roofline.seconds(gpu, [computes]) == pytest.approx(max(2000 / 100, 300 / 10))
+    assert roofline.seconds(gpu, [computes, moves, moves]) == pytest.approx(30 + 14)
 
 
 def test_bare_gemms() -> None:

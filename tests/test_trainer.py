@@ -95,6 +95,15 @@ def test_accumulation_is_exact(loss_options, tmp_path):
     assert_same_logs(small.state.log_history, large.state.log_history)
 
 
+def test_what_a_sparse_backward_pass_leaves_out_is_logged(tmp_path):
+    exact, sparse = trained(tmp_path), trained(tmp_path, loss_options={"sparse_eps": 1e-3})
+    assert losses(sparse) == pytest.approx(losses(exact), rel=1e-2)
+    for logs in (logs for logs in sparse.state.log_history if "loss" in logs):
+        assert 0 < logs["sparse/active_share"] <= 1
+        assert 0 <= logs["sparse/dropped_mass"] < 0.1
+    assert not any(key.startswith("sparse/") for logs in exact.state.log_history for key in logs)
+
+
 def test_accumulation_of_a_mixture_of_experts(tmp_path):
     """All but the router's loss is exact; of that, the mean over the micro-batches is taken."""
     model, batches = tiny("Mixtral", **MIXTURE), [chat_examples()[:1], chat_examples()[1:2]]

@@ -40,8 +40,11 @@ void check(const Kernels& kernels, const Format& format, int64_t columns, Transf
   const int64_t rows = 3;
   Guarded logits(rows, columns, format.dtype);
   logits.fill(random, 4);
-  if (shift != 0)
+  if (shift != 0) {
     for (int64_t j = 0; j < columns; ++j) logits.set(0, j, j % 5 == 1 ? -HUGE_VAL : shift - j % 7);
+    // Every block far above the one before: the reference has to follow.
+    for (int64_t j = 0; j < columns; ++j) logits.set(1, j, 100 * (j / BLOCK) - j % 7);
+  }
   std::vector<int64_t> target{0, columns - 1, columns / 2};
   std::vector<Truth> truth;
   for (int64_t i = 0; i < rows; ++i) truth.push_back(truth_of(logits, i, columns, target[i], t));
@@ -105,10 +108,13 @@ void check_nothing_but_the_target(const Kernels& kernels, const Format& format) 
   }
 }
 
+constexpr int64_t WIDTHS[] = {1,  2,  3,   7,   8,   9,    15,        16,    17,        31,            32,
+                              33, 65, 511, 512, 513, 1537, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 64};
+
 int main() {
   for (const Kernels* kernels : supported_kernels()) {
     for (const Format& format : FORMATS) {
-      for (const int64_t columns : {1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 65, 511, 512, 513, 1023, 1024, 1537}) {
+      for (const int64_t columns : WIDTHS) {
         for (const Transform t : {Transform{1, 0}, Transform{0.25f, 0}, Transform{0.7f, 5}, Transform{1, 30}})
           for (const double shift : {0.0, -1e4, 1e4}) check(*kernels, format, columns, t, shift);
         if (columns > 2) check_not_finite(*kernels, format, columns);

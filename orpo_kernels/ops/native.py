@@ -74,6 +74,22 @@ def project_residual(
     call(_native.recomputed_residual_, out, target, lse_others, logit_scale, logit_softcap, threads)
 
 
+def column_statistics(residual: Tensor, row_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """See `torch_ops.column_statistics`."""
+    peak = row_weight.new_empty(residual.shape[1])
+    mass = torch.empty_like(peak)
+    call(_native.column_statistics, residual, row_weight, peak, mass, torch.get_num_threads())
+    return peak, mass
+
+
+def gather_columns(residual: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """See `torch_ops.gather_columns`."""
+    entries = residual.new_empty(residual.shape[0], columns.shape[0])
+    sums = residual.new_empty(residual.shape[0], dtype=torch.float64)
+    call(_native.gather_columns, residual, columns, entries, sums, torch.get_num_threads())
+    return entries, sums
+
+
 def gather_rows(hidden: Tensor, position: Tensor, coefficient: Tensor | None, dtype: torch.dtype) -> Tensor:
     """See `torch_ops.gather_rows`."""
     hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
@@ -96,6 +112,8 @@ def sequence_sums(token_log_odds: Tensor, rows: Rows) -> SequenceSums:
 
 
 __all__ = [
+    "column_statistics",
+    "gather_columns",
     "gather_rows",
     "odds_ratio",
     "project_log_odds",

@@ -99,6 +99,27 @@ def project_residual(
     _finish(z, index, torch.where(is_here, -1.0, z.gather(1, index)), slope, out)
 
 
+def column_statistics(residual: Tensor, row_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """What the columns of a residual hold, from which the sparse schedule knows those that it can do without.
+
+    Args:
+        residual: (B, V) as `residual_` leaves it.
+        row_weight: (B,) fp32 (float64 with a residual in float64), what an entry of the row is worth; at least 0.
+
+    Returns:
+        The largest entry times its row's weight, at least 0, and the sum of all: (V,) each, dtype of `row_weight`.
+        The entries of targets are -1: they do not show in the first, and the second is of no use where they are.
+    """
+    entries = residual * row_weight[:, None]
+    return entries.amax(0).clamp_(min=0), entries.sum(0)
+
+
+def gather_columns(residual: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, A) columns at `columns` (A,) int64 of a residual (B, V), in its dtype, and their row sums (B,) float64."""
+    entries = residual[:, columns]
+    return entries, entries.sum(1, dtype=torch.float64)
+
+
 def gather_rows(hidden: Tensor, position: Tensor, coefficient: Tensor | None, dtype: torch.dtype) -> Tensor:
     """`coefficient * hidden[position]` in `dtype`: hidden (N, H), position (R,) int64, coefficient (R,) or None."""
     if coefficient is None:
@@ -161,6 +182,8 @@ def _finish(z: Tensor, index: Tensor, target_value: Tensor, slope: Tensor | None
 
 
 __all__ = [
+    "column_statistics",
+    "gather_columns",
     "gather_rows",
     "odds_ratio",
     "project_log_odds",

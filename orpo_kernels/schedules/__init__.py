@@ -17,7 +17,7 @@ from types import ModuleType
 from torch import Tensor
 
 from ..projection import Projection
-from . import evaluation, recompute, resident, single_pass
+from . import evaluation, recompute, resident, single_pass, sparse
 
 
 @dataclass
@@ -40,7 +40,8 @@ def schedule_of(p: Projection) -> ModuleType:
         "single_pass": single_pass,
         "resident": resident,
         "recompute": recompute,
+        "sparse": sparse,
     }[p.plan.schedule]
 
 
-__all__ = ["Gradients", "evaluation", "recompute", "resident", "schedule_of", "single_pass"]
+__all__ = ["Gradients", "evaluation", "recompute", "resident", "schedule_of", "single_pass", "sparse"]

@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from ..gemm import even_chunks, matmul_into
+from ..planning import FACTOR_SLICE
 from ..projection import Projection
 
 if TYPE_CHECKING:
     from . import Gradients
-
-FACTOR_SLICE = 8192  # rows of dW that exist in fp32 at one time, where fp16 operands were rescaled
 
 
 def forward(p: Projection) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -9,7 +9,13 @@ Needs `transformers` (`pip install orpo_kernels[transformers]`); `import orpo_ke
 
 from __future__ import annotations
 
-from .causal_lm import CausalLMORPOOutput, causal_lm_orpo_loss
+from .causal_lm import (
+    CausalLMORPOOutput,
+    CausalLMPreferenceOutput,
+    causal_lm_answers,
+    causal_lm_orpo_loss,
+    causal_lm_preference_loss,
+)
 from .collator import PreferenceCollator, Refusal, TokenizedPair, UnusablePair, tokenize_pair, tokenize_pairs
 from .lm_head import LMHead, resolve_lm_head
 from .packing import PackedPairs
@@ -17,13 +23,16 @@ from .sharing import refuses_shared_prompt
 
 __all__ = [
     "CausalLMORPOOutput",
+    "CausalLMPreferenceOutput",
     "LMHead",
     "PackedPairs",
     "PreferenceCollator",
     "Refusal",
     "TokenizedPair",
     "UnusablePair",
+    "causal_lm_answers",
     "causal_lm_orpo_loss",
+    "causal_lm_preference_loss",
     "refuses_shared_prompt",
     "resolve_lm_head",
     "tokenize_pair",

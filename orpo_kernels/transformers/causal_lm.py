@@ -1,13 +1,16 @@
-"""The ORPO loss of any decoder-only Hugging Face model, straight from its last hidden states."""
+"""The loss of any decoder-only Hugging Face model, ORPO's or another method's, straight from its last hidden states."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from .. import ORPOOutput, Rows, orpo_loss_from_rows
+from .. import ORPOOutput, PreferenceOutput, Rows, orpo_loss_from_rows, preference_loss_from_rows
+from ..methods import Answers, Method, method_named
+from ..preference_loss import answers_of, row_logps
 from ..rows import padded_rows
 from .body import router_loss_coef, run_body, unwrap
 from .lm_head import resolve_lm_head
@@ -17,6 +20,7 @@ from .sharing import refuses_shared_prompt
 
 _FROM_THE_MODEL = ("hidden", "weight", "bias", "low_rank", "logit_scale", "logit_softcap")
 _FROM_THE_BATCH = ("nll_labels", "shift", "rows")
+_FROM_THE_METHOD = ("alpha", "beta", "prompt_nll", "nll_reduction")
 
 
 class CausalLMORPOOutput(ORPOOutput):
@@ -25,6 +29,12 @@ class CausalLMORPOOutput(ORPOOutput):
     Attributes:
         aux_loss: 0-d, the router loss of a mixture of experts, which is a part of `loss`; None where there is none.
     """
+
+    aux_loss: Tensor | None = None
+
+
+class CausalLMPreferenceOutput(PreferenceOutput):
+    """`PreferenceOutput`, and the `aux_loss` of `CausalLMORPOOutput`."""
 
     aux_loss: Tensor | None = None
 
@@ -66,7 +76,7 @@ def causal_lm_orpo_loss(
             default the model's own. It is a mean over the tokens of this batch: where the denominators are those of k
             micro-batches, pass the model's coefficient / k.
         options: anything else that `orpo_loss` takes: beta, alpha, nll_denominator, pair_denominator, schedule,
-            memory_budget, backend.
+            memory_budget, backend, sparse_eps.
 
     Returns:
         `CausalLMORPOOutput`. `loss` is differentiable with respect to whatever of the model requires grad.
@@ -76,7 +86,6 @@ def causal_lm_orpo_loss(
     `probe.py`, `sharing.py`).
     """
     _check_options(options)
-    inner = unwrap(model)
     rows = batch_rows(
         input_ids,
         attention_mask,
@@ -86,42 +95,132 @@ def causal_lm_orpo_loss(
         nll_reduction=nll_reduction,
         ignore_index=ignore_index,
     )
+    run = _run_to_the_head(model, input_ids, attention_mask, packed)
+    out = orpo_loss_from_rows(rows=rows, **run.head, **options)
+    loss, aux_loss = _with_router_loss(out.loss, run, router_aux_loss_coef)
+    routed = CausalLMORPOOutput(*out._replace(loss=loss))
+    routed.aux_loss = aux_loss
+    return routed
+
+
+def causal_lm_preference_loss(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    *,
+    method: Method | str,
+    packed: PackedPairs | None = None,
+    reference_logps: Tensor | None = None,
+    chosen_only: bool = False,
+    ignore_index: int = IGNORE_INDEX,
+    router_aux_loss_coef: float | None = None,
+    **options: Any,
+) -> CausalLMPreferenceOutput:
+    """The loss of any method on one batch, without its logits: `causal_lm_orpo_loss` for SFT, DPO, SimPO and CPO too.
+
+    Args:
+        model, input_ids, attention_mask, labels, packed, ignore_index, router_aux_loss_coef: as in
+            `causal_lm_orpo_loss`.
+        method: one of `orpo_kernels.methods`, or its name, for its defaults.
+        reference_logps: (2B,) summed log-probabilities of the answers under the reference model, which DPO needs:
+            `causal_lm_answers(reference_model, **batch).logps`.
+        chosen_only: the batch has the B chosen sequences alone, as SFT trains on. Every pair then counts as not valid.
+        options: anything else that `preference_loss_from_rows` takes: nll_denominator, pair_denominator, schedule,
+            memory_budget, backend, sparse_eps.
+
+    Raises as `causal_lm_orpo_loss`, and `ValueError` for an unknown method, for one without the reference it needs, and
+    for one that compares with rejected answers where there are none.
+    """
+    method = method_named(method) if isinstance(method, str) else method
+    _check_options(options)
+    for name in options:
+        if name in _FROM_THE_METHOD:
+            raise TypeError(
+                f"{name} belongs to the method and cannot be passed; give method={type(method).__name__}(...)."
+            )
+    if chosen_only and method.is_preference:
+        raise ValueError(
+            f"The batch has chosen answers alone (chosen_only), and the method {method.name} compares two."
+        )
+    rows = batch_rows(
+        input_ids,
+        attention_mask,
+        labels,
+        packed=packed,
+        prompt_nll=method.prompt_nll,
+        nll_reduction=method.nll_reduction,
+        chosen_only=chosen_only,
+        ignore_index=ignore_index,
+    )
+    run = _run_to_the_head(model, input_ids, attention_mask, packed)
+    out = preference_loss_from_rows(rows=rows, method=method, reference_logps=reference_logps, **run.head, **options)
+    loss, aux_loss = _with_router_loss(out.loss, run, router_aux_loss_coef)
+    routed = CausalLMPreferenceOutput(*out._replace(loss=loss))
+    routed.aux_loss = aux_loss
+    return routed
+
+
+@torch.no_grad()
+def causal_lm_answers(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    *,
+    packed: PackedPairs | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    **options: Any,
+) -> Answers:
+    """Log-probabilities and lengths of a batch's answers, without gradient; one GEMM of the head.
+
+    Arguments and errors as in `causal_lm_orpo_loss`; the options are schedule, memory_budget and backend.
+    """
+    _check_options(options)
+    rows = batch_rows(
+        input_ids, attention_mask, labels, packed=packed, prompt_nll=False, ignore_index=ignore_index
+    ).live()
+    return answers_of(
+        row_logps(rows=rows, **_run_to_the_head(model, input_ids, attention_mask, packed).head, **options), rows
+    )
+
+
+class _Run(NamedTuple):
+    """The model's body has run: what the loss takes of the head, the router loss, and the model itself."""
+
+    head: dict[str, Any]
+    aux_loss: Tensor | None
+    inner: PreTrainedModel
+
+
+def _run_to_the_head(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, packed: PackedPairs | None
+) -> _Run:
+    inner = unwrap(model)
     if packed is not None:
         packed = packed.to(input_ids.device)
         if reason := refuses_shared_prompt(model):
             raise ValueError(f'{reason} Use PreferenceCollator(packing="padded").')
     head = resolve_lm_head(inner)
     verify_lm_head(model, inner, head, input_ids)
-
     hidden, aux_loss = run_body(inner, input_ids, attention_mask, packed)
     operands = head.operands(hidden)
-    out = orpo_loss_from_rows(
-        operands.hidden.flatten(0, 1),
-        operands.weight,
-        rows,
-        bias=operands.bias,
-        low_rank=operands.low_rank,
-        logit_scale=head.logit_scale,
-        logit_softcap=head.logit_softcap,
-        **options,
-    )
-    return _with_router_loss(out, aux_loss, router_loss_coef(inner), router_aux_loss_coef)
+    arguments = operands._asdict() | {"hidden": operands.hidden.flatten(0, 1)}
+    arguments |= {"logit_scale": head.logit_scale, "logit_softcap": head.logit_softcap}
+    return _Run(arguments, aux_loss, inner)
 
 
-def _with_router_loss(
-    out: ORPOOutput, aux_loss: Tensor | None, own_coef: float, coef: float | None
-) -> CausalLMORPOOutput:
-    if aux_loss is None:
+def _with_router_loss(loss: Tensor, run: _Run, coef: float | None) -> tuple[Tensor, Tensor | None]:
+    """The loss with that of the router, and the router's alone."""
+    if run.aux_loss is None:
         if coef:
             raise ValueError(
                 f"router_aux_loss_coef is {coef}, but the model gives no router loss; for a mixture of experts, set "
                 "model.config.output_router_logits = True."
             )
-        return CausalLMORPOOutput(*out)
-    loss = out.loss + (own_coef if coef is None else coef) * aux_loss.to(out.loss.device)
-    routed = CausalLMORPOOutput(*out._replace(loss=loss))
-    routed.aux_loss = aux_loss.detach()
-    return routed
+        return loss, None
+    own_coef = router_loss_coef(run.inner)
+    return loss + (own_coef if coef is None else coef) * run.aux_loss.to(loss.device), run.aux_loss.detach()
 
 
 def batch_rows(
@@ -132,19 +231,25 @@ def batch_rows(
     packed: PackedPairs | None = None,
     prompt_nll: bool = True,
     nll_reduction: str = "token",
+    chosen_only: bool = False,
     ignore_index: int = IGNORE_INDEX,
 ) -> Rows:
-    """What the loss of a batch runs over, arguments and errors as in `causal_lm_orpo_loss`. No host read."""
+    """What the loss of a batch runs over, arguments and errors as in `causal_lm_preference_loss`. No host read."""
     if packed is not None:
         _check_packed(input_ids, attention_mask, labels, packed)
         return packed.to(input_ids.device).rows(prompt_nll, nll_reduction)
     if labels is None:
         raise TypeError("labels are missing; a batch has labels and an attention_mask, or `packed`.")
-    _check_batch(input_ids, attention_mask, labels)
-    nll_source = input_ids if prompt_nll else labels
+    _check_batch(input_ids, attention_mask, labels, chosen_only)
+    pairs = labels.shape[0] if chosen_only else labels.shape[0] // 2
+    scored, nll = (
+        _predictable(ids, attention_mask, ignore_index) for ids in (labels, input_ids if prompt_nll else labels)
+    )
+    if chosen_only:
+        scored = torch.cat((scored, torch.full_like(scored, ignore_index)))  # empty answers, which no position has
     return padded_rows(
-        _predictable(labels, attention_mask, ignore_index),
-        _predictable(nll_source, attention_mask, ignore_index)[: labels.shape[0] // 2],
+        scored,
+        nll[:pairs],
         True,
         ignore_index,
         nll_reduction,
@@ -183,7 +288,7 @@ def _check_packed(input_ids: Tensor, attention_mask: Tensor | None, labels: Tens
         )
 
 
-def _check_batch(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor) -> None:
+def _check_batch(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, chosen_only: bool) -> None:
     tensors = {"input_ids": input_ids, "labels": labels}
     if attention_mask is not None:
         tensors["attention_mask"] = attention_mask
@@ -201,7 +306,7 @@ def _check_batch(input_ids: Tensor, attention_mask: Tensor | None, labels: Tenso
             raise TypeError(f"{name} must be int64, but is {tensor.dtype}.")
     if attention_mask is not None and attention_mask.is_floating_point():
         raise TypeError(f"attention_mask must be integer or bool, 1 on tokens, but is {attention_mask.dtype}.")
-    if input_ids.shape[0] % 2:
+    if input_ids.shape[0] % 2 and not chosen_only:
         raise ValueError(
             f"A batch is B chosen sequences, then B rejected ones, but input_ids has an odd {input_ids.shape[0]}."
         )

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 End = Literal["single", "trl"]
 Packing = Literal["auto", "padded", "shared"]
+Answers = Literal["both", "chosen"]
+REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")  # TRL's names for a pair's columns
 
 
 class TokenizedPair(TypedDict):
@@ -86,6 +88,10 @@ class PreferenceCollator:
       where everything is. The loss and its gradients are the same, but some models do not allow it (ALiBi, recurrent
       layers, flash-attention); `refuses_shared_prompt(model)` says why, and the loss refuses such a batch.
 
+    With `answers="chosen"` the rejected answers are left out, as SFT trains: a padded batch then has B rows and says
+    `chosen_only=True`. Pairs that have the columns `ref_chosen_logps` and `ref_rejected_logps` (TRL's names for the
+    summed log-probabilities of a reference model) give the batch `reference_logps`, (2B,) float64, chosen ones first.
+
     See `tokenize_pair` for the forms of an example and for the options. Raises `ValueError`, naming the index and the
     reason, when a pair cannot be used.
     """
@@ -94,24 +100,37 @@ class PreferenceCollator:
     max_length: int | None = None
     end: End = "single"
     packing: Packing = "auto"
+    answers: Answers = "both"
 
     def __post_init__(self) -> None:
         _check_options(self.tokenizer, self.max_length, self.end)
         if self.packing not in get_args(Packing):
             raise ValueError(f"packing must be one of {get_args(Packing)}; got {self.packing!r}.")
+        if self.answers not in get_args(Answers):
+            raise ValueError(f"answers must be one of {get_args(Answers)}; got {self.answers!r}.")
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         pairs = [self._tokenized(index, example) for index, example in enumerate(examples)]
         if not pairs:
             raise ValueError("The batch holds no pair; give the collator at least one example.")
-        make = pack_pairs if self.packing == "shared" else pad_pairs
-        return make(pairs, _padding_id(self.tokenizer))
+        padding_id = _padding_id(self.tokenizer)
+        if self.packing == "shared":
+            batch = pack_pairs([_chosen_alone(p) for p in pairs] if self.answers == "chosen" else pairs, padding_id)
+        elif self.answers == "chosen":
+            batch = {**pad_pairs(pairs, padding_id, SIDES[:1]), "chosen_only": True}
+        else:
+            batch = pad_pairs(pairs, padding_id)
+        return batch | _reference_logps(examples)
+
+    def tokenized(self, example: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The pair as it goes into a batch. Raises `UnusablePair`."""
+        if isinstance(example, Mapping) and "chosen_input_ids" in example:
+            return _checked(example, self.max_length)
+        return tokenize_pair(example, self.tokenizer, max_length=self.max_length, end=self.end)
 
     def _tokenized(self, index: int, example: Mapping[str, Any]) -> Mapping[str, Any]:
         try:
-            if isinstance(example, Mapping) and "chosen_input_ids" in example:
-                return _checked(example, self.max_length)
-            return tokenize_pair(example, self.tokenizer, max_length=self.max_length, end=self.end)
+            return self.tokenized(example)
         except UnusablePair as unusable:
             raise ValueError(f"Pair {index} of the batch cannot be used: {unusable}.") from unusable
 
@@ -373,10 +392,30 @@ def _checked(pair: Mapping[str, Any], max_length: int | None) -> Mapping[str, An
     return pair
 
 
-def pad_pairs(pairs: Sequence[Mapping[str, Any]], padding_id: int) -> dict[str, Tensor]:
-    """The padded batch of tokenised pairs."""
-    ids = [pair[f"{side}_input_ids"] for side in SIDES for pair in pairs]
-    labels = [pair[f"{side}_labels"] for side in SIDES for pair in pairs]
+def _chosen_alone(pair: Mapping[str, Any]) -> dict[str, Any]:
+    """The pair with nothing of its rejected side but the prompt that it shares."""
+    ids, labels = list(pair["chosen_input_ids"]), list(pair["chosen_labels"])
+    prompt = next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)
+    return {
+        "chosen_input_ids": ids,
+        "chosen_labels": labels,
+        "rejected_input_ids": ids[:prompt],
+        "rejected_labels": [IGNORE_INDEX] * prompt,
+    }
+
+
+def _reference_logps(examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """What a reference model gave the answers, where every example says it."""
+    if not all(column in example for column in REFERENCE for example in examples):
+        return {}
+    values = [float(example[column]) for column in REFERENCE for example in examples]
+    return {"reference_logps": torch.tensor(values, dtype=torch.float64)}
+
+
+def pad_pairs(pairs: Sequence[Mapping[str, Any]], padding_id: int, sides: Sequence[str] = SIDES) -> dict[str, Any]:
+    """The padded batch of tokenised pairs, or of one of their sides."""
+    ids = [pair[f"{side}_input_ids"] for side in sides for pair in pairs]
+    labels = [pair[f"{side}_labels"] for side in sides for pair in pairs]
     return {
         "input_ids": _pad(ids, padding_id),
         "attention_mask": _pad([[1] * len(row) for row in ids], 0),

@@ -1,11 +1,11 @@
-"""ORPO in `transformers.Trainer`: raw preference pairs go in, no logits are made.
+"""ORPO, SFT, DPO, SimPO and CPO in `transformers.Trainer`: raw preference pairs go in, no logits are made.
 
     collator = PreferenceCollator(tokenizer, max_length=1024)
-    trainer = ORPOTrainer(model, args, data_collator=collator, train_dataset=pairs, eval_dataset=held_out)
+    trainer = PreferenceTrainer(model, args, data_collator=collator, train_dataset=pairs, method="dpo")
     trainer.train()
 
 A subclass and no `compute_loss_func`: that function is given what the model's forward returns, so the logits would have
-been made by then. `ORPOLossMixin` is all that this trainer and the one for TRL (`orpo_kernels.trl`) have in common.
+been made by then. `PreferenceLossMixin` is all that these trainers and the one for TRL (`orpo_kernels.trl`) share.
 
 **Gradient accumulation and several processes** are exact: the means run over all tokens and all pairs of the optimizer
 step, as if it were one large batch. (A mean of the micro-batches' means weighs a token of a short batch more.) The
@@ -16,8 +16,11 @@ over the micro-batches is taken.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -28,42 +31,48 @@ from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer
 
-from .. import ORPOOutput
+from .. import PreferenceOutput
+from ..methods import Method, all_options, method_named
 from ..objective import denominators
+from ..sparsity import Sparsity, measured_sparsity
 from .body import router_loss_coef, unwrap, wants_router_loss
-from .causal_lm import CausalLMORPOOutput, batch_rows, causal_lm_orpo_loss
-from .collator import PreferenceCollator
+from .causal_lm import CausalLMPreferenceOutput, batch_rows, causal_lm_preference_loss
+from .collator import REFERENCE, PreferenceCollator
 from .lm_head import resolve_lm_head
+from .reference import ReferencedPairs, has_reference, reference_logps
 from .sharing import refuses_shared_prompt
 
 _FROM_THE_STEP = ("nll_denominator", "pair_denominator")
-_OF_THE_ROWS = ("prompt_nll", "nll_reduction", "ignore_index")  # options of the loss that decide what counts
+_OF_THE_ANSWERS = ("schedule", "memory_budget", "backend", "ignore_index")  # options without gradient as well
 
 
-class ORPOLossMixin:
+class PreferenceLossMixin:
     """The fused loss inside a `Trainer`. Put it in front of the trainer's class, and give `loss_inputs`.
 
     Attributes:
-        loss_options: what `causal_lm_orpo_loss` is called with beside the batch: beta, alpha, prompt_nll, ...
+        method: what is trained.
+        loss_options: what else `causal_lm_preference_loss` is called with beside the batch: memory_budget, ...
         loss_is_scaled_for_ga: the Trainer's own switch. True: the means run over the whole optimizer step. False: over
             each micro-batch, and the Trainer takes the mean of those.
     """
 
     loss_is_scaled_for_ga: bool | None = True
-    loss_options: dict[str, Any]
+    method: Method
+    loss_options: Mapping[str, Any] = MappingProxyType({})
     args: Any
     accelerator: Any
     model: Any
     current_gradient_accumulation_steps: int
     _compile_options: dict[str, Any] | None = None
+    _sparsity: Sparsity | None = None
 
     def loss_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """What `causal_lm_orpo_loss` takes of a batch: input_ids, and attention_mask and labels, or packed."""
+        """What `causal_lm_preference_loss` takes of a batch: input_ids, attention_mask and labels, or packed, ..."""
         raise NotImplementedError
 
-    def orpo_step(
+    def loss_step(
         self, model: nn.Module, inputs: dict[str, Any], step_counts: Tensor | None = None
-    ) -> tuple[Tensor, ORPOOutput]:
+    ) -> tuple[Tensor, PreferenceOutput]:
         """Run the model on one micro-batch: its loss, to be called `backward` on as it is, and what it was made of.
 
         Args:
@@ -72,8 +81,8 @@ class ORPOLossMixin:
             step_counts: what `_get_num_items_in_batch` gave for the optimizer step; None to average over `inputs`.
 
         Returns:
-            The 0-d loss, with the router's if the model has one; and the `ORPOOutput`, whose `nll_loss` is the mean
-            over `inputs` in any case.
+            The 0-d loss, with the router's if the model has one; and the `PreferenceOutput`, whose `nll_loss` is the
+            mean over `inputs` in any case.
         """
         inner = self.accelerator.unwrap_model(model)
         self._compile_body(inner)
@@ -87,13 +96,21 @@ class ORPOLossMixin:
         if wants_router_loss(unwrap(inner)):
             options["router_aux_loss_coef"] = router_loss_coef(unwrap(inner)) / (micro_batches * averaged)
 
-        def loss_of(**inputs: Any) -> CausalLMORPOOutput:
-            with self.accelerator.autocast():
-                return causal_lm_orpo_loss(inner, **inputs, **options)
+        def loss_of(**inputs: Any) -> CausalLMPreferenceOutput:
+            with self.accelerator.autocast(), measured_sparsity(self._sparsity) as self._sparsity:
+                return causal_lm_preference_loss(inner, **inputs, method=self.method, **options)
 
         out = run_inside(model, inner, loss_of, inputs)
         own_nll = out.nll_loss * (counts[0] / own_counts[0].clamp(min=1)).to(out.nll_loss.dtype)
         return out.loss * averaged, out._replace(nll_loss=own_nll)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """With `sparse_eps`, also what it left out since the last time, in this process."""
+        if "loss" in logs and self._sparsity is not None and self._sparsity.shares:
+            logs["sparse/active_share"] = self._sparsity.active_share
+            logs["sparse/dropped_mass"] = self._sparsity.dropped_mass.mean().item()
+            self._sparsity = None
+        super().log(logs, start_time)  # type: ignore[misc]
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         """(2,) float64: NLL weight and valid pairs of the optimizer step; None where each micro-batch has its own mean.
@@ -109,14 +126,19 @@ class ORPOLossMixin:
 
     def _counts(self, inputs: dict[str, Any]) -> Tensor:
         """(2,) float64: what the two means of the loss divide by. Nothing is read on the host."""
-        options = {name: self.loss_options[name] for name in _OF_THE_ROWS if name in self.loss_options}
-        return torch.stack(denominators(batch_rows(**inputs, **options), None, None))
+        batch = {name: value for name, value in inputs.items() if name != "reference_logps"}
+        ignored = {name: value for name, value in self.loss_options.items() if name == "ignore_index"}
+        rows = batch_rows(
+            **batch, **ignored, prompt_nll=self.method.prompt_nll, nll_reduction=self.method.nll_reduction
+        )
+        return torch.stack(denominators(rows, None, None))
 
     def _check_setup(self) -> None:
         """Refuse, before the first step, what the loss would bypass."""
         if self.args.label_smoothing_factor:
             raise ValueError(
-                f"label_smoothing_factor is {self.args.label_smoothing_factor}, but ORPO has no label smoothing; set 0."
+                f"label_smoothing_factor is {self.args.label_smoothing_factor}, but the loss has no label smoothing; "
+                "set 0."
             )
         if self.args.n_gpu > 1:
             raise ValueError(
@@ -155,26 +177,40 @@ class ORPOLossMixin:
             body.forward = torch.compile(body.forward, **self._compile_options)
 
 
-class ORPOTrainer(ORPOLossMixin, Trainer):
-    """`transformers.Trainer` with the ORPO loss.
+class PreferenceTrainer(PreferenceLossMixin, Trainer):
+    """`transformers.Trainer` with the loss of a preference-tuning method (`orpo_kernels.methods`).
 
     Args, beside those of `Trainer` (all of it by keyword but `model` and `args`):
         data_collator: a `PreferenceCollator`, or anything that makes the same batches. With `packing="auto"`, its
-            default, prompts are shared if the model allows it (`refuses_shared_prompt`).
+            default, prompts are shared if the model allows it (`refuses_shared_prompt`). SFT leaves the rejected
+            answers out of the batches that it trains on.
         train_dataset, eval_dataset: raw examples (prompt, chosen, rejected), or pairs that `tokenize_pair` made. Of a
             `datasets.Dataset`, other columns are left out; `remove_unused_columns=False` keeps them.
-        beta: weight of the odds ratio.
-        loss_options: what else `causal_lm_orpo_loss` takes: alpha, prompt_nll, nll_reduction, memory_budget, ...
+        method: "orpo", "sft", "dpo", "simpo" or "cpo".
+        beta: the strength of the preference, by default the method's own.
+        loss_options: the method's other options (alpha, prompt_nll, nll_reduction, gamma), and what else
+            `causal_lm_preference_loss` takes: schedule, memory_budget, backend, ...
+        ref_model: DPO's reference; by default the model as it is given here, of a `peft` model without its adapters.
         compute_metrics: `preference_metrics` by default. Another one gets `predictions` (pairs, 9), the columns being
             `METRICS`, NaN where a pair has an empty answer, and `label_ids` (pairs), 0 for those pairs.
 
     Logs, in training and as `eval_...` in evaluation: rewards/chosen, rewards/rejected, rewards/accuracies,
-    rewards/margins, logps/chosen, logps/rejected, log_odds_ratio, log_odds_chosen and nll_loss, under TRL's names.
+    rewards/margins, logps/chosen, logps/rejected, log_odds_ratio, log_odds_chosen and nll_loss, under TRL's names and
+    as TRL defines them for the method; SFT, which trains without rejected answers, only nll_loss in training.
 
-    Raises `ValueError` or `TypeError` for a missing collator, for options that are not the caller's, and for a model or
-    a parallel setup that the loss cannot serve.
+    **DPO's reference** is run once over the datasets, here in the constructor, in batches of
+    `per_device_eval_batch_size`, and its log-probabilities are kept in `output_dir/reference_logps`, under a hash of
+    the model and of the tokens. Pairs that have the columns ref_chosen_logps and ref_rejected_logps keep theirs; a
+    stream has to have them.
+
+    `reference_seconds` is what it took, or what reading it took.
+
+    Raises `ValueError` or `TypeError` for a missing collator, for options that are not the caller's or not the
+    method's, and for a model or a parallel setup that the loss cannot serve.
     """
 
+    train_dataset: Any
+    eval_dataset: Any
     _signature_columns: Any
 
     def __init__(
@@ -183,8 +219,10 @@ class ORPOTrainer(ORPOLossMixin, Trainer):
         args: Any = None,
         *,
         data_collator: Callable[[list], dict[str, Any]] | None = None,
-        beta: float = 0.1,
+        method: str = "orpo",
+        beta: float | None = None,
         loss_options: Mapping[str, Any] | None = None,
+        ref_model: nn.Module | None = None,
         **options: Any,
     ):
         if data_collator is None:
@@ -193,8 +231,12 @@ class ORPOTrainer(ORPOLossMixin, Trainer):
                 "PreferenceCollator(tokenizer, max_length=...)."
             )
         if options.get("compute_loss_func") is not None:
-            raise ValueError("compute_loss_func would replace the ORPO loss; use transformers.Trainer for another one.")
-        self.loss_options = {"beta": beta, **_checked_options(loss_options or {})}
+            raise ValueError(
+                "compute_loss_func would replace the method's loss; use transformers.Trainer for another one."
+            )
+        self.method, self.loss_options = _method_and_options(method, beta, loss_options or {})
+        self.ref_model = ref_model
+        self.reference_seconds = 0.0
         self._sums: Tensor | None = None
         options.setdefault("compute_metrics", preference_metrics)
         super().__init__(model, args, data_collator=data_collator, **options)
@@ -203,6 +245,35 @@ class ORPOTrainer(ORPOLossMixin, Trainer):
         if isinstance(data_collator, PreferenceCollator) and data_collator.packing == "auto":
             packing: Any = "padded" if refuses_shared_prompt(self.model) else "shared"
             self.data_collator = replace(data_collator, packing=packing)
+        if self.method.needs_reference:
+            self.train_dataset = self._with_reference(self.train_dataset)
+            self.eval_dataset = self._with_reference(self.eval_dataset)
+
+    def _with_reference(self, pairs: Any) -> Any:
+        """The pairs with the reference's log-probabilities, if they do not have them."""
+        if isinstance(pairs, dict):
+            return {name: self._with_reference(part) for name, part in pairs.items()}
+        if pairs is None or has_reference(pairs) or not isinstance(self.data_collator, PreferenceCollator):
+            return pairs  # a batch without them is refused by the loss
+        model = self.model if self.ref_model is None else self.ref_model.to(self.args.device)
+        if self.ref_model is None and self.state.global_step and not hasattr(model, "disable_adapter"):
+            raise ValueError(
+                "The model has been trained, and with that DPO's reference is gone: its log-probabilities of these "
+                "pairs cannot be computed any more. Give them as eval_dataset to the trainer, or give it a ref_model."
+            )
+        began = time.perf_counter()
+        logps = reference_logps(
+            model,
+            pairs,
+            self.data_collator,
+            self.accelerator,
+            folder=Path(self.args.output_dir),
+            batch_size=self.args.per_device_eval_batch_size,
+            show_progress=not self.args.disable_tqdm,
+            **{name: value for name, value in self.loss_options.items() if name in _OF_THE_ANSWERS},
+        )
+        self.reference_seconds += time.perf_counter() - began
+        return ReferencedPairs(pairs, logps)
 
     def loss_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         return dict(batch)
@@ -214,7 +285,7 @@ class ORPOTrainer(ORPOLossMixin, Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        loss, out = self.orpo_step(model, self.loss_inputs(inputs), num_items_in_batch)
+        loss, out = self.loss_step(model, self.loss_inputs(inputs), num_items_in_batch)
         self._record(out, self._counts(inputs)[0])
         return (loss, out) if return_outputs else loss
 
@@ -227,20 +298,20 @@ class ORPOTrainer(ORPOLossMixin, Trainer):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Loss, metrics (B, 9) in place of logits, and which pairs are valid (B,) in place of labels."""
         with torch.no_grad():
-            loss, out = self.orpo_step(model, self.loss_inputs(self._prepare_inputs(inputs)))
+            loss, out = self.loss_step(model, self.loss_inputs(self._prepare_inputs(inputs)))
         if prediction_loss_only:
             return loss, None, None
         nll = out.nll_loss.expand(len(out.valid_pairs), 1)
-        return loss, torch.cat((pair_metrics(out, self.loss_options["beta"]), nll), 1), out.valid_pairs.long()
+        return loss, torch.cat((pair_metrics(out), nll), 1), out.valid_pairs.long()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs.update(self._recorded())
         super().log(logs, start_time)
 
-    def _record(self, out: ORPOOutput, nll_count: Tensor) -> None:
+    def _record(self, out: PreferenceOutput, nll_count: Tensor) -> None:
         """Add to the sums that the next log divides: so many metrics, valid pairs, NLL and its tokens. No host read."""
-        metrics = pair_metrics(out, self.loss_options["beta"]).double()
+        metrics = pair_metrics(out).double()
         rest = torch.stack((out.valid_pairs.sum(), out.nll_loss * nll_count, nll_count))
         sums = torch.cat((metrics.nansum(0), rest))
         self._sums = sums if self._sums is None else self._sums + sums
@@ -254,8 +325,19 @@ class ORPOTrainer(ORPOLossMixin, Trainer):
         means = {name: metric / pairs for name, metric in zip(PAIR_METRICS, metrics, strict=True) if pairs}
         return means | ({"nll_loss": nll / nll_count} if nll_count else {})
 
-    def _get_dataloader(self, *args: Any, **options: Any) -> Any:
-        loader = super()._get_dataloader(*args, **options)
+    def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **options: Any) -> Any:
+        if self.method.needs_reference:
+            dataset = self._with_reference(dataset)
+        if self.accelerator.num_processes == 1 and self.accelerator.dispatch_batches is None:
+            # Of a stream, Accelerate would cut all tensors to as many rows as the first of them has.
+            self.accelerator.dataloader_config.dispatch_batches = False
+        collator = self.data_collator
+        if is_training and not self.method.is_preference and isinstance(collator, PreferenceCollator):
+            self.data_collator = replace(collator, answers="chosen")
+        try:
+            loader = super()._get_dataloader(dataset, *args, is_training=is_training, **options)
+        finally:
+            self.data_collator = collator
         if isinstance(loader, DataLoaderDispatcher) and self.accelerator.num_processes > 1:
             raise ValueError(
                 "The main process would collate the batches and slice them for the others, which tears the pairs "
@@ -267,18 +349,28 @@ class ORPOTrainer(ORPOLossMixin, Trainer):
         """The columns that are kept are those the collator reads, not the arguments of the model's forward."""
         if self._signature_columns is None:
             tokenised = [f"{side}_{part}" for side in ("chosen", "rejected") for part in ("input_ids", "labels")]
-            self._signature_columns = ["prompt", "chosen", "rejected", *tokenised]
+            self._signature_columns = ["prompt", "chosen", "rejected", *tokenised, *REFERENCE]
 
 
-def _checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    for name in _FROM_THE_STEP:
-        if name in options:
+class ORPOTrainer(PreferenceTrainer):
+    """`PreferenceTrainer` with `method="orpo"`."""
+
+    def __init__(self, model: Any = None, args: Any = None, **options: Any):
+        super().__init__(model, args, method="orpo", **options)
+
+
+def _method_and_options(name: str, beta: float | None, options: Mapping[str, Any]) -> tuple[Method, dict[str, Any]]:
+    """The method with those of the options that are a method's, and the rest."""
+    for option in _FROM_THE_STEP:
+        if option in options:
             raise ValueError(
-                f"loss_options has {name}, which the trainer counts for every optimizer step; leave it out."
+                f"loss_options has {option}, which the trainer counts for every optimizer step; leave it out."
             )
     if "beta" in options:
         raise ValueError("loss_options has beta, which is an argument of its own; give beta=... to the trainer.")
-    return dict(options)
+    of_methods = all_options()
+    method = method_named(name, beta=beta, **{key: value for key, value in options.items() if key in of_methods})
+    return method, {key: value for key, value in options.items() if key not in of_methods}
 
 
 # --- metrics -------------------------------------------------------------------------------------------------------
@@ -296,13 +388,13 @@ PAIR_METRICS = (
 METRICS = (*PAIR_METRICS, "nll_loss")
 
 
-def pair_metrics(out: ORPOOutput, beta: float) -> Tensor:
+def pair_metrics(out: PreferenceOutput) -> Tensor:
     """(B, 8) fp32: `PAIR_METRICS` of every pair, as TRL defines them; NaN for a pair with an empty answer."""
-    chosen, rejected = beta * out.chosen_logps, beta * out.rejected_logps
+    chosen, rejected = out.chosen_rewards, out.rejected_rewards
     values = {
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
-        "rewards/accuracies": (chosen > rejected).to(chosen.dtype),
+        "rewards/accuracies": out.preferred.to(chosen.dtype),
         "rewards/margins": chosen - rejected,
         "logps/rejected": out.rejected_logps,
         "logps/chosen": out.chosen_logps,

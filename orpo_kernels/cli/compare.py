@@ -1,0 +1,66 @@
+"""`orpo-kernels compare MODEL DATA`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from ..finetuning.settings import CompareSettings
+from .console import Output
+from .flags import command
+
+if TYPE_CHECKING:
+    from ..finetuning.comparison import Outcome
+
+
+@command(CompareSettings)
+def compare(settings: CompareSettings, output: Output) -> None:
+    """Train by SFT, ORPO, DPO, SimPO and CPO: the same model, pairs and steps, side by side.
+
+        orpo-kernels compare HuggingFaceTB/SmolLM2-135M-Instruct pairs.jsonl --max-steps 100
+
+    The flags are those of `train`; each method has its own default options. A comparison that was stopped goes on with
+    --resume, and more methods can be added so.
+    """
+    with output.waiting("Loading torch and transformers …"):
+        from ..finetuning.comparison import compare
+    outcomes = compare(settings, output.console)
+    plot = str(settings.output / "compare.png")
+    record = {"outcomes": [dataclasses.asdict(outcome) for outcome in outcomes], "plot": plot}
+    output.result(record, _table(outcomes), f"Plot: {plot}")
+
+
+def _table(outcomes: list[Outcome]) -> Any:
+    from rich.table import Table
+
+    table = Table(title="Held-out pairs (with 95 % intervals), and what training cost")
+    columns = (
+        "method",
+        "prefers the chosen",
+        "log-odds",
+        "NLL of the chosen",
+        "forward\npasses a pair",
+        "tokens\na step",
+    )
+    for column in (*columns, "s a step", "reference, s", "peak GiB"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for outcome in outcomes:
+        cells = [
+            _interval(outcome.accuracy, "{:.1%}"),
+            _interval(outcome.log_odds, "{:+.3f}"),
+            _interval(outcome.nll, "{:.3f}"),
+        ]
+        if outcome.steps:
+            cells += [
+                str(outcome.forward_passes),
+                f"{outcome.tokens_per_step:.0f}",
+                f"{outcome.seconds_per_step:.2f}",
+                f"{outcome.reference_seconds:.1f}" if outcome.reference_seconds else "",
+                f"{outcome.peak_memory_bytes / 2**30:.2f}",
+            ]
+        table.add_row(outcome.method, *cells)
+    return table
+
+
+def _interval(value: dict[str, float], form: str) -> str:
+    return f"{form.format(value['value'])}\n({form.format(value['low'])} to {form.format(value['high'])})"

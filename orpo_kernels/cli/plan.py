@@ -1,0 +1,204 @@
+"""`orpo-kernels plan MODEL`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..errors import UserError
+from ..finetuning.settings import setting
+from .console import Output
+from .flags import command
+
+if TYPE_CHECKING:
+    from ..costs import Case, Cost
+    from ..gpus import GPU
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """What is to be trained where."""
+
+    model: str = setting(
+        help="A folder, a config.json, a name on the Hugging Face hub, or a bare head HxV as in 4096x128256.",
+        argument=True,
+    )
+    batch: int = setting(8, "Pairs in a micro-batch.")
+    length: int = setting(1024, "Tokens of a sequence, prompt and answer.")
+    share: float = setting(
+        1.0, "Share of the 2 x batch x length positions that matter: no padding, no prompts of rejected answers."
+    )
+    gpu: str = setting("H100", "A100 80GB, H100, H200, B200, MI300X, or the size of a memory as in 24GB.")
+    lora: bool = setting(False, "Adapters are trained and the head is frozen; else all weights are trained.")
+    dtype: Literal["bfloat16", "float16", "float32"] = setting("bfloat16", "Of weights and hidden states.")
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "length"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} is {getattr(self, name)}, but has to be at least 1.")
+        if not 0 < self.share <= 1:
+            raise UserError(f"--share is {self.share:g}, but has to be more than 0 and at most 1.")
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the plan needs of a model; 0 parameters where only its head is known."""
+
+    hidden_size: int
+    vocab_size: int
+    bias: bool = False
+    softcap: bool = False
+    parameters: int = 0
+
+
+@command(PlanSettings)
+def plan(settings: PlanSettings, output: Output) -> None:
+    """Say what head and loss cost: FLOP and bytes of every schedule and of every other implementation.
+
+    Nothing is downloaded but the model's configuration, and nothing is run. Bytes are those that the code allocates,
+    ours and the others' (benchmarks.memory counts them); times are bounds from the GPU's data sheet, which nobody
+    reaches.
+
+        orpo-kernels plan HuggingFaceTB/SmolLM2-135M-Instruct --batch 8 --length 1024 --gpu A100
+
+        orpo-kernels plan 4096x128256 --gpu 24GB --lora
+    """
+    import torch
+
+    from .. import costs
+    from ..gpus import gpu_named
+
+    model = _model(settings.model)
+    try:
+        gpu = gpu_named(settings.gpu)
+    except ValueError as error:
+        raise UserError(f"--gpu {error}") from error
+    dtype = getattr(torch, settings.dtype)
+    case = costs.Case(
+        hidden_size=model.hidden_size,
+        vocab_size=model.vocab_size,
+        sequences=2 * settings.batch,
+        length=settings.length,
+        rows=max(1, round(settings.share * 2 * settings.batch * settings.length)),
+        dtype=dtype,
+        trained=not settings.lora,
+        bias=model.bias,
+        softcap=model.softcap,
+    )
+    state = costs.training_state_bytes(model.parameters, 0 if settings.lora else model.parameters, dtype)
+    # A cost has the gradient of the head's weight in it, which the state of a whole model has as well.
+    own = case.gradient_bytes - case.hidden_bytes if model.parameters else -case.weight_bytes
+    left = gpu.memory - state - case.hidden_bytes + own
+    ours = costs.ours(case, budget=max(1, min(gpu.memory // 16, left)))
+    everyone = [*ours, *costs.peers(case)]
+    record = {
+        "model": settings.model,
+        **{name: value for name, value in asdict(case).items() if name != "dtype"},
+        "dtype": settings.dtype,
+        "gpu": asdict(gpu),
+        "parameters": model.parameters,
+        "training_state_bytes": state,
+        "left_bytes": left,
+        "recommended": ours[0].name.removeprefix("ours, "),
+        "why": ours[0].plan.reason if ours[0].plan else "",
+        "costs": [_record(cost, gpu, left) for cost in everyone],
+    }
+    output.result(record, _table(settings, case, gpu, everyone, left), *_sentences(model, gpu, state, left, ours))
+
+
+def _record(cost: Cost, gpu: GPU, left: int) -> dict[str, Any]:
+    return {
+        "name": cost.name,
+        "gemms": cost.gemms,
+        "flops": cost.flops,
+        "bytes": cost.bytes,
+        "fits": cost.bytes <= left,
+        "seconds_at_least": cost.flops / gpu.flops if gpu.flops else None,
+        "note": cost.note,
+    }
+
+
+def _table(settings: PlanSettings, case: Case, gpu: GPU, everyone: list[Cost], left: int) -> Any:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    head = "frozen" if settings.lora else "trained"
+    table = Table(
+        title=f"Head and loss of {settings.model}: H = {case.hidden_size}, V = {case.vocab_size}, {settings.dtype}, "
+        f"{head}\n{settings.batch} pairs x {settings.length} tokens, {case.rows} of {case.positions} positions matter",
+        box=SIMPLE_HEAD,
+    )
+    for column in ("loss", "GEMMs", "TFLOP", "GiB", "fits", "ms at least", "note"):
+        table.add_column(column, justify="left" if column in ("loss", "note") else "right", overflow="fold")
+    for index, cost in enumerate(everyone):
+        fits = Text("yes", "green") if cost.bytes <= left else Text("no", "red")
+        least = f"{1e3 * cost.flops / gpu.flops:.3g}" if gpu.flops else "?"
+        cells: list[Any] = [
+            cost.name,
+            str(cost.gemms),
+            f"{cost.flops / 1e12:.3g}",
+            f"{cost.bytes / GIB:.3f}",
+            fits,
+            least,
+        ]
+        last_of_ours = cost.name.startswith("ours") and not everyone[index + 1].name.startswith("ours")
+        table.add_row(*cells, cost.note, style="bold" if index == 0 else None, end_section=last_of_ours)
+    table.caption = (
+        "GiB: the peak beside hidden states and weight, with their gradients. ms: an estimate at the data sheet's peak"
+    )
+    return table
+
+
+def _sentences(model: Model, gpu: GPU, state: int, left: int, ours: list[Cost]) -> list[str]:
+    from ..planning import format_bytes
+
+    said = []
+    if model.parameters:
+        said.append(
+            f"{model.parameters / 1e9:.3g} billion parameters: weights, gradients and AdamW take {format_bytes(state)} "
+            f"of {gpu.name}'s {format_bytes(gpu.memory)}."
+        )
+    if left <= 0:
+        said.append("That leaves nothing for a loss: use --lora, a larger GPU, or several of them.")
+        return said
+    said.append(f"{format_bytes(left)} are left for activations and the loss.")
+    best, other, _ = ours
+    assert best.plan is not None
+    assert other.plan is not None
+    said.append(f"Recommended, and what the loss takes by itself: {best.plan.explain()}")
+    if other.gemms < best.gemms and other.bytes <= left:
+        said.append(
+            f"If the activations leave {format_bytes(other.bytes)}, memory_budget={other.plan.peak_bytes} makes it "
+            f"{other.plan.schedule}: {other.gemms} GEMMs."
+        )
+    return said
+
+
+def _model(text: str) -> Model:
+    """From the configuration; parameters are counted on tensors without data."""
+    hidden_size, _, vocab_size = text.partition("x")
+    if hidden_size.isdecimal() and vocab_size.isdecimal() and int(hidden_size) and int(vocab_size):
+        return Model(int(hidden_size), int(vocab_size))
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from ..transformers.lm_head import logit_transform
+
+    try:
+        config = AutoConfig.from_pretrained(text)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        head = model.get_output_embeddings()
+        vocab_size, hidden_size = head.weight.shape
+    except Exception as error:  # of many kinds: not there, no such architecture, no head
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise UserError(
+            f"{text} is no configuration of a causal language model that can be read, neither a folder nor a file nor "
+            f"on the hub, and no head of the form HxV (as in 4096x128256): {reason}."
+        ) from error
+    _, softcap = logit_transform(config.get_text_config(decoder=True))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Model(hidden_size, vocab_size, head.bias is not None, softcap is not None, parameters)

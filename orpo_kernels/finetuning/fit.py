@@ -1,0 +1,230 @@
+"""One run: a model, preference pairs, and a folder that holds all of it, so that it can be killed and resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+from rich.console import Console
+from transformers import PrinterCallback, TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback, is_tensorboard_available
+
+from ..errors import UserError
+from ..methods import method_named
+from ..transformers import PreferenceCollator
+from ..transformers.trainer import PreferenceTrainer
+from . import plots
+from .folder import RunFolder, step_of, whole_folder, write_whole
+from .progress import ProgressBar, Recorder
+from .settings import TrainSettings
+from .setup import compute_dtype, load_model, load_split, load_tokenizer, with_adapters
+
+EVALUATIONS, CHECKPOINTS = 4, 10  # in a run, by default
+WARMUP = 0.1  # of the steps; the learning rate rises and then falls to 0, both linearly
+KEPT_CHECKPOINTS = 2  # so that one is complete while another is written
+MAY_CHANGE = ("output", "resume", "save_every")  # when a run goes on
+
+
+def fit(settings: TrainSettings, console: Console, *, save_model: bool = True) -> dict[str, Any]:
+    """Train as the settings say, into `settings.output`; with `resume`, from where a run there was stopped.
+
+    The result does not depend on how often the run was stopped. What was recognised, and a bar, go to `console`.
+
+    Returns:
+        The summary, which `summary.json` has too: what was trained on what, steps, seconds of training, tokens a
+        second, peak memory, `before` and `after` (the last evaluations on the held-out pairs; None without such).
+
+    Raises `UserError` for what cannot be trained, and for a folder that holds another run.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("This trains in one process, on one GPU; start it without torchrun or accelerate launch.")
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    folder = RunFolder(settings.output)
+    _check_is_ours(folder, settings)
+    if (summary := folder.finished()) is not None:
+        console.print(f"The run in {settings.output} is finished already.", markup=False)
+        folder.clean()
+        return summary
+
+    checkpoint = folder.latest_checkpoint()
+    folder.rewind(step_of(checkpoint) if checkpoint else -1)
+    if checkpoint:
+        console.print(f"Going on behind step {step_of(checkpoint)}.")
+    tokenizer = load_tokenizer(settings.model)
+    pairs, training, held_out = load_split(settings, tokenizer, console)
+    recorder = Recorder(folder)
+    trainer = _trainer(settings, folder, tokenizer, training, held_out, [recorder, *_tensorboard(folder)])
+    # From here on the folder holds a run. (What cannot even begin does not stand in the way of the next try.)
+    write_whole(folder.settings, yaml.safe_dump(_plain(settings), sort_keys=False, allow_unicode=True))
+    problems = pairs.preferences.problems
+    write_whole(folder.problems, "".join(json.dumps(dataclasses.asdict(problem)) + "\n" for problem in problems))
+    with ProgressBar(console, recorder, trainer.args.max_steps) as bar:
+        trainer.add_callback(bar)
+        _run(trainer, folder, checkpoint)
+    if save_model:
+        _save(trainer.model, tokenizer, folder, settings.merge)
+    plots.curves(folder.metrics.read(), folder.evaluations.read(), folder.curves)
+    counts = {"pairs": len(training), "held_out": len(held_out), "problems": len(problems)}
+    summary = _summary(settings, folder, counts) | {"reference_seconds": round(trainer.reference_seconds, 3)}
+    write_whole(folder.summary, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    folder.clean()
+    return summary
+
+
+# --- the folder ----------------------------------------------------------------------------------------------------
+
+
+def _check_is_ours(folder: RunFolder, settings: TrainSettings) -> None:
+    """Refuse a folder that holds another run, or one that nobody asked to resume, or what is no run's."""
+    if not folder.settings.exists():
+        if foreign := folder.results():
+            raise UserError(f"{folder.path} holds {foreign[0].name}, but no run of this kind: choose another --output.")
+        return
+    if not settings.resume:
+        raise UserError(f"{folder.path} holds a run already: go on with it (--resume), or choose another --output.")
+    ours, theirs = _plain(settings), yaml.safe_load(folder.settings.read_text(encoding="utf-8"))
+    for name in sorted(ours.keys() | theirs.keys()):
+        if name not in MAY_CHANGE and ours.get(name) != theirs.get(name):
+            raise UserError(
+                f"The run in {folder.path} has {name} {theirs.get(name)}, but now it is {ours.get(name)}: go on with "
+                f"what it was started with (--config {folder.settings}), or choose another --output."
+            )
+
+
+def _plain(settings: TrainSettings) -> dict[str, Any]:
+    """What a configuration file takes."""
+    values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(TrainSettings)}
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in values.items()
+        if value is not None and name != "resume"
+    }
+
+
+def _save(model: Any, tokenizer: Any, folder: RunFolder, merge: bool) -> None:
+    results = {folder.model: lambda: model} | ({folder.merged: lambda: model.merge_and_unload()} if merge else {})
+    for place, result in results.items():
+        with whole_folder(place) as scratch:
+            result().save_pretrained(scratch)
+            tokenizer.save_pretrained(scratch)
+
+
+def _summary(settings: TrainSettings, folder: RunFolder, counts: dict[str, int]) -> dict[str, Any]:
+    steps, evaluations = folder.metrics.read(), folder.evaluations.read()
+    seconds, tokens = (sum(step[name] for step in steps) for name in ("seconds", "tokens"))
+    return {
+        "model": settings.model,
+        "data": settings.data,
+        "method": settings.method,
+        "beta": method_named(settings.method, beta=settings.beta).beta,
+        "lr": settings.peak_lr,
+        **counts,
+        "steps": len(steps),
+        "seconds": round(seconds, 3),
+        "tokens_per_second": round(tokens / seconds, 1),
+        "peak_memory_bytes": max(step["memory_bytes"] for step in steps),
+        "before": evaluations[0] if evaluations else None,
+        "after": evaluations[-1] if evaluations else None,
+        "output": str(folder.path),
+    }
+
+
+# --- the trainer ---------------------------------------------------------------------------------------------------
+
+
+def _trainer(
+    settings: TrainSettings, folder: RunFolder, tokenizer: Any, training: list, held_out: list, callbacks: list
+) -> PreferenceTrainer:
+    dtype = compute_dtype(settings.dtype)
+    set_seed(settings.seed)
+    # Weights that are trained stay float32, or steps as small as a fine-tune's would round to nothing.
+    model = load_model(settings.model, dtype if settings.lora else torch.float32)
+    if settings.lora:
+        model = with_adapters(model, settings.lora_rank)
+    loss_options: dict[str, Any] = settings.method_options()
+    if settings.sparse_eps is not None:
+        loss_options["sparse_eps"] = settings.sparse_eps
+    try:
+        trainer = PreferenceTrainer(
+            model,
+            _arguments(settings, folder, len(training), bool(held_out)),
+            data_collator=PreferenceCollator(tokenizer, max_length=settings.max_length, packing=settings.packing),
+            train_dataset=training,
+            eval_dataset=held_out or None,
+            method=settings.method,
+            beta=settings.beta,
+            loss_options=loss_options,
+            callbacks=callbacks,
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{settings.model} cannot be trained so. {error}") from error
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _arguments(settings: TrainSettings, folder: RunFolder, pairs: int, has_held_out: bool) -> TrainingArguments:
+    # transformers means to rename it, and warns whenever it is given.
+    checkpointing = {"gradient_checkpointing": True} if settings.gradient_checkpointing else {}
+    steps = settings.max_steps or settings.epochs * ceil(ceil(pairs / settings.batch_size) / settings.grad_accum)
+    return TrainingArguments(
+        output_dir=str(folder.checkpoints),
+        max_steps=steps,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.grad_accum,
+        learning_rate=settings.peak_lr,
+        lr_scheduler_type="linear",
+        warmup_steps=int(WARMUP * steps),  # with any, the first step has a learning rate of 0
+        weight_decay=0.0,
+        bf16=compute_dtype(settings.dtype) is torch.bfloat16,
+        seed=settings.seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="all",
+        eval_strategy="steps" if has_held_out else "no",
+        eval_steps=settings.eval_every or ceil(steps / EVALUATIONS),
+        save_strategy="steps",
+        save_steps=settings.save_every or ceil(steps / CHECKPOINTS),
+        save_total_limit=KEPT_CHECKPOINTS,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=not torch.accelerator.is_available(),
+        dataloader_pin_memory=torch.accelerator.is_available(),
+        **checkpointing,
+    )
+
+
+def _tensorboard(folder: RunFolder) -> list[Any]:
+    if not is_tensorboard_available():
+        return []
+    from torch.utils.tensorboard import SummaryWriter
+
+    return [TensorBoardCallback(SummaryWriter(str(folder.tensorboard)))]
+
+
+def _run(trainer: PreferenceTrainer, folder: RunFolder, checkpoint: Path | None) -> None:
+    """Train, and evaluate before and behind it; what a checkpoint has seen of this is not done again."""
+    evaluates = trainer.eval_dataset is not None
+    try:
+        if evaluates and not folder.evaluations.read():
+            trainer.evaluate()
+        if checkpoint is not None and step_of(checkpoint) == trainer.args.max_steps:  # `train` would do one step more
+            trainer._load_from_checkpoint(str(checkpoint))
+            trainer.state.global_step = trainer.args.max_steps
+        else:
+            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        if evaluates and folder.evaluations.read()[-1]["step"] < trainer.state.global_step:
+            trainer.evaluate()
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "The GPU's memory is full: halve --batch-size and double --grad-accum, which is the same training, or give "
+            "--gradient-checkpointing, --lora, or a smaller --max-length."
+        ) from error

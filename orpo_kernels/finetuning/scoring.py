@@ -1,0 +1,107 @@
+"""How a model rates preference pairs, and how sure that is: intervals by the bootstrap over pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..transformers import PreferenceCollator, TokenizedPair, causal_lm_orpo_loss, refuses_shared_prompt
+from ..transformers.packing import IGNORE_INDEX
+
+RESAMPLES = 2000
+COVERED = 0.95
+METRICS = ("accuracy", "margin", "log_odds", "chosen_perplexity", "rejected_perplexity")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of n pairs, float64 arrays (n). Log-probabilities are means over the answer's tokens, in nats.
+
+    log_odds: those of the chosen answer minus those of the rejected one.
+    chosen_tokens, rejected_tokens: how many tokens the means are over.
+    """
+
+    chosen_logps: np.ndarray
+    rejected_logps: np.ndarray
+    log_odds: np.ndarray
+    chosen_tokens: np.ndarray
+    rejected_tokens: np.ndarray
+
+    @property
+    def margins(self) -> np.ndarray:
+        return self.chosen_logps - self.rejected_logps
+
+    def metrics(self, which: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """`METRICS`, of all pairs, or of the pairs at the indices `which` (..., m): then arrays (...).
+
+        accuracy: the share of pairs whose chosen answer has the higher mean log-probability.
+        margin, log_odds: means over pairs.
+        perplexities: of all tokens of one side's answers together.
+        """
+        take = np.arange(len(self.log_odds)) if which is None else which
+        return {
+            "accuracy": (self.margins > 0)[take].mean(-1),
+            "margin": self.margins[take].mean(-1),
+            "log_odds": self.log_odds[take].mean(-1),
+            "chosen_perplexity": _perplexity(self.chosen_logps[take], self.chosen_tokens[take]),
+            "rejected_perplexity": _perplexity(self.rejected_logps[take], self.rejected_tokens[take]),
+        }
+
+
+def _perplexity(logps: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    return np.exp(-(logps * tokens).sum(-1) / tokens.sum(-1))
+
+
+@torch.no_grad()
+def score(
+    model: Any,
+    tokenizer: Any,
+    pairs: Sequence[TokenizedPair],
+    batch_size: int,
+    on_batch: Callable[[int], None] = lambda pairs: None,
+) -> Scores:
+    """Score the pairs in their order; `on_batch` is told how many more are done. One pass, no gradient."""
+    model.eval()
+    packing: Any = "padded" if refuses_shared_prompt(model) else "shared"
+    collate = PreferenceCollator(tokenizer, packing=packing)
+    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i]["chosen_input_ids"]))  # similar lengths: less padding
+    values = np.empty((3, len(pairs)))
+    for start in range(0, len(order), batch_size):
+        chunk = order[start : start + batch_size]
+        batch = {name: value.to(model.device) for name, value in collate([pairs[i] for i in chunk]).items()}
+        out = causal_lm_orpo_loss(model, **batch, prompt_nll=False)
+        stacked = torch.stack([out.chosen_logps.double(), out.rejected_logps.double(), out.log_odds.double()])
+        values[:, chunk] = stacked.cpu().numpy()
+        on_batch(len(chunk))
+    chosen, rejected, log_odds = values
+    return Scores(chosen, rejected, log_odds, _tokens(pairs, "chosen"), _tokens(pairs, "rejected"))
+
+
+def _tokens(pairs: Sequence[Any], side: str) -> np.ndarray:
+    counts = [sum(label != IGNORE_INDEX for label in pair[f"{side}_labels"][1:]) for pair in pairs]
+    return np.array(counts, dtype=np.float64)
+
+
+def intervals(scores: Scores, against: Scores | None = None, seed: int = 0) -> dict[str, dict[str, float]]:
+    """Each metric's value, and the low and high end of its interval.
+
+    The percentile bootstrap (Efron and Tibshirani 1993, ch. 13): pairs are drawn anew with replacement. With `against`,
+    the metrics are differences to that model's on the same pairs, which are drawn together.
+    """
+    pairs = len(scores.log_odds)
+    which = np.random.default_rng(seed).integers(pairs, size=(RESAMPLES, pairs))
+    value, drawn = scores.metrics(), scores.metrics(which)
+    if against is not None:
+        base, base_drawn = against.metrics(), against.metrics(which)
+        value = {name: value[name] - base[name] for name in METRICS}
+        drawn = {name: drawn[name] - base_drawn[name] for name in METRICS}
+    ends = 100 * (1 - COVERED) / 2
+    result = {}
+    for name in METRICS:
+        low, high = np.percentile(drawn[name], [ends, 100 - ends])
+        result[name] = {"value": float(value[name]), "low": float(low), "high": float(high)}
+    return result

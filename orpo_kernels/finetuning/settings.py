@@ -1,0 +1,222 @@
+"""The settings of a run. Their fields are the flags of the command line, and the lines of a configuration file."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from ..errors import UserError
+
+Method = Literal["orpo", "sft", "dpo", "simpo", "cpo"]
+DType = Literal["auto", "float32", "fp32", "bfloat16", "bf16"]
+Packing = Literal["auto", "shared", "padded"]
+DataLayout = Literal["auto", "text", "chat", "conversation", "transcript"]
+
+
+def setting(default: Any = dataclasses.MISSING, help: str = "", **options: Any) -> Any:
+    """A field with its help text. `argument=True`: given by its place. Other options are those of `typer.Option`."""
+    return dataclasses.field(default=default, metadata={"help": help, **options})
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Which model, which pairs, and how they become tokens.
+
+    Raises `UserError` for values that cannot work.
+    """
+
+    model: str = setting(help="A folder (of a model, an adapter or a run), or a name on the hub.", argument=True)
+    data: str = setting(help="A .jsonl, .json, .parquet or .csv file, or the name of a data set.", argument=True)
+    split: str = setting("train", "Which split of a data set to take.", rich_help_panel="Data")
+    layout: DataLayout = setting(
+        "auto",
+        "How the rows write a pair. auto: recognised, row by row. chat: makes a message of a prompt that is a string.",
+        rich_help_panel="Data",
+    )
+    columns: str = setting(
+        "",
+        "Which columns to read, where they are not recognised: prompt=...,chosen=...,rejected=...,system=...",
+        metavar="FIELD=COLUMN,...",
+        rich_help_panel="Data",
+    )
+    max_length: int = setting(1024, "Tokens of prompt and answer; longer ones are cut.", rich_help_panel="Data")
+    dtype: DType = setting("auto", "Of the computation. auto: bfloat16 on a GPU that has it, else float32.")
+
+    def __post_init__(self) -> None:
+        _at_least(self, 2, "max_length")
+        self.column_names()
+
+    def column_names(self) -> dict[str, str]:
+        """`columns` as a mapping of field to column."""
+        parts = [part.partition("=") for part in self.columns.split(",") if part.strip()]
+        if not all(field.strip() and column.strip() for field, _, column in parts):
+            raise UserError(f"--columns is {self.columns!r}; write it like prompt=question,chosen=good,rejected=bad.")
+        return {field.strip(): column.strip() for field, _, column in parts}
+
+
+@dataclass(frozen=True)
+class TrainSettings(DataSettings):
+    """How to train."""
+
+    output: Path = setting(Path("runs/train"), "The run folder.", metavar="FOLDER")
+    resume: bool = setting(False, "Go on with the run in the run folder, if there is one.")
+    method: Method = setting("orpo", "The loss.", rich_help_panel="Loss")
+    beta: float | None = setting(
+        None,
+        "Strength of the preference (ORPO's lambda). By default the method's own: 0.1, of simpo 2.",
+        metavar="FLOAT",
+        rich_help_panel="Loss",
+    )
+    gamma: float | None = setting(None, "SimPO's margin. By default 1.", metavar="FLOAT", rich_help_panel="Loss")
+    prompt_nll: bool | None = setting(
+        None,
+        "Whether the NLL covers the prompt as well. By default it does for orpo alone, as in TRL.",
+        rich_help_panel="Loss",
+        both=True,
+    )
+    sparse_eps: float | None = setting(
+        None,
+        "Leave out probabilities below this in the backward pass, which is an approximation.",
+        metavar="FLOAT",
+        rich_help_panel="Loss",
+    )
+    lr: float | None = setting(None, "Peak learning rate. By default 1e-5, with --lora 1e-4.", metavar="FLOAT")
+    epochs: int = setting(1, "Passes over the training pairs.")
+    max_steps: int | None = setting(None, "Stop after so many optimizer steps.", metavar="INTEGER")
+    batch_size: int = setting(8, "Pairs in a micro-batch.")
+    grad_accum: int = setting(1, "Micro-batches in an optimizer step.")
+    eval_split: str = setting(
+        "0.1", "What to hold out: a share, a number of pairs (0: none), another split of the data set, or a file."
+    )
+    eval_every: int | None = setting(None, "Evaluate every so many steps. By default four times.", metavar="INTEGER")
+    save_every: int | None = setting(
+        None, "Write a checkpoint every so many steps. By default ten times.", metavar="INTEGER"
+    )
+    lora: bool = setting(False, "Train low-rank adapters of the linear layers, not the weights.")
+    lora_rank: int = setting(16, "Rank of the adapters.")
+    merge: bool = setting(False, "With --lora: save the model with the adapters merged as well.")
+    gradient_checkpointing: bool = setting(False, "Hold few activations, compute them twice.")
+    packing: Packing = setting("auto", "Whether both answers share one prompt. auto: if the model allows it.")
+    seed: int = setting(0, "Of the split, the order of the pairs, and the adapters.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, 1, "epochs", "max_steps", "batch_size", "grad_accum", "eval_every", "save_every", "lora_rank")
+        _at_least(self, 0, "beta", "seed")
+        if self.lr is not None and not self.lr > 0:
+            raise UserError(f"--lr is {self.lr}, but has to be above 0.")
+        if self.sparse_eps is not None and not 0 < self.sparse_eps < 1:
+            raise UserError(f"--sparse-eps is {self.sparse_eps}, but has to be between 0 and 1, like 2e-4.")
+        if self.merge and not self.lora:
+            raise UserError("--merge is for adapters; give --lora as well, or leave it out.")
+
+        self.method_options()
+
+    def method_options(self) -> dict[str, float | bool]:
+        """What is set of the method's own options, beside beta."""
+        options = {"gamma": self.gamma, "prompt_nll": self.prompt_nll}
+        given = {name: value for name, value in options.items() if value is not None}
+        if "gamma" in given and self.method != "simpo":
+            raise UserError(
+                f"--gamma is SimPO's, but the method is {self.method}; leave it out, or give --method simpo."
+            )
+        return given
+
+    @property
+    def peak_lr(self) -> float:
+        return self.lr or (1e-4 if self.lora else 1e-5)
+
+
+@dataclass(frozen=True)
+class EvaluateSettings(DataSettings):
+    """What to evaluate."""
+
+    against: str = setting("", "Another model, such as the one before training, to be compared with.", metavar="MODEL")
+    eval_split: str = setting(
+        "", "Only the pairs that `train` holds out with this --eval-split and --seed. By default, all.", metavar="TEXT"
+    )
+    seed: int = setting(0, "Of the split, and of the intervals.")
+    batch_size: int = setting(8, "Pairs in a batch.")
+    output: Path = setting(Path("runs/evaluate"), "Where figures, values and histogram go.", metavar="FOLDER")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, 1, "batch_size")
+        _at_least(self, 0, "seed")
+
+
+@dataclass(frozen=True)
+class SweepSettings(TrainSettings):
+    """What to try; all else as in training."""
+
+    beta: float = 0.1  # given by `betas`, and no flag
+    output: Path = setting(Path("runs/sweep"), "The folder of the runs.", metavar="FOLDER")
+    resume: bool = setting(False, "Go on with the sweep in the folder, if there is one.")
+    betas: str = setting("0,0.05,0.1,0.3,1", "Lambdas to try, with commas.", metavar="FLOATS")
+    lrs: str = setting("", "Learning rates to try, with commas. By default --lr alone.", metavar="FLOATS")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.beta_values(), self.lr_values()
+        if self.eval_split.strip("0.") == "":
+            raise UserError("Runs are compared by the held-out pairs, but --eval-split holds out none: give 0.1 or so.")
+
+    def beta_values(self) -> list[float]:
+        return _numbers("--betas", self.betas, least=0)
+
+    def lr_values(self) -> list[float]:
+        return _numbers("--lrs", self.lrs, least=1e-30) if self.lrs else [self.peak_lr]
+
+
+@dataclass(frozen=True)
+class CompareSettings(TrainSettings):
+    """Which methods; all else as in training, and the same for each of them."""
+
+    method: Method = "orpo"  # given by `methods`, and no flag, as is what only one of them has
+    beta: float | None = None
+    gamma: float | None = None
+    prompt_nll: bool | None = None
+    output: Path = setting(Path("runs/compare"), "The folder of the runs.", metavar="FOLDER")
+    resume: bool = setting(False, "Go on with the comparison in the folder, if there is one.")
+    methods: str = setting("sft,orpo,dpo,simpo,cpo", "Methods to compare, with commas.", metavar="NAMES")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.method_names()
+
+    def method_names(self) -> list[Method]:
+        names = [name.strip() for name in self.methods.split(",")]
+        if unknown := [name for name in names if name not in get_args(Method)]:
+            raise UserError(f"--methods has {unknown[0]!r}, but the methods are {', '.join(get_args(Method))}.")
+        return list(dict.fromkeys(names))  # type: ignore[arg-type]
+
+
+def train_arguments(settings: TrainSettings) -> list[str]:
+    """What to type behind `orpo-kernels` to train so."""
+    words = ["train", settings.model, settings.data]
+    for field in dataclasses.fields(TrainSettings):
+        value = getattr(settings, field.name)
+        if field.name in ("model", "data", "output") or value == field.default:
+            continue
+        flag = f"--{field.name.replace('_', '-')}"
+        words += ([flag] if value else [f"--no-{flag[2:]}"]) if isinstance(value, bool) else [flag, f"{value}"]
+    return [*words, "--output", f"{settings.output}"]
+
+
+def _numbers(flag: str, text: str, least: float) -> list[float]:
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or not all(least <= value < float("inf") for value in values):
+        raise UserError(f"{flag} is {text!r}; write numbers of at least {least:g} with commas, like 0.05,0.1,0.3.")
+    return list(dict.fromkeys(values))
+
+
+def _at_least(settings: Any, least: float, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not value >= least:  # NaN is not
+            raise UserError(f"--{name.replace('_', '-')} is {value}, but has to be at least {least}.")

@@ -1,0 +1,227 @@
+"""Preference-tuning methods as functions of the answers' log-probabilities: ORPO, SFT, DPO, SimPO and CPO.
+
+With log p(y) = sum_t log p(y_t | x, y_<t) the log-probability of an answer, |y| its tokens, y+ the chosen and y- the
+rejected answer, s = sigmoid, every one of them is
+
+    loss = alpha * NLL(y+) + the mean over pairs of `pair_losses`
+
+    method   alpha   pair loss                                                                   answers of the NLL
+    sft      1       none                                                                        y+
+    orpo     1       -beta log s(zeta(y+) - zeta(y-)),  zeta the log-odds of log p(y) / |y|      x and y+ (TRL)
+    dpo      0       -log s(beta (log p(y+) / p_ref(y+) - log p(y-) / p_ref(y-)))                y+
+    simpo    0       -log s(beta (log p(y+) / |y+| - log p(y-) / |y-|) - gamma)                  y+
+    cpo      1       -log s(beta (log p(y+) - log p(y-)))                                        y+
+
+`preference_loss_from_rows` runs a method on hidden states, `orpo_kernels.transformers.causal_lm_preference_loss` on a
+model, and `orpo_kernels.transformers.trainer.PreferenceTrainer` in training. `method_named` finds one by its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .objective import LARGEST_LOGP
+
+
+class Answers(NamedTuple):
+    """The answers of B pairs, the chosen ones first."""
+
+    logps: Tensor  # (2B,) float64, log p(y) in nats, summed over the answer's tokens; 0 for an empty answer
+    tokens: Tensor  # (2B,) float64, |y|
+
+    @property
+    def mean_logps(self) -> Tensor:
+        """(2B,) float64, log p(y) / |y|."""
+        return self.logps / self.tokens.clamp(min=1)
+
+    @property
+    def valid_pairs(self) -> Tensor:
+        """(B,) bool: neither answer is empty."""
+        return (self.tokens.view(2, -1) > 0).all(0)
+
+    @property
+    def log_odds(self) -> Tensor:
+        """(B,) float64: zeta(y+) - zeta(y-); 0 for a pair that is not valid."""
+        return _margins(zeta(torch.where(self.valid_pairs.repeat(2), self.mean_logps, -1.0)))
+
+
+def zeta(mean_logps: Tensor) -> Tensor:
+    """log p / (1 - p) of length-averaged log-probabilities, in float64. A p that rounds to 1 even there is bounded."""
+    a = mean_logps.double().clamp(max=LARGEST_LOGP)
+    return a - torch.log(-torch.expm1(a))
+
+
+@dataclass(frozen=True)
+class Method:
+    """What all methods have in common.
+
+    Attributes:
+        beta: the strength of the preference; the paper's lambda for ORPO.
+        alpha: the weight of the NLL of the chosen sequence.
+        prompt_nll: whether that NLL covers the prompt as well.
+        nll_reduction: "token", the mean over all its tokens, or "sequence", the mean over each sequence first.
+        length_averaged: whether the method looks at log p(y) / |y| instead of log p(y). Logged log-probabilities and
+            rewards are of that kind.
+        needs_reference: whether it compares with a reference model.
+        is_preference: whether it looks at the rejected answer at all.
+    """
+
+    beta: float = 0.1
+    alpha: float = 0.0
+    prompt_nll: bool = False
+    nll_reduction: str = "token"
+
+    name: ClassVar[str]
+    length_averaged: ClassVar[bool] = False
+    needs_reference: ClassVar[bool] = False
+    is_preference: ClassVar[bool] = True
+
+    @property
+    def forward_passes(self) -> int:
+        """Sequences that run forward for each pair that is trained on, the reference's included."""
+        return (2 if self.is_preference else 1) + (2 if self.needs_reference else 0)
+
+    def scores(self, answers: Answers) -> Tensor:
+        """(2B,) the log-probabilities that the method looks at."""
+        return answers.mean_logps if self.length_averaged else answers.logps
+
+    def gains(self, scores: Tensor, reference: Tensor | None = None) -> Tensor:
+        """(2B,) the scores, or for a method with a reference their difference to its. TRL's rewards are beta times it.
+
+        Raises `ValueError` where a reference is needed and there is none.
+        """
+        if not self.needs_reference:
+            return scores
+        if reference is None:
+            raise ValueError(
+                f"{self.name.upper()} needs the reference model's log-probabilities of the answers, reference_logps "
+                "(2B,), and there are none; PreferenceTrainer computes them before training."
+            )
+        return scores - reference
+
+    def pair_losses(self, scores: Tensor, reference: Tensor | None = None) -> Tensor:
+        """(B,) the loss of each pair, from the scores (2B,) of its answers, the chosen ones first. Differentiable."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class SFT(Method):
+    """Supervised fine-tuning on the chosen answers: TRL's `SFTTrainer` on prompt-completion data. No pair loss.
+
+    Its rewards are the length-averaged log-probabilities, so that its preference accuracy compares with the others'.
+    """
+
+    beta: float = 1.0
+    alpha: float = 1.0
+
+    name: ClassVar[str] = "sft"
+    length_averaged: ClassVar[bool] = True
+    is_preference: ClassVar[bool] = False
+
+    def pair_losses(self, scores: Tensor, reference: Tensor | None = None) -> Tensor:
+        return torch.zeros_like(_margins(scores))
+
+
+@dataclass(frozen=True)
+class ORPO(Method):
+    """Odds ratio preference optimization (arXiv 2403.07691, eq. 6 and 7): TRL's `ORPOTrainer`.
+
+    `orpo_loss` is this in one fused function, right for answers of any confidence; `pair_losses` is for looking at it.
+    """
+
+    alpha: float = 1.0
+    prompt_nll: bool = True
+
+    name: ClassVar[str] = "orpo"
+    length_averaged: ClassVar[bool] = True
+
+    def pair_losses(self, scores: Tensor, reference: Tensor | None = None) -> Tensor:
+        return -self.beta * F.logsigmoid(_margins(zeta(scores)))
+
+
+@dataclass(frozen=True)
+class DPO(Method):
+    """Direct preference optimization (Rafailov et al. 2023, arXiv 2305.18290, eq. 7): TRL's `loss_type="sigmoid"`.
+
+    With `alpha` it is DPO with the NLL of the chosen answer added (RPO, arXiv 2404.19733, with a mean over tokens).
+    """
+
+    name: ClassVar[str] = "dpo"
+    needs_reference: ClassVar[bool] = True
+
+    def pair_losses(self, scores: Tensor, reference: Tensor | None = None) -> Tensor:
+        return -F.logsigmoid(self.beta * _margins(self.gains(scores, reference)))
+
+
+@dataclass(frozen=True)
+class SimPO(Method):
+    """Simple preference optimization (Meng, Xia, Chen 2024, arXiv 2405.14734, eq. 6): TRL's `loss_type="simpo"`.
+
+    The defaults are the paper's for a base model: beta 2, gamma / beta = 0.5. (TRL has beta 0.1, gamma 0.5 and, unlike
+    the paper, cpo_alpha 1: here `alpha`.)
+
+    Attributes:
+        gamma: the margin that the rewards are to have.
+    """
+
+    beta: float = 2.0
+    gamma: float = 1.0
+
+    name: ClassVar[str] = "simpo"
+    length_averaged: ClassVar[bool] = True
+
+    def pair_losses(self, scores: Tensor, reference: Tensor | None = None) -> Tensor:
+        return -F.logsigmoid(self.beta * _margins(scores) - self.gamma)
+
+
+@dataclass(frozen=True)
+class CPO(Method):
+    """Contrastive preference optimization (Xu et al. 2024, arXiv 2401.08417, eq. 3 to 5): TRL's `CPOTrainer`."""
+
+    alpha: float = 1.0
+
+    name: ClassVar[str] = "cpo"
+
+    def pair_losses(self, scores: Tensor, reference: Tensor | None = None) -> Tensor:
+        return -F.logsigmoid(self.beta * _margins(self.gains(scores, reference)))
+
+
+METHODS: dict[str, type[Method]] = {method.name: method for method in (SFT, ORPO, DPO, SimPO, CPO)}
+
+
+def method_named(name: str, **options: Any) -> Method:
+    """The method of that name, with its own defaults for options that are not given or None.
+
+    Raises:
+        ValueError: there is no such method, or it has no such option.
+    """
+    if name not in METHODS:
+        raise ValueError(f"There is no method {name!r}; the methods are {', '.join(METHODS)}.")
+    known = options_of(METHODS[name])
+    options = {option: value for option, value in options.items() if value is not None}
+    for option in options:
+        if option not in known:
+            raise ValueError(f"The method {name} has no option {option}; it has {', '.join(known)}.")
+    return METHODS[name](**options)
+
+
+def options_of(method: type[Method]) -> list[str]:
+    """The names of a method's options."""
+    return [field.name for field in fields(method)]
+
+
+def all_options(methods: Iterable[type[Method]] = METHODS.values()) -> set[str]:
+    """The names of the options that any of the methods has."""
+    return {name for method in methods for name in options_of(method)}
+
+
+def _margins(values: Tensor) -> Tensor:
+    """(B,) chosen less rejected of (2B,)."""
+    chosen, rejected = values.view(2, -1)
+    return chosen - rejected

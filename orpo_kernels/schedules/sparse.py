@@ -1,0 +1,250 @@
+"""One GEMM and a share of the others: the backward pass of the columns that matter, and of the rest its tail (opt-in).
+
+A trained language model gives nearly all of its probability to few tokens. With eps, and p_tj the probability of token
+j at row t, a column is *active* for a block of rows if one of their p_tj exceeds eps, or if it is one of their targets.
+The block's residual r (see `ops.torch_ops`) keeps its active columns and, for all others, what Cut Cross Entropy (arXiv
+2411.09009) drops, it keeps the tail: how much was left out of each row, spread as the block spreads it on average,
+
+    r_tj ~ amount_t * profile_j                 profile_j = sum_t p_tj / (the largest of them), 0 where j is active
+
+so that each row sums to zero as before, and
+
+    residual @ W        ~ entries @ W[active] + amount * (profile @ W)
+    (c residual).T @ h  ~ scattered entries.T @ (c h), + profile * (amount @ (c h))
+
+The forward pass takes the first, which needs no coefficient c; for a trained lm-head it keeps the entries. The profiles
+of all blocks are one small product with the weight. A chunk with a block whose active columns are too many to be worth
+it goes dense as a whole: exact, its residual kept like in `resident`, or made again like in `recompute` once what is
+kept has used up the budget. Which columns are active is read on the host.
+
+What is dropped is at most eps in each p_tj. Of a confident row, where all p_tj but the target's are small, it is at
+most eps / LEAST_WEIGHT of the residual itself: its coefficient may be large (a confident rejected answer).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..gemm import COLUMN_MULTIPLE, WeightSlices, even_chunks, matmul_into
+from ..planning import DENSE_SHARE, FACTOR_SLICE, SPARSE_BLOCK_ROWS
+from ..projection import Projection
+from ..sparsity import record_block
+from .resident import bias_gradient
+
+if TYPE_CHECKING:
+    from . import Gradients
+
+LEAST_WEIGHT = 2.0**-4  # of a row, beside the probability of the others
+
+
+class Block(NamedTuple):
+    """The residual of some rows, B of them.
+
+    Attributes:
+        columns: (A,) int64, ascending, the active ones; None: all, and no tail.
+        entries: (B, A) or (B, V), the residual there; None: to be made again, from
+        lse_others: (B,) float64, or None.
+        amount: (B,) and profile: (V,), the tail, or None.
+    """
+
+    columns: Tensor | None = None
+    entries: Tensor | None = None
+    lse_others: Tensor | None = None
+    amount: Tensor | None = None
+    profile: Tensor | None = None
+
+    @property
+    def num_rows(self) -> int:
+        return next(t.shape[0] for t in (self.entries, self.lse_others, self.amount) if t is not None)
+
+    def without_residual(self) -> Block:
+        """What a frozen lm-head still needs of it once its product is taken: the tail."""
+        return self if self.columns is None else self._replace(columns=None, entries=None)
+
+
+def forward(p: Projection) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    log_odds = p.empty_stats()
+    u = p.weight.new_empty(p.num_rows, p.weight.shape[1], dtype=p.plan.gemm_dtype) if p.plan.needs_hidden else None
+    weight, buffer = p.weight_slices(), p.logits_buffer()
+    # The active rows of the weight, block after block in the same memory: fresh pages would cost more than the copy.
+    workspace = p.weight.new_empty(int(DENSE_SHARE * p.vocab_size), p.weight.shape[1], dtype=p.plan.gemm_dtype)
+    blocks: list[Block] = []
+    room = p.plan.budget if p.plan.needs_head else 0
+    for rows in p.row_chunks():
+        residual = buffer[: rows.stop - rows.start]
+        log_odds[rows], target_logit = p.residual_and_target_logit(rows, weight, residual)
+        chunk = sparse_blocks(p, rows, residual, log_odds[rows])
+        if chunk is None:
+            record_block(1.0, torch.zeros_like(log_odds[rows]))
+            has_room = residual.nbytes <= room
+            chunk = [Block(entries=residual) if has_room else Block(lse_others=target_logit - log_odds[rows])]
+            if has_room:
+                buffer = p.logits_buffer()  # the old one is the block's now
+        if u is not None:
+            multiply(p, chunk, residual, weight, workspace, out=u[rows])
+        if not p.plan.needs_head:
+            chunk = [block.without_residual() for block in chunk]
+        room -= sum(block.entries.nbytes for block in chunk if block.entries is not None)
+        blocks += chunk
+    if u is not None:
+        add_tails_(u, list(zip(blocks, row_slices(blocks), strict=True)), p, weight)
+    if not p.plan.needs_head:
+        return log_odds, (u,)
+    return log_odds, (u, *(tensor for block in blocks for tensor in block))
+
+
+def multiply(
+    p: Projection, chunk: list[Block], residual: Tensor, weight: WeightSlices, workspace: Tensor, out: Tensor
+) -> None:
+    """residual @ weight of a chunk into `out` (C, H), yet without the tails."""
+    for block, rows in zip(chunk, row_slices(chunk), strict=True):
+        if block.columns is not None and block.entries is not None:
+            torch.mm(block.entries, p.weight_rows(block.columns, workspace), out=out[rows])
+        else:
+            for columns, w in weight:
+                matmul_into(out[rows], residual[rows, columns], w, accumulate=columns.start > 0)
+
+
+def backward(p: Projection, kept: tuple[Tensor | None, ...], coefficient: Tensor, grads: Gradients) -> None:
+    u, *tensors = kept
+    size = len(Block._fields)
+    blocks = [Block(*tensors[i : i + size]) for i in range(0, len(tensors), size)]
+    coefficient = -p.options.logit_scale * coefficient
+    if grads.hidden is not None:
+        assert u is not None
+        p.add_hidden_gradient_(grads.hidden, u, coefficient)
+    if grads.weight is not None or grads.bias is not None:
+        head_gradients(p, blocks, coefficient, grads)
+
+
+def sparse_blocks(p: Projection, rows: slice, residual: Tensor, log_odds: Tensor) -> list[Block] | None:
+    """The blocks of a chunk, or None where one of them has too many active columns; residual (C, V)."""
+    weight = torch.sigmoid(-log_odds).clamp(min=LEAST_WEIGHT).to(p.sum_dtype)
+    found = []
+    for part in even_chunks(residual.shape[0], SPARSE_BLOCK_ROWS):
+        target = p.target[rows][part]
+        peak, mass = p.ops.column_statistics(residual[part], weight[part])
+        active = ~(peak <= p.plan.sparse_eps) | mass.isnan()
+        active[target] = True
+        columns = active.nonzero().squeeze(1)
+        if columns.shape[0] > DENSE_SHARE * p.vocab_size:
+            return None
+        found.append((part, columns, mass.masked_fill_(active, 0)))
+    return [block_of(p, residual[part], log_odds[part], columns, mass) for part, columns, mass in found]
+
+
+def block_of(p: Projection, residual: Tensor, log_odds: Tensor, columns: Tensor, mass: Tensor) -> Block:
+    """The active columns of a residual (B, V), and its tail, spread as `mass` (V,) is."""
+    entries, sums = p.ops.gather_columns(residual, columns)
+    # What an exact row sums to is 0, but where a soft-cap has put its slopes into the residual.
+    total = 0.0 if p.options.logit_softcap is None else residual.sum(1, dtype=sums.dtype)
+    dropped = total - sums
+    # (Entries rounded to 16 bits may add up to a little more than their row.)
+    record_block(columns.shape[0] / p.vocab_size, dropped.clamp(min=0) * torch.sigmoid(-log_odds))
+    profile = mass / mass.amax().clamp(min=torch.finfo(mass.dtype).tiny)
+    amount = dropped.to(mass.dtype) / profile.sum().clamp(min=1)  # 1 at least, where anything was dropped at all
+    return Block(columns=columns, entries=entries, amount=amount, profile=profile)
+
+
+def add_tails_(u: Tensor, places: list[tuple[Block, slice]], p: Projection, weight: WeightSlices) -> None:
+    """u (R, H) += amount * (profile @ weight) of every block: all of them in one product."""
+    tails = Tails.of(places, p)
+    profiles = tails.profiles.to(u.dtype)
+    mean_rows = u.new_empty(len(profiles), u.shape[1])
+    for columns, w in weight:
+        matmul_into(mean_rows, profiles[:, columns], w, accumulate=columns.start > 0)
+    for rows, amount, mean_row in zip(tails.rows, tails.amounts, mean_rows, strict=True):
+        u[rows].addcmul_(amount[:, None].to(u.dtype), mean_row)
+
+
+def head_gradients(p: Projection, blocks: list[Block], coefficient: Tensor, grads: Gradients) -> None:
+    """The gradients of weight and bias, a slice of the vocabulary at a time: summed in fp32, written once."""
+    places = list(zip(blocks, row_slices(blocks), strict=True))
+    tails = Tails.of(places, p)
+    if grads.weight is not None:
+        x, factor = p.scaled_hidden(coefficient)
+        x = x[:, x.shape[1] - grads.weight.shape[1] :]  # all other columns of the weight are frozen
+        tail_states = tails.row_sums(x)
+    tail_numbers = tails.row_sums(coefficient[:, None])
+    for columns in even_chunks(p.vocab_size, FACTOR_SLICE, COLUMN_MULTIPLE):
+        profiles = tails.profiles[:, columns].t()
+        if grads.weight is not None:
+            out = grads.weight[columns]
+            in_place = out.dtype == p.sum_dtype and not grads.accumulate
+            total = out if in_place else torch.empty_like(out, dtype=p.sum_dtype)
+            torch.mm(profiles, tail_states, out=total)
+        if grads.bias is not None:
+            bias = grads.bias[columns, None].addmm_(profiles, tail_numbers)
+        for block, rows in places:
+            index, residual = residual_within(p, block, rows, columns)
+            if grads.weight is not None:
+                add_rows_(p, total, index, residual.t() @ x[rows])
+            if grads.bias is not None:
+                add_rows_(p, bias, index, bias_gradient(residual, coefficient[rows])[:, None])
+        if grads.weight is not None:
+            if factor is not None:
+                total.mul_(factor)
+            if not in_place:
+                out.add_(total) if grads.accumulate else out.copy_(total)
+
+
+class Tails(NamedTuple):
+    """Those of K blocks: rows (K), amounts (K) of (B,), and profiles (K, V)."""
+
+    rows: list[slice]
+    amounts: list[Tensor]
+    profiles: Tensor
+
+    @classmethod
+    def of(cls, places: list[tuple[Block, slice]], p: Projection) -> Tails:
+        sparse = [(block, rows) for block, rows in places if block.profile is not None]
+        profiles = [block.profile for block, _ in sparse if block.profile is not None]
+        return cls(
+            [rows for _, rows in sparse],
+            [block.amount for block, _ in sparse if block.amount is not None],
+            torch.stack(profiles) if profiles else p.weight.new_empty(0, p.vocab_size, dtype=p.sum_dtype),
+        )
+
+    def row_sums(self, x: Tensor) -> Tensor:
+        """(K, ...) amount @ x (R, ...) of each block, in the dtype of the amounts."""
+        sums = self.profiles.new_empty(len(self.rows), x.shape[1])
+        for i, (rows, amount) in enumerate(zip(self.rows, self.amounts, strict=True)):
+            torch.mv(x[rows].t().to(sums.dtype), amount, out=sums[i])
+        return sums
+
+
+def add_rows_(p: Projection, total: Tensor, index: Tensor | None, rows: Tensor) -> None:
+    """`total[index] += rows`, whose indices are all different; None: all of them."""
+    if index is None:
+        total.add_(rows)
+    else:
+        p.ops.scatter_rows_(total, index, rows, total.new_ones(index.shape[0]))
+
+
+def residual_within(p: Projection, block: Block, rows: slice, columns: slice) -> tuple[Tensor | None, Tensor]:
+    """The residual of a block in a slice of the vocabulary: at which of its columns (None: all), and the entries."""
+    if block.columns is not None:
+        assert block.entries is not None
+        bounds = block.columns.new_tensor([columns.start, columns.stop])
+        first, last = torch.searchsorted(block.columns, bounds).tolist()
+        return block.columns[first:last] - columns.start, block.entries[:, first:last]
+    if block.entries is not None:
+        return None, block.entries[:, columns]
+    assert block.lse_others is not None
+    only = replace(p, position=p.position[rows], target=p.target[rows])
+    x, w = only.hidden_rows(), p.weight[columns].to(p.plan.gemm_dtype)
+    residual = x.new_empty(x.shape[0], w.shape[0])
+    only.residual_slice(x, w, columns, block.lse_others, residual)
+    return None, residual
+
+
+def row_slices(blocks: list[Block], start: int = 0) -> Iterator[slice]:
+    """The rows of each block."""
+    for block in blocks:
+        yield slice(start, start + block.num_rows)
+        start += block.num_rows

@@ -1,0 +1,127 @@
+"""`orpo-kernels compare`, and `train` by the other methods: a tiny random model, each run a process of its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+pytest.importorskip("typer")
+pytest.importorskip("matplotlib")
+
+from orpo_kernels.cli import main
+from orpo_kernels.finetuning import comparison
+from orpo_kernels.finetuning.fit import fit
+from orpo_kernels.finetuning.settings import TrainSettings, train_arguments
+
+from .training import chat_examples, tiny, tokenizer
+
+FAST = ("--batch-size", "2", "--lr", "1e-3", "--eval-split", "4", "--max-length", "64", "--max-steps", "4")
+ALL = ["sft", "orpo", "dpo", "simpo", "cpo"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny(initializer_range=0.02).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in chat_examples(20)))
+    return str(path)
+
+
+@pytest.fixture
+def run(capsys) -> Callable[..., Any]:
+    """A command line with --json in this process; returns what it prints for machines."""
+
+    def run(*arguments: Any, status: int = 0) -> Any:
+        capsys.readouterr()
+        assert main([*map(str, arguments), "--json"]) == status, capsys.readouterr().err
+        return json.loads(capsys.readouterr().out)
+
+    return run
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_train_by_every_method(method, run, model, data, tmp_path):
+    summary = run("train", model, data, "--output", tmp_path / "run", *FAST, "--method", method)
+    assert summary["method"] == method
+    assert summary["beta"] == {"sft": 1.0, "simpo": 2.0}.get(method, 0.1)
+    assert summary["after"]["loss"] < summary["before"]["loss"]
+    assert (summary["reference_seconds"] > 0) == (method == "dpo")
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(steps) == 4
+    assert (steps[0]["log_odds"] is None) == (method == "sft")
+
+
+def test_options_of_another_method_are_refused(run, model, data, tmp_path):
+    said = run("train", model, data, "--output", tmp_path, "--gamma", 1, status=2)
+    assert "--gamma is SimPO's, but the method is orpo" in said["error"]
+    said = run("compare", model, data, "--output", tmp_path, "--methods", "sft,ppo", status=2)
+    assert "--methods has 'ppo', but the methods are orpo, sft" in said["error"]
+
+
+def test_compare_in_one_table_and_one_plot(run, model, data, tmp_path, monkeypatch, capsys):
+    """All methods, in this process; then once more, when everything is there already."""
+    trained: list[str] = []
+
+    def here(settings: TrainSettings) -> dict[str, Any]:
+        trained.append(settings.method)
+        from rich.console import Console
+
+        return fit(settings, Console(stderr=True))
+
+    monkeypatch.setattr(comparison, "_train", here)
+    record = run("compare", model, data, "--output", tmp_path / "c", *FAST)
+    outcomes = {outcome["method"]: outcome for outcome in record["outcomes"]}
+    assert list(outcomes) == ["before", *ALL]
+    assert trained == ALL
+    passes = {name: outcomes[name]["forward_passes"] for name in ALL}
+    assert passes == {"sft": 1, "orpo": 2, "dpo": 4, "simpo": 2, "cpo": 2}
+    assert outcomes["sft"]["tokens_per_step"] < outcomes["orpo"]["tokens_per_step"]
+    assert outcomes["dpo"]["tokens_per_step"] == outcomes["orpo"]["tokens_per_step"]
+    for name in ALL:
+        assert outcomes[name]["steps"] == 4
+        assert outcomes[name]["seconds_per_step"] > 0
+        assert outcomes[name]["accuracy"]["low"] <= outcomes[name]["accuracy"]["value"] <= 1
+        assert outcomes[name]["log_odds"]["value"] != outcomes["before"]["log_odds"]["value"]
+    assert outcomes["sft"]["nll"]["value"] < outcomes["before"]["nll"]["value"]
+    assert Path(record["plot"]).read_bytes().startswith(b"\x89PNG")
+    assert len(json.loads((tmp_path / "c" / "compare.json").read_text())["outcomes"]) == 6
+
+    assert main(["compare", model, data, "--output", str(tmp_path / "c"), *FAST, "--resume"]) == 0
+    assert "NLL of the chosen" in " ".join(capsys.readouterr().out.split())
+    said = run("compare", model, data, "--output", tmp_path / "c", *FAST, status=2)
+    assert "holds a run already" in said["error"]
+
+
+def test_each_run_is_a_process_and_what_fails_in_it_is_said(run, model, data, tmp_path):
+    record = run("compare", model, data, "--output", tmp_path / "c", *FAST, "--methods", "dpo")
+    before, dpo = record["outcomes"]
+    assert (before["method"], dpo["method"]) == ("before", "dpo")
+    assert dpo["peak_memory_bytes"] > 0
+    assert dpo["reference_seconds"] > 0
+    said = run("compare", model, data, "--output", tmp_path / "c", *FAST, "--methods", "dpo", status=2)
+    assert "The run in" in said["error"]
+    assert "holds a run already" in said["error"]
+
+
+def test_the_arguments_of_a_run_say_all_of_it(data, tmp_path):
+    settings = TrainSettings(
+        model="m", data=data, output=tmp_path, method="simpo", gamma=2.0, prompt_nll=False, lora=True
+    )
+    words = train_arguments(settings)
+    assert words[:3] == ["train", "m", data]
+    for expected in (["--method", "simpo"], ["--gamma", "2.0"], ["--no-prompt-nll"], ["--lora"], ["--output"]):
+        assert all(word in words for word in expected)
+    assert "--beta" not in words

@@ -1,0 +1,317 @@
+"""SFT, DPO, SimPO and CPO: the definitions in float64, and TRL's own trainers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from orpo_kernels import preference_loss_from_rows, reference, rows_from_labels
+from orpo_kernels.methods import CPO, DPO, METHODS, ORPO, SFT, Method, SimPO, method_named
+
+LENGTH, SIZE, VOCAB = 7, 12, 41
+each_method = pytest.mark.parametrize("name", METHODS)
+
+
+def by_logits(
+    hidden: Tensor, weight: Tensor, labels: Tensor, method: Method, ref: Tensor, low_rank: Tensor | None = None
+) -> Tensor:
+    """The loss as a paper writes it, on logits in the dtype given; at least one token in every answer."""
+    weight = weight if low_rank is None else torch.cat((weight, low_rank), 1)
+    logps = (hidden @ weight.T).log_softmax(-1)
+    mask = labels != -100
+    token = torch.where(mask, logps.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1), 0)
+    chosen, rejected = token.sum(1).chunk(2)
+    chosen_mean, rejected_mean = (token.sum(1) / mask.sum(1)).chunk(2)
+    ref_chosen, ref_rejected = ref.to(hidden.dtype).chunk(2)
+    pairs = len(chosen)
+    nll = -token[:pairs].sum() / mask[:pairs].sum()
+    if isinstance(method, SFT):
+        return nll
+    if isinstance(method, ORPO):
+        return reference.orpo_loss(hidden, weight, labels, beta=method.beta, alpha=method.alpha).loss
+    margin = {
+        DPO: lambda: method.beta * ((chosen - ref_chosen) - (rejected - ref_rejected)),
+        SimPO: lambda: method.beta * (chosen_mean - rejected_mean) - method.gamma,
+        CPO: lambda: method.beta * (chosen - rejected),
+    }[type(method)]()
+    return method.alpha * nll - F.logsigmoid(margin).mean()
+
+
+def make(pairs: int = 3, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Hidden states, weight, labels of ragged answers of at least one token, and a reference."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(2 * pairs, LENGTH, SIZE, generator=generator, dtype=torch.float64).to(dtype)
+    weight = torch.randn(VOCAB, SIZE, generator=generator, dtype=torch.float64).to(dtype)
+    begin = torch.randint(0, 3, (2 * pairs, 1), generator=generator)
+    end = torch.randint(4, 8, (2 * pairs, 1), generator=generator)
+    place = torch.arange(LENGTH)
+    labels = torch.randint(VOCAB, (2 * pairs, LENGTH), generator=generator)
+    labels = labels.masked_fill((place < begin) | (place >= end), -100)
+    return hidden, weight, labels, -10 * torch.rand(2 * pairs, generator=generator, dtype=torch.float64)
+
+
+def ours(hidden: Tensor, weight: Tensor, labels: Tensor, method: Method, ref: Tensor, **options: Any) -> Any:
+    rows = rows_from_labels(labels, nll_reduction=method.nll_reduction)
+    return preference_loss_from_rows(hidden.flatten(0, 1), weight, rows, method, reference_logps=ref, **options)
+
+
+# --- the definitions -----------------------------------------------------------------------------------------------
+
+
+@each_method
+@pytest.mark.parametrize("schedule", ["auto", "recompute"])
+@given(pairs=st.integers(1, 4), seed=st.integers(0, 99), alpha=st.sampled_from([0.0, 0.5, 1.0]))
+def test_loss_and_gradients_are_the_definition(name, schedule, pairs, seed, alpha):
+    method = method_named(name, alpha=1.0 if name == "sft" else alpha)
+    hidden, weight, labels, ref = make(pairs, seed=seed)
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    loss, true = ours(*leaves, labels, method, ref, schedule=schedule).loss, by_logits(*leaves, labels, method, ref)
+    torch.testing.assert_close(loss, true, rtol=1e-10, atol=1e-12)
+    for mine, other in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(true, leaves), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-8, atol=1e-12)
+
+
+@each_method
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_errors_are_at_most_twice_those_of_plain_torch(name, dtype):
+    """Of the gradients, in the same dtype; measured against float64 on the same rounded inputs."""
+    method = method_named(name)
+    hidden, weight, labels, ref = make(8, dtype)
+
+    def gradients(function: Any, *tensors: Tensor) -> Tensor:
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        out = function(*leaves, labels, method, ref)
+        return torch.cat([g.double().flatten() for g in torch.autograd.grad(getattr(out, "loss", out), leaves)])
+
+    true = gradients(by_logits, hidden.double(), weight.double())
+    error, plain = (float((gradients(f, hidden, weight) - true).norm() / true.norm()) for f in (ours, by_logits))
+    assert error <= 2 * plain + 1e-7
+
+
+@each_method
+def test_pair_losses_are_what_the_loss_averages(name):
+    """The method's own function of the scores, and the fused loss (ORPO's above all)."""
+    method = method_named(name, alpha=0.0)
+    hidden, weight, labels, ref = make()
+    out = ours(hidden, weight, labels, method, ref)
+    scores = torch.cat((out.chosen_logps, out.rejected_logps))
+    torch.testing.assert_close(out.loss, method.pair_losses(scores, ref).mean(), rtol=1e-9, atol=1e-12)
+    gains, rewards = method.gains(scores, ref), torch.cat((out.chosen_rewards, out.rejected_rewards))
+    torch.testing.assert_close(rewards, method.beta * gains, rtol=1e-9, atol=1e-12)
+    assert out.preferred.tolist() == (gains[:3] > gains[3:]).tolist()
+    without = ours(hidden, weight, labels, replace(method, beta=0.0), ref)
+    assert without.preferred.tolist() == out.preferred.tolist()
+
+
+@each_method
+def test_log_odds_are_the_same_number_for_every_method(name):
+    hidden, weight, labels, ref = make()
+    expected = reference.orpo_loss(hidden, weight, labels).log_odds
+    torch.testing.assert_close(ours(hidden, weight, labels, method_named(name), ref).log_odds, expected)
+
+
+@each_method
+def test_low_rank_columns_alone_get_a_gradient(name):
+    hidden, weight, labels, ref = make()
+    low_rank = torch.randn(VOCAB, 3, dtype=torch.float64, requires_grad=True)
+    longer = torch.cat((hidden, torch.randn(*hidden.shape[:2], 3, dtype=torch.float64)), -1)
+    method = method_named(name)
+    (mine,) = torch.autograd.grad(ours(longer, weight, labels, method, ref, low_rank=low_rank).loss, low_rank)
+    (other,) = torch.autograd.grad(by_logits(longer, weight, labels, method, ref, low_rank), low_rank)
+    torch.testing.assert_close(mine, other, rtol=1e-8, atol=1e-12)
+
+
+@each_method
+def test_an_empty_answer_leaves_the_pair_loss(name):
+    """Its pair alone: the rest of the batch is as if it were not there, but for its NLL."""
+    method = method_named(name, alpha=1.0 if name == "sft" else 0.0)
+    hidden, weight, labels, ref = make(3)
+    labels[[1, 4]] = -100
+    out = ours(hidden.requires_grad_(), weight, labels, method, ref)
+    kept = [0, 2, 3, 5]
+    rest = ours(hidden[kept], weight, labels[kept], method, ref[kept])
+    torch.testing.assert_close(out.loss, rest.loss)
+    assert out.valid_pairs.tolist() == [True, False, True]
+    out.loss.backward()
+    assert torch.isfinite(hidden.grad).all()
+
+
+@each_method
+def test_nothing_at_all_is_zero(name):
+    hidden, weight, labels, ref = make(2)
+    out = ours(hidden.requires_grad_(), weight, torch.full_like(labels, -100), method_named(name), ref)
+    out.loss.backward()
+    assert out.loss == 0
+    assert hidden.grad.abs().sum() == 0
+    assert not out.valid_pairs.any()
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", "simpo", "cpo"])
+def test_denominators_make_micro_batches_exact(name):
+    method = method_named(name, alpha=1.0)
+    hidden, weight, labels, ref = make(4)
+    whole = ours(hidden, weight, labels, method, ref).loss
+    counts = {"nll_denominator": int((labels[:4] != -100).sum()), "pair_denominator": 4}
+    parts = [[0, 4], [1, 2, 3, 5, 6, 7]]
+    total = sum(ours(hidden[p], weight, labels[p], method, ref[p], **counts).loss for p in parts)
+    torch.testing.assert_close(total, whole)
+
+
+def test_bad_input_is_a_sentence():
+    hidden, weight, labels, ref = make(2)
+    with pytest.raises(ValueError, match=r"reference_logps has shape \(3,\), but the batch has 2 pairs"):
+        ours(hidden, weight, labels, DPO(), ref[:3])
+    with pytest.raises(ValueError, match="DPO needs the reference model's log-probabilities"):
+        ours(hidden, weight, labels, DPO(), None)
+    with pytest.raises(ValueError, match="no method 'ppo'; the methods are sft, orpo"):
+        method_named("ppo")
+    with pytest.raises(ValueError, match="The method dpo has no option gamma; it has beta, alpha"):
+        method_named("dpo", gamma=1.0)
+    assert method_named("simpo", gamma=None) == SimPO()
+
+
+# --- TRL -----------------------------------------------------------------------------------------------------------
+
+
+def tokenised(row: dict[str, Any]) -> dict[str, list[int]]:
+    """A row of a TRL trainer's dataset as a pair of ours: CPO has the same columns, DPO the parts of them."""
+    if "chosen_input_ids" in row:
+        return {key: row[key] for key in row if key.split("_", 1)[-1] in ("input_ids", "labels")}
+    prompt = row["prompt_ids"]
+    pair = {}
+    for side in ("chosen", "rejected"):
+        pair[f"{side}_input_ids"] = prompt + row[f"{side}_ids"]
+        pair[f"{side}_labels"] = [-100] * len(prompt) + row[f"{side}_ids"]
+    return pair
+
+
+def trl_trainer(name: str, model: nn.Module, folder: Any, **options: Any) -> Any:
+    """TRL's own trainer for a method on a tiny model."""
+    pytest.importorskip("trl")
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+    from .training import chat_examples, settings, tokenizer
+
+    arguments = settings(folder, max_length=96, **options)
+    data, extra = chat_examples(8), {}
+    if name == "sft":
+        trainer, config = SFTTrainer, SFTConfig(**arguments, completion_only_loss=True, packing=False)
+        data = [{"prompt": example["prompt"], "completion": example["chosen"]} for example in data]
+    elif name == "dpo":
+        trainer, config = DPOTrainer, DPOConfig(**arguments, beta=0.3, precompute_ref_log_probs=True)
+    else:
+        cpo = {"cpo": {"beta": 0.3, "cpo_alpha": 0.7}, "simpo": {"beta": 2.0, "simpo_gamma": 1.2, "cpo_alpha": 0.5}}
+        loss_type = "simpo" if name == "simpo" else "sigmoid"
+        trainer, config = CPOTrainer, CPOConfig(**arguments, loss_type=loss_type, **cpo[name])
+    return trainer(
+        model=model, args=config, train_dataset=Dataset.from_list(data), processing_class=tokenizer(), **extra
+    )
+
+
+SAME = {
+    "sft": SFT(),
+    "dpo": DPO(beta=0.3),
+    "cpo": CPO(beta=0.3, alpha=0.7),
+    "simpo": SimPO(beta=2.0, gamma=1.2, alpha=0.5),
+}
+
+
+@pytest.mark.parametrize("packing", ["padded", "shared"])
+@pytest.mark.parametrize("name", SAME)
+def test_loss_and_gradient_are_those_of_trls_trainer(name, packing, tmp_path):
+    """One batch, a policy that is not its reference: loss and norm of the gradient to 1e-5."""
+    pytest.importorskip("trl")
+    from orpo_kernels.transformers import causal_lm_answers, causal_lm_preference_loss
+    from orpo_kernels.transformers.collator import pad_pairs
+    from orpo_kernels.transformers.packing import pack_pairs
+
+    from .training import tiny
+
+    model = tiny()
+    theirs = trl_trainer(name, tiny(), tmp_path)
+    rows = [theirs.train_dataset[index] for index in range(4)]
+    batch = theirs._prepare_inputs(theirs.data_collator(rows))
+    if name == "sft":
+        pairs = [_with_no_answer(row) for row in rows]
+    else:
+        pairs = [tokenised(row) for row in rows]
+    mine = {"padded": pad_pairs, "shared": pack_pairs}[packing](pairs, 2)
+    if name == "dpo":
+        mine["reference_logps"] = causal_lm_answers(tiny(), **mine).logps
+    _move(model), _move(theirs.model)
+    theirs.model.train()
+    expected = theirs.compute_loss(theirs.model, batch)
+    expected.backward()
+    loss = causal_lm_preference_loss(model, **mine, method=SAME[name]).loss
+    loss.backward()
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    norms = [torch.stack([p.grad.norm() for p in m.parameters()]).norm() for m in (model, theirs.model)]
+    assert float(norms[0]) == pytest.approx(float(norms[1]), rel=1e-5)
+
+
+def _move(model: nn.Module) -> None:
+    """The same step away from the initial weights, as if it had been trained."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+
+
+def _with_no_answer(row: dict[str, Any]) -> dict[str, Any]:
+    prompt = row["labels"].count(-100)
+    return {
+        "chosen_input_ids": row["input_ids"],
+        "chosen_labels": row["labels"],
+        "rejected_input_ids": row["input_ids"][:prompt],
+        "rejected_labels": [-100] * prompt,
+    }
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_a_run_logs_what_trls_logs(name, tmp_path):
+    """Four steps from the same weights on the same tokens: losses, gradient norms and all metrics of TRL's we have."""
+    pytest.importorskip("trl")
+    from transformers import TrainingArguments
+
+    from orpo_kernels.transformers import PreferenceCollator
+    from orpo_kernels.transformers.trainer import PreferenceTrainer
+
+    from .training import assert_same_logs, settings, tiny, tokenizer
+
+    theirs = trl_trainer(name, tiny(), tmp_path / "theirs")
+    pairs = [_with_no_answer(row) if name == "sft" else tokenised(row) for row in theirs.train_dataset]
+    if name == "sft":  # something to be left out
+        pairs = [
+            {**p, "rejected_input_ids": p["chosen_input_ids"], "rejected_labels": p["chosen_labels"]} for p in pairs
+        ]
+    method = SAME[name]
+    ours = PreferenceTrainer(
+        tiny(),
+        TrainingArguments(**settings(tmp_path / "ours")),
+        data_collator=PreferenceCollator(tokenizer(), max_length=200),
+        train_dataset=pairs,
+        method=name,
+        beta=method.beta,
+        loss_options={"alpha": method.alpha} | ({"gamma": method.gamma} if name == "simpo" else {}),
+    )
+    ours.train()
+    theirs.train()
+    keys = {"loss", "grad_norm"} | ({f"rewards/{m}" for m in ("chosen", "rejected", "accuracies", "margins")})
+    keys |= {"logps/chosen", "logps/rejected"}
+    keys |= {"nll_loss"} if name in ("cpo", "simpo") else set()
+    keys = {"loss", "grad_norm"} if name == "sft" else keys
+    logged = [[logs for logs in trainer.state.log_history if "loss" in logs] for trainer in (ours, theirs)]
+    assert len(logged[0]) == 4
+    if name == "dpo":  # the first step's rewards are 0 but for rounding
+        assert_same_logs(*([{key: logs[0][key] for key in ("loss", "grad_norm")}] for logs in logged))
+        logged = [history[1:] for history in logged]
+    assert_same_logs(*([{key: logs[key] for key in keys} for logs in history] for history in logged))
