@@ -146,12 +146,14 @@ class Contest:
             floor = peers.GemmFloor(rows, self.hidden, self.weight)
             return Contestant(floor.forward, lambda _: floor.backward())
         inputs = (self.hidden, self.weight, self.work.labels, self.work.nll_labels, BETA)
-        options = {} if self.work.logit_softcap is None else {"logit_softcap": self.work.logit_softcap}
+        options: dict[str, Any] = {"bias": self.bias}
+        if self.work.logit_softcap is not None:
+            options["logit_softcap"] = self.work.logit_softcap
         if name in self.variants:
-            ours = functools.partial(peers.ours, *inputs, bias=self.bias, **self.variants[name], **options)
+            ours = functools.partial(peers.ours, *inputs, **options, **self.variants[name])
             return Contestant(ours, Tensor.backward)
         peer = self._peer(name)
-        forward = functools.partial(peer, *inputs, bias=self.bias, **options)
+        forward = functools.partial(peer, *inputs, **options)
         return Contestant(forward, Tensor.backward, peer.compiled, peer.opaque)
 
     def _peer(self, name: str) -> peers.Peer:

@@ -285,7 +285,8 @@ def report(parts: list[str], console: Console, plot_path: Path | None) -> str:
 
 def time_everyone(options: argparse.Namespace, console: Console) -> None:
     """Contests with the sparse loss among the contestants."""
-    variants = {"ours": {}} | {f"ours, sparse 2^-{eps}": {"sparse_eps": 2.0**-eps} for eps in options.eps}
+    variants: dict[str, dict[str, float]] = {"ours": {}}
+    variants |= {f"ours, sparse 2^-{eps}": {"sparse_eps": 2.0**-eps} for eps in options.eps}
     names = [*contest.FLOORS, *variants, *options.peer]
     workload = workloads.synthetic(share=0.42) if options.uniform else workloads.llmbar(4, 256)
     with Progress(console=console, transient=True) as progress:

@@ -89,7 +89,7 @@ FAILS_AT = {
     ("TRL-composed", torch.float32): (12, 17),
     ("TRL-composed", torch.bfloat16): (12, 17),
     ("torch native", torch.float32): (14, 17),
-    ("torch native", torch.bfloat16): (14, 17),
+    ("torch native", torch.bfloat16): (5, 8),  # the policy of accuracy that is fastest on a CPU; its own choice: 14
 }
 
 
