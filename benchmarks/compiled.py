@@ -37,6 +37,7 @@ from benchmarks import machine
 from benchmarks.shapes import SHAPES, ModelShape
 from benchmarks.stub_gpu import GPUS, Specialisation, stub_gpu
 from orpo_kernels import Rows, orpo_loss_from_rows
+from orpo_kernels.ops import triton as triton_ops
 from orpo_kernels.ops.triton import tiles
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -90,6 +91,14 @@ def run_loss(shape: ModelShape, dtype: torch.dtype, num_rows: int, schedule: str
             out.loss.backward()
 
 
+def run_shard(shape: ModelShape, dtype: torch.dtype, num_rows: int = 4096, ranks: int = 8) -> None:
+    """What a vocabulary group alone asks for, of one rank's columns: to be called as `run_loss`."""
+    logits = torch.empty(num_rows, shape.vocab_size // ranks, dtype=dtype)
+    target = torch.empty(num_rows, dtype=torch.int64)
+    _, lse_others = triton_ops.statistics(logits, target, 1.0, shape.logit_softcap)
+    triton_ops.recomputed_residual_(logits, target, lse_others, 1.0, shape.logit_softcap)
+
+
 def specialisations(target: str, shapes: Iterable[ModelShape], dtypes: Iterable[str]) -> list[Specialisation]:
     """All that a GPU would compile for these models, by every schedule; fp32 at both of torch's precisions."""
     with stub_gpu(target, compile=False) as gpu, FakeTensorMode():
@@ -97,6 +106,7 @@ def specialisations(target: str, shapes: Iterable[ModelShape], dtypes: Iterable[
             for precision in ("highest", "high") if dtype == "float32" else ("highest",):
                 with matmul_precision(precision):
                     for shape in shapes:
+                        run_shard(shape, DTYPES[dtype])
                         for schedule in SCHEDULES:
                             for num_rows in (4096, 32768):  # as one group of pairs, and as several
                                 run_loss(shape, DTYPES[dtype], num_rows, schedule)

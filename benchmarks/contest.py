@@ -150,8 +150,8 @@ class Contest:
         if self.work.logit_softcap is not None:
             options["logit_softcap"] = self.work.logit_softcap
         if name in self.variants:
-            ours = functools.partial(peers.ours, *inputs, **options, **self.variants[name])
-            return Contestant(ours, Tensor.backward)
+            ours: Callable[..., Tensor] = peers.ours
+            return Contestant(functools.partial(ours, *inputs, **options, **self.variants[name]), Tensor.backward)
         peer = self._peer(name)
         forward = functools.partial(peer, *inputs, **options)
         return Contestant(forward, Tensor.backward, peer.compiled, peer.opaque)

@@ -20,6 +20,7 @@ import argparse
 import functools
 import itertools
 import statistics
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -170,7 +171,7 @@ def error_table(workload: Workload, points: list[Point], others: dict[str, tuple
     lines = [
         f"**{workload}**, fp32. Errors are those of dh / dW.",
         "",
-        "| eps | rows of a block | active columns | dropped mass | with the tail | without |",
+        "| eps | rows of a block, at most | active columns | dropped mass | with the tail | without |",
         "|---|---|---|---|---|---|",
     ]
     for p in points:
@@ -313,11 +314,13 @@ def main() -> None:
     if "time" in options.parts:
         time_everyone(options, console)
     if rest := [part for part in options.parts if part != "time"]:
-        text = report(rest, console, options.output and options.output.with_suffix(".png"))
+        plot_path = options.output and options.output.with_suffix(".png")
+        text = report(rest, console, plot_path)
         print(text)
         if options.output:
-            command = f"python -m benchmarks.sparse {' '.join(rest)} --output {options.output}"
-            options.output.write_text(f"Printed by `{command}`; torch {torch.__version__}.\n\n{text}")
+            command = f"python -m benchmarks.sparse {' '.join(sys.argv[1:])}"
+            links = f" Plot: [{plot_path.name}]({plot_path.name})." if "error" in rest else ""
+            options.output.write_text(f"Printed by `{command}`; torch {torch.__version__}.{links}\n\n{text}")
 
 
 def _options() -> argparse.Namespace:

@@ -1,6 +1,7 @@
 """A loop with Accelerate, on one process or many: accelerate launch -m examples.accelerate_loop
 
-The loss does not call the model's forward, in which DistributedDataParallel does its work. `run_inside` runs it there.
+With DistributedDataParallel or FSDP2 (configurations in examples/distributed) the means run over all processes' pairs.
+The loss does not call the model's forward, in which DistributedDataParallel does its work: `run_inside` runs it there.
 """
 
 import json
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orpo_kernels import ORPOOutput
 from orpo_kernels.transformers import PreferenceCollator, causal_lm_orpo_loss
-from orpo_kernels.transformers.trainer import run_inside
+from orpo_kernels.transformers.engines import run_inside
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DATA = "examples/facts/facts.jsonl"
@@ -34,15 +35,12 @@ loader: Any = DataLoader(examples, batch_size=PAIRS, shuffle=True, collate_fn=co
 optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, weight_decay=0.0)
 model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 inner = accelerator.unwrap_model(model)
+group = torch.distributed.group.WORLD if accelerator.num_processes > 1 else None
 
 
 def orpo(**batch: Any) -> ORPOOutput:
-    # What the two means of the loss run over, on all processes; their gradients are averaged, so by each its share.
-    pairs = len(batch["labels"]) // 2
-    counts = torch.stack((batch["attention_mask"][:pairs, 1:].sum(), torch.tensor(pairs, device=accelerator.device)))
-    tokens, pairs = accelerator.reduce(counts.double(), reduction="mean")
     with accelerator.autocast():
-        return causal_lm_orpo_loss(inner, **batch, beta=0.1, nll_denominator=tokens, pair_denominator=pairs)
+        return causal_lm_orpo_loss(inner, **batch, beta=0.1, data_group=group)
 
 
 model.train()
@@ -59,5 +57,6 @@ while step < STEPS:
         accelerator.print(f"step {step}: loss {loss:.4f}")
         if step == STEPS:
             break
+state = accelerator.get_state_dict(model)  # under FSDP2, all processes gather it
 if accelerator.is_main_process:
-    inner.save_pretrained(FOLDER)
+    inner.save_pretrained(FOLDER, state_dict=state)

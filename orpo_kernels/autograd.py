@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .objective import Denominators, pair_loss
+from .parallel import Group
 from .planning import accumulation_dtype
 from .projection import HeadOptions, Projection
 from .rows import Rows
@@ -86,8 +87,9 @@ class PairLossFunction(torch.autograd.Function):
         counts: Denominators,
         ops: ModuleType,
         dtype: torch.dtype,
+        sequence_group: Group | None,
     ) -> tuple[Tensor, ...]:
-        *metrics, grad = pair_loss(token_log_odds, rows, alpha, beta, counts, ops)
+        *metrics, grad = pair_loss(token_log_odds, rows, alpha, beta, counts, ops, sequence_group)
         ctx.save_for_backward(grad)
         outputs = outputs_of(metrics, dtype)
         ctx.mark_non_differentiable(*outputs[1:])
@@ -97,7 +99,7 @@ class PairLossFunction(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple:
         refuse_second_derivative()
         (grad,) = ctx.saved_tensors
-        return grad * upstream, None, None, None, None, None, None
+        return grad * upstream, None, None, None, None, None, None, None
 
 
 class GroupedLoss(torch.autograd.Function):

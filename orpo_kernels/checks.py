@@ -10,6 +10,10 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Shapes, dtypes and devices of hidden (..., H), weight (V, H) and bias (V,)."""
+    if hasattr(hidden, "device_mesh"):
+        raise TypeError(
+            "hidden is a DTensor, it must be a plain tensor: pass hidden.full_tensor() or hidden.to_local()"
+        )
     if weight.dim() != 2:
         raise ValueError(f"weight has shape {tuple(weight.shape)}, it must be (V, H) as in nn.Linear")
     if hidden.shape[-1] != weight.shape[1]:

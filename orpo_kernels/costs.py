@@ -151,21 +151,21 @@ def trl_chunked(case: Case) -> int:
 
     (Its torch path, which can be counted on a CPU, holds more: `trl_chunked_torch`.)
     """
-    tile = min(case.rows, TRL_TILE[0]) * min(case.vocab_size, TRL_TILE[1]) * case.itemsize
-    cast = case.rows * case.hidden_size * case.itemsize + (case.weight_bytes if case.trained else 0)
-    return _trl_sums(case) + max(tile, cast)
+    return _trl_chunked(case, of_a_logit=case.itemsize, of_a_hidden=0)
 
 
 def trl_chunked_torch(case: Case) -> int:
-    """30 bytes a logit of a tile, and 8 a number of its hidden states, in bf16."""
-    rows = min(case.rows, TRL_TILE[0])
-    return _trl_sums(case) + 30 * rows * min(case.vocab_size, TRL_TILE[1]) + 8 * rows * case.hidden_size
+    """In bf16."""
+    return _trl_chunked(case, of_a_logit=30, of_a_hidden=8)
 
 
-def _trl_sums(case: Case) -> int:
-    """The rows that matter, gathered, and the gradients' sums in fp32."""
-    weight = case.vocab_size * case.hidden_size * 4 if case.trained else 0
-    return case.rows * case.hidden_size * (case.itemsize + 4) + weight
+def _trl_chunked(case: Case, of_a_logit: int, of_a_hidden: int) -> int:
+    """Gathered rows and sums of gradients in fp32; on top of them the tile, and later what the sums are cast to."""
+    rows, columns = min(case.rows, TRL_TILE[0]), min(case.vocab_size, TRL_TILE[1])
+    tile = rows * (columns * of_a_logit + case.hidden_size * of_a_hidden)
+    summed = case.rows + (case.vocab_size if case.trained else 0)
+    cast = summed * case.hidden_size * case.itemsize
+    return case.rows * case.hidden_size * case.itemsize + 4 * summed * case.hidden_size + max(tile, cast)
 
 
 def cut_cross_entropy(case: Case) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,10 +20,11 @@ from .checks import (
     check_targets,
 )
 from .graph import loss_in_a_graph
-from .objective import denominators
+from .objective import NO_GROUPS, denominators
+from .parallel import Groups, VocabShard, local_head
 from .planning import accumulation_dtype
-from .projection import HeadOptions, needs_grad
-from .rows import Rows, padded_rows
+from .projection import HeadOptions, facts_of, needs_grad
+from .rows import Rows, averaged_over_sequences, check_reduction, padded_rows
 
 
 class ORPOOutput(NamedTuple):
@@ -67,6 +69,9 @@ def orpo_loss(
     memory_budget: int | None = None,
     backend: str = "auto",
     sparse_eps: float | None = None,
+    data_group: Any = None,
+    vocab_group: Any = None,
+    sequence_group: Any = None,
 ) -> ORPOOutput:
     """ORPO: NLL of the chosen answers plus beta times -logsigmoid of the log odds ratio (arXiv 2403.07691).
 
@@ -94,27 +99,51 @@ def orpo_loss(
         sparse_eps: None for exact gradients. A probability, 2**-14 say: the backward pass leaves out the tokens whose
             probability nowhere in a block of rows exceeds it, and puts the tail's mean in their place. The loss itself
             stays exact. What it saves and costs is in `docs/sparse.md`; `measured_sparsity` prints it for your data.
+        data_group: a `torch.distributed.ProcessGroup` or one-dimensional `DeviceMesh` whose ranks hold different pairs.
+            The means run over all of them: loss, nll_loss, or_loss and gradients, averaged over the ranks as DDP and
+            FSDP do, are those of one process with the whole batch. Denominators that are given are those of all ranks.
+        vocab_group: its ranks hold `weight` and `bias` by rows, [start, start + V_local) in rank order, and the same
+            hidden states and labels, which stay global. All get the same loss and the whole gradient of `hidden`.
+        sequence_group: its ranks hold some positions of every sequence, each with its labels. All get the same loss;
+            gradients are to be averaged, as over data_group. Shift the labels before the sequences are split.
+
+    A `weight` or `bias` that is a DTensor is gathered over all mesh dimensions but that of vocab_group, and its
+    gradient averaged and scattered over them.
 
     Raises:
         ValueError: shapes that do not fit, an odd batch, a label outside [0, V), a schedule that cannot serve.
         TypeError: dtypes or devices that do not fit.
-        RuntimeError: a backend that is not available; a second derivative.
+        RuntimeError: a backend that is not available; a second derivative; `parallel.PeerError` where another rank has
+            failed.
     """
-    if hidden.dim() != 3:
-        raise ValueError(
-            f"hidden has shape {tuple(hidden.shape)}, it must be (2B, T, H); see orpo_loss_from_rows for flat"
-        )
-    if labels.shape != hidden.shape[:2]:
-        raise ValueError(
-            f"labels has shape {tuple(labels.shape)}, but hidden {tuple(hidden.shape)} "
-            f"asks for {tuple(hidden.shape[:2])}"
-        )
-    check_same_device("hidden", hidden, "labels", labels)
-    return orpo_loss_from_rows(
-        hidden.flatten(0, 1),
+    groups = groups_of(data_group, vocab_group, sequence_group)
+
+    def inputs() -> tuple[Tensor, Rows]:
+        if hidden.dim() != 3:
+            raise ValueError(
+                f"hidden has shape {tuple(hidden.shape)}, it must be (2B, T, H); see orpo_loss_from_rows for flat"
+            )
+        if labels.shape != hidden.shape[:2]:
+            raise ValueError(
+                f"labels has shape {tuple(labels.shape)}, but hidden {tuple(hidden.shape)} "
+                f"asks for {tuple(hidden.shape[:2])}"
+            )
+        check_same_device("hidden", hidden, "labels", labels)
+        if shift and groups.sequence is not None:
+            raise ValueError(
+                "shift is True, but with a sequence_group the last position's label is on another rank: shift the "
+                "labels before the sequences are split, and pass shift=False"
+            )
+        check_reduction(nll_reduction)
+        reduction = nll_reduction if groups.sequence is None else "token"  # the mean is taken over all ranks, later
+        return hidden.flatten(0, 1), padded_rows(labels, nll_labels, shift, ignore_index, reduction)
+
+    return _loss(
+        inputs,
         weight,
-        padded_rows(labels, nll_labels, shift, ignore_index, nll_reduction),
+        groups,
         bias=bias,
+        average_sequences=groups.sequence is not None and nll_reduction == "sequence",
         beta=beta,
         alpha=alpha,
         nll_denominator=nll_denominator,
@@ -145,6 +174,9 @@ def orpo_loss_from_rows(
     memory_budget: int | None = None,
     backend: str = "auto",
     sparse_eps: float | None = None,
+    data_group: Any = None,
+    vocab_group: Any = None,
+    sequence_group: Any = None,
 ) -> ORPOOutput:
     """`orpo_loss` for any layout: packed, padding-free, or with a shared prompt.
 
@@ -154,53 +186,135 @@ def orpo_loss_from_rows(
         low_rank: (V, r), more columns of the weight in any dtype: LoRA's B, where hidden (N, H + r) goes on with what B
             multiplies. The weight is copied. If it is frozen, these columns alone get a gradient and alone cost one.
         nll_denominator: instead of the sum of `rows.nll_weight`.
+        sequence_group: every rank has its own rows and positions, and numbers sequences and pairs as the others do.
 
     All else is as in `orpo_loss`. Nothing is read back from a GPU here, except each pair's number of rows where a
     trained lm-head's residual exceeds the budget as a whole while its fp32 gradient does not.
     """
-    if hidden.dim() != 2:
-        raise ValueError(f"hidden has shape {tuple(hidden.shape)}, it must be (N, H); see orpo_loss for (2B, T, H)")
-    columns = None
-    if low_rank is not None:
-        weight, columns = extended(weight, low_rank)
-    check_head(hidden, weight, bias)
-    check_options(logit_scale, logit_softcap, sparse_eps)
-    check_denominator("nll_denominator", nll_denominator)
-    check_denominator("pair_denominator", pair_denominator)
-    check_same_device("hidden", hidden, "rows", rows.position)
-    if torch.compiler.is_compiling():
-        head = (logit_scale, logit_softcap, schedule, memory_budget, backend, sparse_eps)
-        counts = (nll_denominator, pair_denominator)
-        return ORPOOutput(*loss_in_a_graph(hidden, weight, bias, rows, *counts, alpha, beta, *head))
-    rows = rows.live()
-    check_targets("labels", rows.target, weight.shape[0])
-    check_positions(rows.position, hidden.shape[0])
-    plan_with = partial(
-        HeadOptions.planned,
-        hidden,
+
+    def inputs() -> tuple[Tensor, Rows]:
+        if hidden.dim() != 2:
+            raise ValueError(f"hidden has shape {tuple(hidden.shape)}, it must be (N, H); see orpo_loss for (2B, T, H)")
+        return hidden, rows
+
+    return _loss(
+        inputs,
         weight,
-        bias,
-        num_rows=len(rows),
+        groups_of(data_group, vocab_group, sequence_group),
+        bias=bias,
+        low_rank=low_rank,
+        beta=beta,
+        alpha=alpha,
+        nll_denominator=nll_denominator,
+        pair_denominator=pair_denominator,
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
+        schedule=schedule,
         memory_budget=memory_budget,
         backend=backend,
-        largest_pair=rows.largest_pair,
         sparse_eps=sparse_eps,
-        needs=needs_grad(hidden, weight if columns is None else columns, bias),
     )
-    options = plan_with(schedule=schedule)
-    if options.plan.group_rows and columns is not None:  # groups would accumulate the gradient of the whole weight
-        options = plan_with(schedule="recompute")
-    counts = denominators(rows, nll_denominator, pair_denominator)
+
+
+def groups_of(data_group: Any, vocab_group: Any, sequence_group: Any) -> Groups:
+    """See `Groups.of`."""
+    if data_group is None and vocab_group is None and sequence_group is None:
+        return NO_GROUPS
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            "data_group, vocab_group and sequence_group cannot be in a compiled graph: the ranks compare sizes on the "
+            "host. Compile the body of the model alone (`model.base_model.compile()`)"
+        )
+    return Groups.of(data_group, vocab_group, sequence_group)
+
+
+def _loss(
+    inputs: Callable[[], tuple[Tensor, Rows]],
+    weight: Tensor,
+    groups: Groups,
+    *,
+    bias: Tensor | None,
+    low_rank: Tensor | None = None,
+    average_sequences: bool = False,
+    beta: float,
+    alpha: float,
+    nll_denominator: int | Tensor | None,
+    pair_denominator: int | Tensor | None,
+    schedule: str,
+    **head_options: Any,
+) -> ORPOOutput:
+    """The loss of `inputs()`, hidden (N, H) and rows, whose checks are of this call as well.
+
+    head_options: logit_scale, logit_softcap, memory_budget, backend, sparse_eps.
+    """
+    if torch.compiler.is_compiling():
+        hidden, rows = inputs()
+        if low_rank is not None:
+            weight, _ = extended(weight, low_rank)
+        _check(hidden, weight, bias, rows, nll_denominator, pair_denominator, head_options)
+        names = ("logit_scale", "logit_softcap", "schedule", "memory_budget", "backend", "sparse_eps")
+        head = [{"schedule": schedule, **head_options}[name] for name in names]
+        counts = (nll_denominator, pair_denominator)
+        return ORPOOutput(*loss_in_a_graph(hidden, weight, bias, rows, *counts, alpha, beta, *head))
+
+    def prepare() -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Rows, HeadOptions]:
+        # What the ranks exchange here comes before anything that one of them may refuse.
+        head, head_bias, columns = (local_head(tensor, groups.vocab) for tensor in (weight, bias, low_rank))
+        assert head is not None
+        shard = VocabShard.of(groups.vocab, head) if groups.vocab is not None else None
+        hidden, rows = inputs()
+        if columns is not None:
+            head, columns = extended(head, columns)
+        _check(hidden, head, head_bias, rows, nll_denominator, pair_denominator, head_options)
+        rows = rows.live()
+        check_targets("labels", rows.target, shard.vocab_size if shard else head.shape[0])
+        check_positions(rows.position, hidden.shape[0])
+        plan_with = partial(
+            HeadOptions.planned,
+            hidden,
+            head,
+            head_bias,
+            num_rows=len(rows),
+            largest_pair=rows.largest_pair,
+            needs=needs_grad(hidden, head if columns is None else columns, head_bias),
+            shard=shard,
+            **head_options,
+        )
+        options = plan_with(schedule=schedule)
+        # Groups of pairs would accumulate the gradient of the whole weight, and other ranks have other groups.
+        if options.plan.group_rows and (columns is not None or groups.sequence is not None):
+            options = plan_with(schedule="recompute")
+        return hidden, head, head_bias, columns, rows, options
+
+    hidden, weight, bias, columns, rows, options = groups.together(prepare, weight.device)
+    groups.agree({"num_pairs": rows.num_pairs, **facts_of(weight, len(rows), options)}, weight.device)
+    if average_sequences:
+        rows = averaged_over_sequences(rows, groups)
+    counts = denominators(rows, nll_denominator, pair_denominator, groups)
+    rows = rows.of_shard(options.shard)
     if options.plan.group_rows:
         outputs = GroupedLoss.apply(hidden, weight, bias, rows, options, alpha, beta, counts)
     else:
         token_log_odds = TokenLogOdds.apply(hidden, weight, bias, rows.position, rows.target, options, columns)
-        outputs = PairLossFunction.apply(
-            token_log_odds, rows, alpha, beta, counts, options.ops, accumulation_dtype(hidden.dtype)
-        )
+        dtype = accumulation_dtype(hidden.dtype)
+        outputs = PairLossFunction.apply(token_log_odds, rows, alpha, beta, counts, options.ops, dtype, groups.sequence)
     return ORPOOutput(*outputs)
+
+
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Rows,
+    nll_denominator: int | Tensor | None,
+    pair_denominator: int | Tensor | None,
+    head_options: dict[str, Any],
+) -> None:
+    check_head(hidden, weight, bias)
+    check_options(*(head_options[name] for name in ("logit_scale", "logit_softcap", "sparse_eps")))
+    check_denominator("nll_denominator", nll_denominator)
+    check_denominator("pair_denominator", pair_denominator)
+    check_same_device("hidden", hidden, "rows", rows.position)
 
 
 def extended(weight: Tensor, low_rank: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -239,6 +353,9 @@ class ORPOLoss(nn.Module):
         memory_budget: int | None = None,
         backend: str = "auto",
         sparse_eps: float | None = None,
+        data_group: Any = None,
+        vocab_group: Any = None,
+        sequence_group: Any = None,
     ):
         super().__init__()
         check_options(logit_scale, logit_softcap, sparse_eps)
@@ -253,6 +370,9 @@ class ORPOLoss(nn.Module):
         self.memory_budget = memory_budget
         self.backend = backend
         self.sparse_eps = sparse_eps
+        self.data_group = data_group
+        self.vocab_group = vocab_group
+        self.sequence_group = sequence_group
 
     def forward(
         self,
@@ -278,7 +398,8 @@ class ORPOLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self._options().items())
+        shown = {k: v for k, v in self._options().items() if v is not None or not k.endswith("_group")}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
     def _options(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name in OPTIONS}

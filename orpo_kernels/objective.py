@@ -28,8 +28,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .parallel import Group, Groups, summed
 from .rows import Rows
 
+NO_GROUPS = Groups()
 LARGEST_LOGP = -torch.finfo(torch.float64).tiny  # stands in for a log-probability that rounds to 0, where zeta is inf
 
 
@@ -61,15 +63,27 @@ class Denominators(NamedTuple):
     pairs: Tensor
 
 
-def denominators(rows: Rows, nll: int | Tensor | None, pairs: int | Tensor | None) -> Denominators:
-    """The given denominators, or the NLL weight and the number of valid pairs of these rows."""
+def denominators(
+    rows: Rows, nll: int | Tensor | None, pairs: int | Tensor | None, groups: Groups = NO_GROUPS
+) -> Denominators:
+    """The given denominators, or the NLL weight and the number of valid pairs of these rows and of the groups' ranks.
+
+    Both are divided by the number of ranks that hold other pairs: their losses and gradients will be averaged.
+    """
     device = rows.position.device
-    if nll is None:
-        nll = rows.nll_weight.sum()
-    if pairs is None:
-        scored_rows = segment_sum(rows.scored.double(), rows.sequence, 2 * rows.num_pairs)
-        pairs = _valid_pairs(scored_rows).sum(dtype=torch.float64)
-    return Denominators(as_scalar(nll, device), as_scalar(pairs, device))
+    if nll is None or pairs is None:
+        counts = torch.stack((rows.nll_weight.sum(), _count_pairs(rows, groups)))
+        summed(counts[:1], [groups.sequence], "the number of NLL rows")
+        summed(counts, [groups.data], "the numbers of NLL rows and pairs")
+        nll, pairs = counts[0] if nll is None else nll, counts[1] if pairs is None else pairs
+    given = (as_scalar(nll, device), as_scalar(pairs, device))
+    return Denominators(*(count / groups.replicas for count in given))
+
+
+def _count_pairs(rows: Rows, groups: Groups) -> Tensor:
+    scored_rows = segment_sum(rows.scored.double(), rows.sequence, 2 * rows.num_pairs)
+    summed(scored_rows, [groups.sequence], "the number of rows of every sequence")
+    return _valid_pairs(scored_rows).sum(dtype=torch.float64)
 
 
 def as_scalar(count: int | Tensor, device: torch.device) -> Tensor:
@@ -80,14 +94,34 @@ def as_scalar(count: int | Tensor, device: torch.device) -> Tensor:
 
 
 def pair_loss(
-    token_log_odds: Tensor, rows: Rows, alpha: float, beta: float, counts: Denominators, ops: ModuleType
+    token_log_odds: Tensor,
+    rows: Rows,
+    alpha: float,
+    beta: float,
+    counts: Denominators,
+    ops: ModuleType,
+    sequence_group: Group | None = None,
 ) -> PairLoss:
     """The loss of `rows` from their token log-odds (R,) float64; the rows may be those of a few whole pairs.
 
     ops: the backend; `sequence_sums` and `odds_ratio` below are the eager ones.
+    sequence_group: its ranks hold the sequences' other rows; they all get the same loss, and as many times the gradient
+        of their own rows as there are ranks.
     """
     sums = ops.sequence_sums(token_log_odds, rows)
-    return ops.odds_ratio(token_log_odds, rows, sums, alpha, beta, counts)
+    if sequence_group is None:
+        return ops.odds_ratio(token_log_odds, rows, sums, alpha, beta, counts)
+    sums = summed_over_ranks(sums, sequence_group)
+    loss = ops.odds_ratio(token_log_odds, rows, sums, alpha, beta, counts)
+    return loss._replace(grad=loss.grad * sequence_group.size)
+
+
+def summed_over_ranks(sums: SequenceSums, group: Group) -> SequenceSums:
+    """The sums of the whole sequences from those of every rank's part of them."""
+    mean_logps, scored_rows, nll = sums
+    everyones = torch.stack((mean_logps * scored_rows, scored_rows, nll))
+    total, scored_rows, nll = summed(everyones, [group], "the sums of the sequences")
+    return SequenceSums(total / scored_rows.clamp(min=1), scored_rows, nll)
 
 
 def sequence_sums(token_log_odds: Tensor, rows: Rows) -> SequenceSums:

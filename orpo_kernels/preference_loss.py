@@ -5,15 +5,17 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from .autograd import TokenLogOdds
 from .checks import check_denominator, check_head, check_options, check_positions, check_same_device, check_targets
 from .loss import extended, orpo_loss_from_rows
 from .methods import ORPO, Answers, Method
 from .objective import denominators, reciprocal, segment_sum
 from .planning import accumulation_dtype
+from .projection import HeadOptions, needs_grad
 from .rows import Rows
-from .token_logps import logps_of
 
 
 class PreferenceOutput(NamedTuple):
@@ -139,8 +141,10 @@ def row_logps(
     low_rank: Tensor | None = None,
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
+    schedule: str = "auto",
+    memory_budget: int | None = None,
+    backend: str = "auto",
     sparse_eps: float | None = None,
-    **options: Any,
 ) -> Tensor:
     """(R,) float64 log-probabilities of live rows, differentiable. Arguments as in `orpo_loss_from_rows`."""
     if hidden.dim() != 2:
@@ -153,18 +157,20 @@ def row_logps(
     check_same_device("hidden", hidden, "rows", rows.position)
     check_targets("labels", rows.target, weight.shape[0])
     check_positions(rows.position, hidden.shape[0])
-    return logps_of(
+    planned = HeadOptions.planned(
         hidden,
         weight,
-        rows.position,
-        rows.target,
-        bias=bias,
-        columns=columns,
+        bias,
+        num_rows=len(rows),
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
+        schedule=schedule,
+        memory_budget=memory_budget,
+        backend=backend,
         sparse_eps=sparse_eps,
-        **options,
+        needs=needs_grad(hidden, weight if columns is None else columns, bias),
     )
+    return F.logsigmoid(TokenLogOdds.apply(hidden, weight, bias, rows.position, rows.target, planned, columns))
 
 
 def answers_of(logps: Tensor, rows: Rows) -> Answers:

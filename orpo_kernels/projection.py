@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .gemm import WeightSlices, even_chunks, project
 from .ops import select
+from .parallel import Combination, Pending, VocabShard, combine, nearest
 from .planning import Plan, accumulation_dtype, plan
 
 
@@ -26,12 +27,14 @@ class HeadOptions:
         logit_scale, logit_softcap: see `orpo_loss`.
         plan: schedule, chunk sizes and the dtype of the GEMMs.
         ops: the backend's row-wise operations.
+        shard: which rows of the whole lm-head the weight holds, where other ranks hold the rest; else None.
     """
 
     logit_scale: float
     logit_softcap: float | None
     plan: Plan
     ops: ModuleType
+    shard: VocabShard | None = None
 
     @classmethod
     def planned(
@@ -50,17 +53,19 @@ class HeadOptions:
         sparse_eps: float | None = None,
         dtype: torch.dtype | None = None,
         needs: Sequence[bool] | None = None,
+        shard: VocabShard | None = None,
     ) -> HeadOptions:
         """The options of a call on `num_rows` rows of `hidden`, planned from its tensors and from what needs grad.
 
         dtype, needs: `operand_dtype` and `needs_grad` of the tensors, unless they were asked before.
+        shard: all ranks plan for the largest shard, and so take the same chunks.
         """
         dtype = dtype or operand_dtype(hidden)
         needs_hidden, needs_weight, needs_bias = needs or needs_grad(hidden, weight, bias)
         call = plan(
             num_rows,
             hidden_size=weight.shape[1],
-            vocab_size=weight.shape[0],
+            vocab_size=shard.largest if shard else weight.shape[0],
             dtype=dtype,
             weight_dtype=weight.dtype,
             device=hidden.device,
@@ -74,7 +79,20 @@ class HeadOptions:
             largest_pair=largest_pair,
             sparse_eps=sparse_eps,
         )
-        return cls(logit_scale, logit_softcap, call, select(backend, hidden.device, dtype))
+        return cls(logit_scale, logit_softcap, call, select(backend, hidden.device, dtype), shard)
+
+
+def facts_of(weight: Tensor, num_rows: int, options: HeadOptions) -> dict[str, int]:
+    """What has to be the same on all ranks that hold the same rows: else they would wait for each other for ever."""
+    plan = options.plan
+    return {
+        "the number of rows": num_rows,
+        "the hidden size": weight.shape[1],
+        "the number of GEMMs, by the schedule and what requires grad,": plan.gemms,
+        "whether hidden states (2) and head (1) require grad": 2 * plan.needs_hidden + plan.needs_head,
+        "the number of rows of a chunk": plan.row_chunk,
+        "the number of rows of a group of pairs": plan.group_rows or 0,
+    }
 
 
 def operand_dtype(hidden: Tensor) -> torch.dtype:
@@ -98,7 +116,7 @@ class Projection:
         weight: (V, H).
         bias: (V,) or None.
         position: (R,) int64, which hidden state a row takes.
-        target: (R,) int64, which token it predicts.
+        target: (R,) int64, which token it predicts; minus the shard's start, where the lm-head is sharded.
         options: everything that is not a tensor.
     """
 
@@ -129,8 +147,13 @@ class Projection:
     def sum_dtype(self) -> torch.dtype:
         return accumulation_dtype(self.hidden.dtype)
 
-    def row_chunks(self) -> Iterator[slice]:
-        return even_chunks(self.num_rows, self.plan.row_chunk)
+    @property
+    def shard(self) -> VocabShard | None:
+        return self.options.shard
+
+    def row_chunks(self, parts: int = 1) -> Iterator[slice]:
+        """Chunks of rows of which `parts` together are as large as the plan allows."""
+        return even_chunks(self.num_rows, max(1, self.plan.row_chunk // parts))
 
     def hidden_rows(self, rows: slice = slice(None)) -> Tensor:
         """(C, H) hidden states of these rows, in the GEMM's dtype."""
@@ -150,27 +173,83 @@ class Projection:
     def weight_slices(self) -> WeightSlices:
         return WeightSlices(self.weight, self.plan.gemm_dtype, self.plan.weight_slice)
 
-    def logits_buffer(self) -> Tensor:
+    def logits_buffer(self, parts: int = 1) -> Tensor:
         """One chunk's logits, to be reused by every chunk: fresh pages for each would cost a tenth of the GEMM."""
-        rows = min(self.plan.row_chunk, self.num_rows)
+        rows = min(max(1, self.plan.row_chunk // parts), self.num_rows)
         return self.weight.new_empty(rows, self.vocab_size, dtype=self.plan.gemm_dtype)
 
     def log_odds(self, rows: slice, weight: WeightSlices, buffer: Tensor | None) -> tuple[Tensor, Tensor]:
-        """m and lse_others (C,) of these rows. `buffer`: see `ops.torch_ops.project_log_odds`."""
-        x = self.hidden_rows(rows)
-        return self.ops.project_log_odds(x, weight, self.bias, self.target[rows], *self._transform, buffer)
+        """m and lse_others (C,) of these rows. `buffer`: see `ops.torch_ops.project_log_odds`.
 
-    def residual(self, rows: slice, weight: WeightSlices, out: Tensor) -> Tensor:
-        """The residual of these rows into `out` (C, V), through their logits. Returns m (C,)."""
-        project(self.hidden_rows(rows), weight, self.bias, out)
-        return self.ops.residual_(out, self.target[rows], *self._transform)
+        Of a shard's columns alone, with the nearest in place of a target that is elsewhere; see `combined`.
+        """
+        x, target = self.hidden_rows(rows), self.target[rows]
+        if self.shard is not None:
+            target = nearest(target, self.shard.size)
+        return self.ops.project_log_odds(x, weight, self.bias, target, *self._transform, buffer)
 
-    def residual_and_target_logit(self, rows: slice, weight: WeightSlices, out: Tensor) -> tuple[Tensor, Tensor]:
-        """`residual`, and the logits of the targets (C,) float64, from which m leads to lse_others."""
-        project(self.hidden_rows(rows), weight, self.bias, out)
-        index = self.target[rows, None]
-        logit = self._transformed(out.gather(1, index).squeeze(1).to(self.sum_dtype))
-        return self.ops.residual_(out, self.target[rows], *self._transform), logit.double()
+    def combined(self, log_odds: Tensor, lse_others: Tensor) -> tuple[Tensor, Tensor]:
+        """m and lse_others (R,) over the whole vocabulary, from those that `log_odds` gave for every chunk."""
+        if self.shard is None:
+            return log_odds, lse_others
+        return combine(self.shard, self.target, log_odds, lse_others).advance().result()
+
+    def residuals(
+        self,
+        chunks: Iterator[slice],
+        buffer_of: Callable[[slice], Tensor],
+        weight: WeightSlices,
+        log_odds: Tensor,
+        lse_others: Tensor | None = None,
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Each chunk of rows with its residual (C, V), in `buffer_of(rows)`; fills `log_odds` and `lse_others` (R,).
+
+        Of a shard, a chunk comes one late: its statistics travel between the ranks while the GEMM of the next one runs.
+        """
+        if self.shard is None:
+            for rows in chunks:
+                residual = buffer_of(rows)
+                project(self.hidden_rows(rows), weight, self.bias, residual)
+                if lse_others is not None:
+                    lse_others[rows] = self._target_logit(residual, rows)
+                log_odds[rows] = self.ops.residual_(residual, self.target[rows], *self._transform)
+                if lse_others is not None:
+                    lse_others[rows] -= log_odds[rows]
+                yield rows, residual
+            return
+
+        def finished(rows: slice, logits: Tensor, combination: Combination) -> tuple[slice, Tensor]:
+            log_odds[rows], lse = combination.result()
+            self.ops.recomputed_residual_(logits, self.target[rows], lse, *self._transform)
+            if lse_others is not None:
+                lse_others[rows] = lse
+            return rows, logits
+
+        late: tuple[slice, Tensor, Combination] | None = None
+        for rows in chunks:
+            logits, target = buffer_of(rows), self.target[rows]
+            project(self.hidden_rows(rows), weight, self.bias, logits)
+            if late is not None:
+                late = (*late[:2], late[2].advance())
+            own = self.ops.statistics(logits, nearest(target, self.shard.size), *self._transform)
+            combination = combine(self.shard, target, *own)
+            if late is not None:
+                yield finished(*late)
+            late = rows, logits, combination
+        if late is not None:
+            yield finished(*late[:2], late[2].advance())
+
+    def sum_over_shards(self, u: Tensor) -> Pending | None:
+        """Start to sum `u`, this shard's share of residual @ weight, over the ranks; None where there are no others."""
+        if self.shard is None:
+            return None
+        return self.shard.group.all_reduce(u, "the gradient of the hidden states")
+
+    def _target_logit(self, logits: Tensor, rows: slice) -> Tensor:
+        """The logits of the targets (C,) float64, scaled and capped, of a chunk (C, V) that is neither."""
+        logit = logits.gather(1, self.target[rows, None]).squeeze(1).to(self.sum_dtype)
+        scale, cap = self._transform
+        return (logit * scale if cap is None else cap * torch.tanh(logit * scale / cap)).double()
 
     def weight_rows(self, columns: Tensor, workspace: Tensor) -> Tensor:
         """(A, H) rows of the weight, in the GEMM's dtype, in the first rows of `workspace`."""
@@ -191,10 +270,6 @@ class Projection:
     @property
     def _transform(self) -> tuple[float, float | None]:
         return self.options.logit_scale, self.options.logit_softcap
-
-    def _transformed(self, logits: Tensor) -> Tensor:
-        scale, cap = self._transform
-        return logits * scale if cap is None else cap * torch.tanh(logits * scale / cap)
 
     def empty_stats(self) -> Tensor:
         return self.hidden.new_empty(self.num_rows, dtype=torch.float64)

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .parallel import Groups, VocabShard, summed
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -82,6 +84,10 @@ class Rows:
             return self
         rows = self.select((self.scored | (self.nll_weight != 0)).nonzero().squeeze(1))
         return replace(rows, padded=False)
+
+    def of_shard(self, shard: VocabShard | None) -> Rows:
+        """With targets that count from the shard's first row of the lm-head: outside [0, size) on another rank."""
+        return self if shard is None else replace(self, target=self.target - shard.start)
 
     def pair_sizes(self) -> list[int]:
         """The number of rows of each pair. Reads them on the host."""
@@ -160,6 +166,13 @@ def nll_weight(is_nll: Tensor, sequence: Tensor, num_sequences: int, reduction: 
         return weight
     rows = weight.new_zeros(num_sequences).index_add_(0, sequence, weight)
     return weight / rows.clamp(min=1)[sequence]
+
+
+def averaged_over_sequences(rows: Rows, groups: Groups) -> Rows:
+    """The "sequence" reduction of rows of which every one of the NLL weighs 1, where other ranks hold others."""
+    sums = rows.nll_weight.new_zeros(2 * rows.num_pairs).index_add_(0, rows.sequence, rows.nll_weight)
+    summed(sums, [groups.sequence], "the number of NLL rows of every sequence")
+    return replace(rows, nll_weight=rows.nll_weight / sums.clamp(min=1)[rows.sequence])
 
 
 def check_labels(labels: Tensor, nll_labels: Tensor | None, nll_reduction: str) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .autograd import TokenLogOdds
 from .checks import check_head, check_options, check_same_device, check_targets
+from .parallel import Groups, VocabShard, local_head
 from .planning import accumulation_dtype
-from .projection import HeadOptions, needs_grad
+from .projection import HeadOptions, facts_of
 
 
 @torch.compiler.disable(
@@ -28,6 +31,9 @@ def token_logps(
     memory_budget: int | None = None,
     backend: str = "auto",
     sparse_eps: float | None = None,
+    data_group: Any = None,
+    vocab_group: Any = None,
+    sequence_group: Any = None,
 ) -> Tensor:
     """log softmax(logits)[target] of every position, without the logits; differentiable, any upstream gradient.
 
@@ -39,6 +45,10 @@ def token_logps(
         targets: (...) int64, the token each position predicts; `ignore_index` for none. Finding the positions with a
             target is a host synchronisation on a GPU.
         logit_scale, logit_softcap, schedule, memory_budget, backend, sparse_eps: as in `orpo_loss`.
+        vocab_group: as in `orpo_loss`: the ranks hold `weight` and `bias` by rows, and the same hidden states, targets
+            and upstream gradient.
+        data_group, sequence_group: taken so that the arguments are those of `orpo_loss`. A position's log-probability
+            needs no other position, so over these nothing is exchanged and nothing scaled.
 
     Returns:
         (...) log-probabilities in nats, 0 at `ignore_index`; fp32, float64 for float64 inputs.
@@ -46,66 +56,43 @@ def token_logps(
     Raises:
         ValueError, TypeError, RuntimeError: as `orpo_loss`.
     """
-    if targets.shape != hidden.shape[:-1]:
-        raise ValueError(
-            f"targets has shape {tuple(targets.shape)}, but hidden {tuple(hidden.shape)} "
-            f"asks for {tuple(hidden.shape[:-1])}"
+    groups = Groups.of(vocab_group=vocab_group)
+
+    def prepare() -> tuple[Tensor, Tensor | None, Tensor, Tensor, HeadOptions]:
+        head, head_bias = (local_head(tensor, groups.vocab) for tensor in (weight, bias))
+        assert head is not None
+        shard = VocabShard.of(groups.vocab, head) if groups.vocab is not None else None
+        if targets.shape != hidden.shape[:-1]:
+            raise ValueError(
+                f"targets has shape {tuple(targets.shape)}, but hidden {tuple(hidden.shape)} "
+                f"asks for {tuple(hidden.shape[:-1])}"
+            )
+        if targets.dtype != torch.int64:
+            raise TypeError(f"targets is {targets.dtype}, it must be torch.int64")
+        check_head(hidden, head, head_bias)
+        check_options(logit_scale, logit_softcap, sparse_eps)
+        check_same_device("hidden", hidden, "targets", targets)
+        flat = targets.flatten()
+        position = (flat != ignore_index).nonzero().squeeze(1)
+        target = flat[position]
+        check_targets("targets", target, shard.vocab_size if shard else head.shape[0])
+        options = HeadOptions.planned(
+            hidden,
+            head,
+            head_bias,
+            num_rows=target.shape[0],
+            logit_scale=logit_scale,
+            logit_softcap=logit_softcap,
+            schedule=schedule,
+            memory_budget=memory_budget,
+            backend=backend,
+            sparse_eps=sparse_eps,
+            shard=shard,
         )
-    if targets.dtype != torch.int64:
-        raise TypeError(f"targets is {targets.dtype}, it must be torch.int64")
-    check_head(hidden, weight, bias)
-    check_options(logit_scale, logit_softcap, sparse_eps)
-    check_same_device("hidden", hidden, "targets", targets)
-    flat = targets.flatten()
-    position = (flat != ignore_index).nonzero().squeeze(1)
-    target = flat[position]
-    check_targets("targets", target, weight.shape[0])
-    logps = logps_of(
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight,
-        position,
-        target,
-        bias=bias,
-        logit_scale=logit_scale,
-        logit_softcap=logit_softcap,
-        schedule=schedule,
-        memory_budget=memory_budget,
-        backend=backend,
-        sparse_eps=sparse_eps,
-    ).to(accumulation_dtype(hidden.dtype))
-    return logps.new_zeros(flat.shape[0]).index_put((position,), logps).view(targets.shape)
+        return head, head_bias, position, target - shard.start if shard else target, options
 
-
-def logps_of(
-    hidden: Tensor,
-    weight: Tensor,
-    position: Tensor,
-    target: Tensor,
-    *,
-    bias: Tensor | None = None,
-    columns: Tensor | None = None,
-    logit_scale: float = 1.0,
-    logit_softcap: float | None = None,
-    schedule: str = "auto",
-    memory_budget: int | None = None,
-    backend: str = "auto",
-    sparse_eps: float | None = None,
-) -> Tensor:
-    """(R,) float64: log softmax(logits)[target] at positions (R,) of hidden (N, H). Arguments have been checked.
-
-    columns: (V, r), or None: the last columns of a frozen weight, which alone get a gradient (`TokenLogOdds`).
-    """
-    options = HeadOptions.planned(
-        hidden,
-        weight,
-        bias,
-        num_rows=target.shape[0],
-        logit_scale=logit_scale,
-        logit_softcap=logit_softcap,
-        schedule=schedule,
-        memory_budget=memory_budget,
-        backend=backend,
-        needs=needs_grad(hidden, weight if columns is None else columns, bias),
-        sparse_eps=sparse_eps,
-    )
-    return F.logsigmoid(TokenLogOdds.apply(hidden, weight, bias, position, target, options, columns))
+    weight, bias, position, target, options = groups.together(prepare, weight.device)
+    groups.agree(facts_of(weight, len(target), options), weight.device)
+    log_odds = TokenLogOdds.apply(hidden.reshape(-1, hidden.shape[-1]), weight, bias, position, target, options, None)
+    logps = F.logsigmoid(log_odds).to(accumulation_dtype(hidden.dtype))
+    return logps.new_zeros(targets.numel()).index_put((position,), logps).view(targets.shape)

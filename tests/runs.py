@@ -2,6 +2,8 @@
 
 python -m tests.runs killed trl FOLDER
 python -m torch.distributed.run --nproc-per-node 2 -m tests.runs together transformers FOLDER
+python -m torch.distributed.run --nproc-per-node 2 -m tests.runs sharded trl FOLDER
+python -m torch.distributed.run --nproc-per-node 2 -m tests.runs smollm2 fsdp2 FOLDER
 """
 
 from __future__ import annotations
@@ -79,13 +81,80 @@ def together(kind: str, folder: Path) -> None:
     trainer.accelerator.end_training()
 
 
+FSDP2 = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+
+
+def allow_fsdp_on_a_cpu() -> None:
+    """Accelerate has FSDP on accelerators alone; PyTorch has it over gloo as well."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    own = PartialState.__init__
+
+    def init(self: Any, *args: Any, **options: Any) -> None:
+        own(self, *args, **options)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = init
+
+
+def sharded(kind: str, folder: Path) -> None:
+    """As `together`, under FSDP2; and the model is saved whole."""
+    allow_fsdp_on_a_cpu()
+    changes = {"train_sampling_strategy": "sequential", "ddp_backend": "gloo", "gradient_accumulation_steps": 2}
+    evaluation = {} if kind == "trl" else {"eval_strategy": "steps", "eval_steps": 2}
+    trainer = make_trainer(kind, folder, tiny(), **{**changes, **evaluation, **FSDP2})
+    trainer.train()
+    assert type(trainer.model_wrapped).__name__ == "FSDPLlamaForCausalLM"
+    trainer.save_model(str(folder / "model"))
+    if trainer.is_world_process_zero():
+        (folder / "logs.json").write_text(json.dumps(trainer.state.log_history))
+    trainer.accelerator.end_training()
+
+
+def smollm2(engine: str, folder: Path) -> None:
+    """Ten steps of SmolLM2 on LLMBar, two pairs each, by one process or two; SGD needs no memory of its own."""
+    from transformers import TrainingArguments
+
+    from examples.smollm2 import load_smollm2
+    from orpo_kernels.transformers import PreferenceCollator
+    from orpo_kernels.transformers.trainer import ORPOTrainer
+
+    from .test_real_model import whole_examples
+
+    if engine == "fsdp2":
+        allow_fsdp_on_a_cpu()
+    model, own = load_smollm2()
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    arguments = settings(
+        folder,
+        max_steps=10,
+        optim="sgd",
+        learning_rate=0.05,
+        per_device_train_batch_size=2 // processes,
+        **(FSDP2 if engine == "fsdp2" else {}),
+        **({"ddp_backend": "gloo"} if processes > 1 else {}),
+    )
+    trainer = ORPOTrainer(
+        model,
+        TrainingArguments(**arguments),
+        data_collator=PreferenceCollator(own, max_length=256, end="trl"),
+        train_dataset=whole_examples()[:20],
+    )
+    trainer.train()
+    if trainer.is_world_process_zero():
+        (folder / f"{engine}.json").write_text(json.dumps(trainer.state.log_history))
+    trainer.accelerator.end_training()
+
+
 def main() -> None:
     what, kind, folder = sys.argv[1:]
     torch.set_num_threads(1)
     if what == "killed":
         interrupted(kind, folder, [Kill()]).train()
     else:
-        together(kind, Path(folder))
+        {"together": together, "sharded": sharded, "smollm2": smollm2}[what](kind, Path(folder))
 
 
 if __name__ == "__main__":

@@ -684,6 +684,8 @@ def with_(**changes: Any) -> dict[str, Any]:
         (with_(bias=torch.zeros(VOCAB)), TypeError, "bias is read from the model"),
         (with_(logit_scale=2.0), TypeError, "logit_scale is read from the model"),
         (with_(logit_softcap=2.0), TypeError, "logit_softcap is read from the model"),
+        (with_(vocab_group=object()), ValueError, "vocab_group is given, but the model has the whole head"),
+        (with_(sequence_group=object()), ValueError, "sequence_group is given"),
         (with_(nll_labels=make_batch()["labels"]), TypeError, "nll_labels is made from the batch"),
         (with_(shift=False), TypeError, "shift is made from the batch"),
     ],

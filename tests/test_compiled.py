@@ -22,9 +22,11 @@ KERNELS = {
     "gather_rows_kernel",
     "join_splits_kernel",
     "odds_ratio_kernel",
+    "recomputed_residual_kernel",
     "residual_kernel",
     "scatter_rows_kernel",
     "sequence_sums_kernel",
+    "statistics_kernel",
 }
 # The matrix instruction that each target should be given, and its asynchronous copy to shared memory. gfx942 and
 # gfx1100 have none that Triton uses: their operands go through registers.

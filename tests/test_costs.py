@@ -1,9 +1,8 @@
-"""The formulas of costs.py beside what the real code allocates, counted storage by storage."""
+"""The peers' formulas of costs.py beside what their code allocates, counted storage by storage."""
 
 from __future__ import annotations
 
 import pytest
-import torch
 
 pytest.importorskip("rich")
 
@@ -12,7 +11,7 @@ from orpo_kernels import costs
 from orpo_kernels.gpus import GPUS, gpu_named
 
 GIB = 2**30
-SHAPES = [memory.Shape(8, 256), memory.Shape(2, 1024, rows=700), memory.Shape(16, 128, rows=900)]
+SHAPES = [memory.Shape(16, 512), memory.Shape(16, 256, rows=3440), memory.Shape(2, 4096)]
 NAMES = {  # in benchmarks.memory, and the formula
     "plain": lambda case: costs.plain(case, case.itemsize),
     "plain fp32": lambda case: costs.plain(case, 4),
@@ -37,20 +36,6 @@ def test_a_peers_bytes_are_what_its_code_allocates(name, trained):
     for shape in SHAPES:
         peak = run.peak(shape)
         assert NAMES[name](case_of(shape, trained)) == pytest.approx(peak.peak - peak.baseline, rel=0.02), str(shape)
-
-
-@pytest.mark.parametrize("trained", [False, True])
-def test_our_bytes_are_what_our_kernels_wrappers_allocate(trained):
-    """Under the budget that the accounting's GPU has."""
-    pytest.importorskip("triton")
-    for shape in SHAPES:
-        with memory.kernels_of("sm_90"), memory.gemms_in(native=True):
-            from orpo_kernels.planning import default_budget
-
-            budget = default_budget(torch.device("cuda"))
-            for cost in costs.ours(case_of(shape, trained), budget)[:2]:
-                peak = memory.our_case(cost.plan.schedule, trained).peak(shape)
-                assert cost.bytes == pytest.approx(peak.peak - peak.baseline, rel=0.05), (str(shape), cost.name)
 
 
 def test_what_is_recommended_is_the_plans_choice():

@@ -222,6 +222,15 @@ def test_a_damaged_parquet_file_is_read_or_refused(tmp_path_factory, parquet_byt
         assert found.pairs == []
 
 
+def test_a_damaged_name_of_a_column(tmp_path, parquet_bytes):
+    """Which pyarrow finds out late, and not by an error of its own."""
+    whole, _ = parquet_bytes
+    path = tmp_path / "pairs.parquet"
+    path.write_bytes(whole.replace(b"prompt", b"pr\xffmpt"))
+    found = load(path)
+    assert found.pairs == []
+
+
 @pytest.fixture(scope="module")
 def parquet_bytes() -> tuple[bytes, list]:
     arrow = pytest.importorskip("pyarrow")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +78,35 @@ def test_a_stopped_run_of_the_trainer_goes_on(model_folder, tmp_path, monkeypatc
     assert [logs["step"] for logs in trainer.state.log_history if "eval_loss" in logs][:1] == [1]
 
 
+@pytest.mark.slow
+def test_a_mesh_of_four_processes(model_folder, tmp_path):
+    source = (ROOT / "examples" / "distributed" / "vocab_parallel.py").read_text()
+    for constant, value in {"MODEL": str(model_folder), "FOLDER": str(tmp_path / "run"), "STEPS": 3}.items():
+        source, found = re.subn(rf"^{constant} = .*$", f"{constant} = {value!r}", source, flags=re.MULTILINE)
+        assert found == 1
+    (tmp_path / "script.py").write_text(source)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [*command, str(tmp_path / "script.py")], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert len(re.findall(r"^step \d: loss \d+\.\d{4}$", run.stdout, flags=re.MULTILINE)) == 3
+    before, after = tiny(initializer_range=0.02), type(tiny()).from_pretrained(tmp_path / "run")
+    assert not torch.equal(before.lm_head.weight, after.lm_head.weight)
+    assert all(value.isfinite().all() for value in after.state_dict().values())
+
+
+@pytest.mark.parametrize(("name", "processes"), [("one_gpu", 1), ("two_gpus_ddp", 2), ("eight_gpus_fsdp2", 8)])
+def test_configurations_of_accelerate(name, processes):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(ROOT / "examples" / "distributed" / f"{name}.yaml"))
+    assert config.num_processes == processes
+    assert str(config.distributed_type.value) == {1: "NO", 2: "MULTI_GPU", 8: "FSDP"}[processes]
+
+
 def test_they_are_short():
     """Short enough to copy."""
-    for name in EXAMPLES:
+    for name in (*EXAMPLES, "distributed/vocab_parallel"):
         assert len((ROOT / "examples" / f"{name}.py").read_text().splitlines()) <= 80, name

@@ -151,7 +151,7 @@ def test_opcheck(dtype, needs):
     )
     vectors = (rows.position, rows.target, rows.sequence, rows.scored, rows.nll_weight)
     count = torch.tensor(3.0, dtype=torch.float64)
-    options = (True, None, count, 1.0, 0.1, 1.0, None, "auto", None, "torch", dtype, needs)
+    options = (True, None, count, 1.0, 0.1, 1.0, None, "auto", None, "torch", None, dtype, needs)
     torch.library.opcheck(orpo_loss_op, (hidden, weight, bias, *vectors, rows.num_pairs, *options))
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ pytest.importorskip("accelerate")
 from datasets import Dataset
 from transformers import EvalPrediction, TrainingArguments
 
+from benchmarks.workloads import have_real_data
 from orpo_kernels.transformers import PreferenceCollator, causal_lm_orpo_loss, tokenize_pairs
 from orpo_kernels.transformers.causal_lm import batch_rows
 from orpo_kernels.transformers.trainer import METRICS, ORPOTrainer, preference_metrics, run_inside
@@ -294,7 +296,8 @@ def test_a_router_whose_loss_is_not_known_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "found"), [("is_fsdp_enabled", "FSDP"), ("is_deepspeed_enabled", "DeepSpeed"), ("n_gpu", "DataParallel")]
+    ("name", "found"),
+    [("is_fsdp_enabled", "FSDP version 1"), ("is_deepspeed_enabled", "DeepSpeed"), ("n_gpu", "DataParallel")],
 )
 def test_shards_and_replicas_are_refused(name, found, tmp_path):
     trainer = trainer_of(tmp_path)
@@ -304,6 +307,13 @@ def test_shards_and_replicas_are_refused(name, found, tmp_path):
         setattr(trainer, name, True)
     with pytest.raises(ValueError, match=found):
         trainer._check_setup()
+
+
+def test_fsdp2_is_let_through(tmp_path, monkeypatch):
+    trainer = trainer_of(tmp_path)
+    trainer.is_fsdp_enabled = True
+    monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", SimpleNamespace(fsdp_version=2), raising=False)
+    trainer._check_setup()
 
 
 def test_batches_that_the_main_process_slices_are_refused(tmp_path, monkeypatch):
@@ -374,11 +384,14 @@ def test_a_killed_run_goes_on_where_it_was(kind, tmp_path):
     assert len(set(losses(whole))) == runs.STEPS
 
 
+LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("engine", ["together", "sharded"], ids=["ddp", "fsdp2"])
 @each_trainer
-def test_two_processes_are_one_large_batch(kind, tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
-    run = python(*launcher, "-m", "tests.runs", "together", kind, tmp_path)
+def test_two_processes_are_one_large_batch(kind, engine, tmp_path):
+    run = python(*LAUNCHER, "-m", "tests.runs", engine, kind, tmp_path)
     assert run.returncode == 0, run.stderr
     together = json.loads((tmp_path / "logs.json").read_text())
     evaluation = {} if kind == "trl" else {"eval_strategy": "steps", "eval_steps": 2}
@@ -388,6 +401,25 @@ def test_two_processes_are_one_large_batch(kind, tmp_path):
     )
     alone.train()
     assert_same_logs(_but_logits(together), _but_logits(alone.state.log_history))
+    if engine == "sharded":
+        saved = type(alone.model).from_pretrained(tmp_path / "model").state_dict()
+        for name, parameter in alone.model.state_dict().items():
+            torch.testing.assert_close(saved[name], parameter, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not have_real_data(), reason="needs LLMBar ($ORPO_KERNELS_DATA) and SmolLM2")
+def test_ten_steps_of_a_real_model_by_two_processes(tmp_path):
+    def logged(engine: str, *launcher: Any) -> list[float]:
+        run = python(*launcher, "-m", "tests.runs", "smollm2", engine, tmp_path)
+        assert run.returncode == 0, run.stderr
+        history = json.loads((tmp_path / f"{engine}.json").read_text())
+        return [logs["loss"] for logs in history if "loss" in logs]
+
+    alone = logged("alone")
+    assert len(alone) == 10
+    for engine in ("ddp", "fsdp2"):
+        assert logged(engine, *LAUNCHER) == pytest.approx(alone, rel=1e-4), engine
 
 
 def _but_logits(history: list[dict[str, float]]) -> list[dict[str, float]]:

@@ -104,6 +104,27 @@ def test_residual(dtype, head):
 @dtypes
 @few
 @given(head=heads)
+def test_statistics_and_recomputed_residual(dtype, head):
+    """Of logits that exist; targets among other columns leave no mark in the residual."""
+    x, w, bias, target = head.tensors(dtype)
+    logits = (x.double() @ w.double().t() + (0 if bias is None else bias.double())).to(dtype)
+    _, lse_others = torch_ops.statistics(logits.double(), target, *head.transform)
+
+    def run(ops: ModuleType, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        residual = torch.zeros(head.rows, head.vocab + 3, dtype=dtype, device=DEVICE)[:, : head.vocab]  # rows lie apart
+        residual.copy_(logits)
+        statistics = ops.statistics(residual, target, *head.transform)
+        assert torch.equal(residual, logits.to(dtype))  # they are only read
+        elsewhere = torch.where(target % 2 == 0, target, target - head.vocab)
+        ops.recomputed_residual_(residual, elsewhere, lse_others, *head.transform)
+        return *statistics, residual
+
+    assert_as_good_as_the_mirror(run, dtype)
+
+
+@dtypes
+@few
+@given(head=heads)
 def test_project_residual(dtype, head):
     """Slice by slice; targets outside the slice leave no mark in it."""
     x, w, bias, target = head.tensors(dtype)

@@ -56,7 +56,7 @@ def tiles(request, monkeypatch) -> None:
     """How the work is divided: small tiles make many programs of a small matrix."""
     target, tile = TILES[request.param]
     monkeypatch.setattr("orpo_kernels.ops.triton.tiles.matmul_tile", tile)
-    for kernel in ("project_log_odds", "project_residual", "residual"):
+    for kernel in ("project_log_odds", "project_residual", "recomputed_residual", "residual", "statistics"):
         # By the module: the package has each kernel's wrapper under the same name.
         module = importlib.import_module(f"orpo_kernels.ops.triton.{kernel}")
         monkeypatch.setattr(module, "current_target", lambda: target)
@@ -113,6 +113,22 @@ def test_residual(tiles, rows, vocab, dtype, scale, softcap, has_bias):
     ours = triton_ops.residual_(logits[:, :vocab], target, scale, softcap)
     truth = torch_ops.residual_(mirror[:, :vocab], target, scale, softcap)
     assert_close(ours, truth, torch.float32)
+    assert_close(logits, mirror, dtype)  # what lies between the rows is as it was
+
+
+@pytest.mark.parametrize("tiles", ["small tiles", "tiles of sm_90"], indirect=True)
+@pytest.mark.parametrize(("rows", "vocab"), [(1, 2), (3, 7), (2, 32), (4, 71)])
+@each_head
+def test_statistics_and_recomputed_residual(tiles, rows, vocab, dtype, scale, softcap, has_bias):
+    logits, target = 3 * torch.randn(rows, vocab + 5).to(dtype), torch.randint(vocab, (rows,))
+    mirror = logits.float().clone()
+    ours = triton_ops.statistics(logits[:, :vocab], target, scale, softcap)
+    truth = torch_ops.statistics(mirror[:, :vocab], target, scale, softcap)
+    for value, expected in zip(ours, truth, strict=True):
+        assert_close(value, expected, torch.float32)
+    elsewhere = target - vocab // 2  # negative for some
+    triton_ops.recomputed_residual_(logits[:, :vocab], elsewhere, truth[1], scale, softcap)
+    torch_ops.recomputed_residual_(mirror[:, :vocab], elsewhere, truth[1], scale, softcap)
     assert_close(logits, mirror, dtype)  # what lies between the rows is as it was
 
 

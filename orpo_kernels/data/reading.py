@@ -102,22 +102,21 @@ def _is_message(value: Any) -> bool:
 
 
 def _parquet(path: Path) -> Iterator[Row]:
-    import pyarrow
     from pyarrow import parquet
 
     try:
         file = parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
+        groups = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+    except Exception as error:  # of very many kinds, where bytes are damaged
         raise UserError(
             f"{path} is not a whole Parquet file ({_first_line(error)}); it may have been cut off, so copy it again."
         ) from error
     with file:
         number = 0
-        for group in range(file.num_row_groups):
-            count = file.metadata.row_group(group).num_rows
+        for group, count in enumerate(groups):
             try:
                 table = file.read_row_group(group)
-            except (pyarrow.ArrowException, OSError) as error:
+            except Exception as error:
                 broken = Unreadable(f"its part of the file (row group {group}) cannot be read ({_first_line(error)})")
                 yield from ((number + i, broken) for i in range(1, count + 1))
             else:
@@ -128,7 +127,7 @@ def _parquet(path: Path) -> Iterator[Row]:
 def _record(table: Any, index: int) -> Any:
     try:
         return table.slice(index, 1).to_pylist()[0]
-    except ValueError as error:  # text that is not UTF-8
+    except Exception as error:  # such as text that is not UTF-8
         return Unreadable(f"it cannot be decoded ({_first_line(error)})")
 
 

@@ -89,7 +89,7 @@ def comparison(outcomes: Sequence[Outcome], path: Path) -> None:
             spread = [[of["value"] - of["low"]], [of["high"] - of["value"]]]
             axis.errorbar(outcome.seconds_per_step, of["value"], yerr=spread, fmt="o", capsize=3, color=f"C{number}")
             axis.annotate(outcome.method, (outcome.seconds_per_step, of["value"]), (6, 4), textcoords="offset points")
-        axis.set_xlim(left=0)
+        axis.set_xlim(0, 1.2 * max(outcome.seconds_per_step for outcome in methods))  # room for the names
         axis.set_xlabel("seconds a step")
         axis.set_title(title)
         axis.grid(alpha=0.3)

@@ -44,7 +44,14 @@ def project_log_odds(
     """See `torch_ops.project_log_odds`."""
     logits = x.new_empty(x.shape[0], weight.vocab_size) if buffer is None else buffer[: x.shape[0]]
     project(x, weight, bias, logits)
-    log_odds = x.new_empty(x.shape[0], dtype=torch.float64)
+    return statistics(logits, target, logit_scale, logit_softcap)
+
+
+def statistics(
+    logits: Tensor, target: Tensor, logit_scale: float, logit_softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """See `torch_ops.statistics`. The rows of `logits` may lie apart, its columns not."""
+    log_odds = logits.new_empty(logits.shape[0], dtype=torch.float64)
     lse_others = torch.empty_like(log_odds)
     threads = torch.get_num_threads()
     call(_native.statistics, logits, target, log_odds, lse_others, logit_scale, logit_softcap, threads)
@@ -70,8 +77,15 @@ def project_residual(
 ) -> None:
     """See `torch_ops.project_residual`."""
     project_slice(x, w, bias, out)
+    recomputed_residual_(out, target, lse_others, logit_scale, logit_softcap)
+
+
+def recomputed_residual_(
+    logits: Tensor, target: Tensor, lse_others: Tensor, logit_scale: float, logit_softcap: float | None
+) -> None:
+    """See `torch_ops.recomputed_residual_`. The rows of `logits` may lie apart, its columns not."""
     threads = torch.get_num_threads()
-    call(_native.recomputed_residual_, out, target, lse_others, logit_scale, logit_softcap, threads)
+    call(_native.recomputed_residual_, logits, target, lse_others, logit_scale, logit_softcap, threads)
 
 
 def column_statistics(residual: Tensor, row_weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,7 +132,9 @@ __all__ = [
     "odds_ratio",
     "project_log_odds",
     "project_residual",
+    "recomputed_residual_",
     "residual_",
     "scatter_rows_",
     "sequence_sums",
+    "statistics",
 ]

@@ -92,11 +92,28 @@ def project_residual(
         out: (R, S), written like `residual_` does.
     """
     project_slice(x, w, bias, out)
-    z, slope = _transform(out, logit_scale, logit_softcap, True)
+    recomputed_residual_(out, target, lse_others, logit_scale, logit_softcap)
+
+
+def statistics(
+    logits: Tensor, target: Tensor, logit_scale: float, logit_softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """m and lse_others of a chunk of logits (C, V), each (C,) float64; the logits are only read."""
+    is_wide = logits.dtype in (torch.float32, torch.float64)  # a narrower dtype is copied in any case
+    z, _ = _transform(logits.clone() if is_wide else logits, logit_scale, logit_softcap, False)
+    log_odds, lse_others, _ = _statistics_(z, target[:, None])
+    return log_odds, lse_others
+
+
+def recomputed_residual_(
+    logits: Tensor, target: Tensor, lse_others: Tensor, logit_scale: float, logit_softcap: float | None
+) -> None:
+    """`residual_`, of some columns of the vocabulary, from the statistics of the whole rows; see `project_residual`."""
+    z, slope = _transform(logits, logit_scale, logit_softcap, True)
     z.sub_(lse_others[:, None].to(z.dtype)).exp_()
     index = target.clamp(0, z.shape[1] - 1)[:, None]
     is_here = ((target >= 0) & (target < z.shape[1]))[:, None]
-    _finish(z, index, torch.where(is_here, -1.0, z.gather(1, index)), slope, out)
+    _finish(z, index, torch.where(is_here, -1.0, z.gather(1, index)), slope, logits)
 
 
 def column_statistics(residual: Tensor, row_weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,7 +205,9 @@ __all__ = [
     "odds_ratio",
     "project_log_odds",
     "project_residual",
+    "recomputed_residual_",
     "residual_",
     "scatter_rows_",
     "sequence_sums",
+    "statistics",
 ]

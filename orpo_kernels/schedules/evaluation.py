@@ -19,4 +19,4 @@ def statistics(p: Projection) -> tuple[Tensor, Tensor]:
     buffer = None if p.plan.fused else p.logits_buffer()
     for rows in p.row_chunks():
         log_odds[rows], lse_others[rows] = p.log_odds(rows, weight, buffer)
-    return log_odds, lse_others
+    return p.combined(log_odds, lse_others)

@@ -46,4 +46,6 @@ def backward(p: Projection, kept: tuple[Tensor, ...], coefficient: Tensor, grads
             grads.bias[columns] += bias_gradient(residual, coefficient)
     del x, buffer, scaled
     if u is not None and grads.hidden is not None:
+        if under_way := p.sum_over_shards(u):
+            under_way.wait()
         p.add_hidden_gradient_(grads.hidden, u, coefficient)

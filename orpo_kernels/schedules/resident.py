@@ -18,25 +18,30 @@ if TYPE_CHECKING:
 def forward(p: Projection) -> tuple[Tensor, tuple[Tensor, ...]]:
     log_odds = p.empty_stats()
     residual = p.weight.new_empty(p.num_rows, p.vocab_size, dtype=p.plan.gemm_dtype)
-    weight = p.weight_slices()
-    for rows in p.row_chunks():
-        log_odds[rows] = p.residual(rows, weight, residual[rows])
+    for _ in p.residuals(p.row_chunks(), lambda rows: residual[rows], p.weight_slices(), log_odds):
+        pass
     return log_odds, (residual,)
 
 
 def backward(p: Projection, kept: tuple[Tensor, ...], coefficient: Tensor, grads: Gradients) -> None:
     (residual,) = kept
     coefficient = -p.options.logit_scale * coefficient
+    under_way = None
     if grads.hidden is not None:
         u = residual.new_empty(p.num_rows, p.weight.shape[1])
         for columns, w in p.weight_slices():
             matmul_into(u, residual[:, columns], w, accumulate=columns.start > 0)
-        p.add_hidden_gradient_(grads.hidden, u, coefficient)
-        del u
+        under_way = p.sum_over_shards(u)  # while the GEMM of the weight's gradient runs
+        if under_way is None:
+            p.add_hidden_gradient_(grads.hidden, u, coefficient)
+            del u
     if grads.weight is not None:
         head_gradient(residual, p.scaled_hidden(coefficient), grads.weight, grads.accumulate)
     if grads.bias is not None:
         grads.bias.add_(bias_gradient(residual, coefficient))
+    if under_way is not None and grads.hidden is not None:
+        under_way.wait()
+        p.add_hidden_gradient_(grads.hidden, u, coefficient)
 
 
 def head_gradient(residual: Tensor, scaled: tuple[Tensor, Tensor | None], out: Tensor, accumulate: bool) -> None:

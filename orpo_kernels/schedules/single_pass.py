@@ -5,6 +5,7 @@ What is kept is u (R x H), as large as the hidden states of the rows; the backwa
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -19,12 +20,17 @@ if TYPE_CHECKING:
 def forward(p: Projection) -> tuple[Tensor, tuple[Tensor, ...]]:
     log_odds = p.empty_stats()
     u = p.weight.new_empty(p.num_rows, p.weight.shape[1], dtype=p.plan.gemm_dtype)
-    weight, buffer = p.weight_slices(), p.logits_buffer()
-    for rows in p.row_chunks():
-        residual = buffer[: rows.stop - rows.start]
-        log_odds[rows] = p.residual(rows, weight, residual)
+    weight, under_way = p.weight_slices(), []
+    parts = 1 if p.shard is None else 2  # chunks that exist at a time
+    buffers = itertools.cycle([p.logits_buffer(parts) for _ in range(parts)])
+    chunks = p.row_chunks(parts)
+    for rows, residual in p.residuals(chunks, lambda rows: next(buffers)[: rows.stop - rows.start], weight, log_odds):
         for columns, w in weight:
             matmul_into(u[rows], residual[:, columns], w, accumulate=columns.start > 0)
+        under_way.append(p.sum_over_shards(u[rows]))  # while the next chunk's GEMMs run
+    for pending in under_way:
+        if pending is not None:
+            pending.wait()
     return log_odds, (u,)
 
 

@@ -70,29 +70,38 @@ class Block(NamedTuple):
 def forward(p: Projection) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     log_odds = p.empty_stats()
     u = p.weight.new_empty(p.num_rows, p.weight.shape[1], dtype=p.plan.gemm_dtype) if p.plan.needs_hidden else None
-    weight, buffer = p.weight_slices(), p.logits_buffer()
+    weight, lse_others = p.weight_slices(), p.empty_stats()
     # The active rows of the weight, block after block in the same memory: fresh pages would cost more than the copy.
     workspace = p.weight.new_empty(int(DENSE_SHARE * p.vocab_size), p.weight.shape[1], dtype=p.plan.gemm_dtype)
+    parts = 1 if p.shard is None else 2  # chunks that exist at a time
+    spare: list[Tensor] = []
+    in_use: list[Tensor] = []
+
+    def buffer_of(rows: slice) -> Tensor:
+        in_use.append(spare.pop() if spare else p.logits_buffer(parts))
+        return in_use[-1][: rows.stop - rows.start]
+
     blocks: list[Block] = []
     room = p.plan.budget if p.plan.needs_head else 0
-    for rows in p.row_chunks():
-        residual = buffer[: rows.stop - rows.start]
-        log_odds[rows], target_logit = p.residual_and_target_logit(rows, weight, residual)
+    for rows, residual in p.residuals(p.row_chunks(parts), buffer_of, weight, log_odds, lse_others):
+        buffer = in_use.pop(0)
         chunk = sparse_blocks(p, rows, residual, log_odds[rows])
         if chunk is None:
             record_block(1.0, torch.zeros_like(log_odds[rows]))
-            has_room = residual.nbytes <= room
-            chunk = [Block(entries=residual) if has_room else Block(lse_others=target_logit - log_odds[rows])]
-            if has_room:
-                buffer = p.logits_buffer()  # the old one is the block's now
+            is_kept = residual.nbytes <= room
+            chunk = [Block(entries=residual) if is_kept else Block(lse_others=lse_others[rows].clone())]
         if u is not None:
             multiply(p, chunk, residual, weight, workspace, out=u[rows])
+        if chunk[0].entries is not residual:
+            spare.append(buffer)
         if not p.plan.needs_head:
             chunk = [block.without_residual() for block in chunk]
         room -= sum(block.entries.nbytes for block in chunk if block.entries is not None)
         blocks += chunk
     if u is not None:
         add_tails_(u, list(zip(blocks, row_slices(blocks), strict=True)), p, weight)
+        if under_way := p.sum_over_shards(u):
+            under_way.wait()
     if not p.plan.needs_head:
         return log_odds, (u,)
     return log_odds, (u, *(tensor for block in blocks for tensor in block))
@@ -130,7 +139,7 @@ def sparse_blocks(p: Projection, rows: slice, residual: Tensor, log_odds: Tensor
         target = p.target[rows][part]
         peak, mass = p.ops.column_statistics(residual[part], weight[part])
         active = ~(peak <= p.plan.sparse_eps) | mass.isnan()
-        active[target] = True
+        active[target if p.shard is None else target[p.shard.holds(target)]] = True
         columns = active.nonzero().squeeze(1)
         if columns.shape[0] > DENSE_SHARE * p.vocab_size:
             return None
@@ -141,8 +150,9 @@ def sparse_blocks(p: Projection, rows: slice, residual: Tensor, log_odds: Tensor
 def block_of(p: Projection, residual: Tensor, log_odds: Tensor, columns: Tensor, mass: Tensor) -> Block:
     """The active columns of a residual (B, V), and its tail, spread as `mass` (V,) is."""
     entries, sums = p.ops.gather_columns(residual, columns)
-    # What an exact row sums to is 0, but where a soft-cap has put its slopes into the residual.
-    total = 0.0 if p.options.logit_softcap is None else residual.sum(1, dtype=sums.dtype)
+    # What an exact row sums to is 0, but of a shard, and where a soft-cap has put its slopes into the residual.
+    sums_to_zero = p.options.logit_softcap is None and p.shard is None
+    total = 0.0 if sums_to_zero else residual.sum(1, dtype=sums.dtype)
     dropped = total - sums
     # (Entries rounded to 16 bits may add up to a little more than their row.)
     record_block(columns.shape[0] / p.vocab_size, dropped.clamp(min=0) * torch.sigmoid(-log_odds))
@@ -182,7 +192,9 @@ def head_gradients(p: Projection, blocks: list[Block], coefficient: Tensor, grad
             bias = grads.bias[columns, None].addmm_(profiles, tail_numbers)
         for block, rows in places:
             index, residual = residual_within(p, block, rows, columns)
-            if grads.weight is not None:
+            if grads.weight is not None and index is None:
+                matmul_into(total, residual.t(), x[rows], accumulate=True)
+            elif grads.weight is not None and index is not None:
                 add_rows_(p, total, index, residual.t() @ x[rows])
             if grads.bias is not None:
                 add_rows_(p, bias, index, bias_gradient(residual, coefficient[rows])[:, None])

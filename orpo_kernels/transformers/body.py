@@ -33,8 +33,9 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
         raise TypeError(
             "model must be a transformers PreTrainedModel or a peft PeftModel around one, but is a "
             f"{type(inner).__name__}. Wrappers that synchronise or shard do so in their own forward, which the loss "
-            "does not call. orpo_kernels.transformers.trainer.run_inside runs it there for DistributedDataParallel; "
-            "FullyShardedDataParallel and DeepSpeedEngine are not supported."
+            "does not call. orpo_kernels.transformers.engines.run_inside runs it there for DistributedDataParallel and "
+            "DeepSpeedEngine; a model under FSDP2 (fully_shard) is passed as it is; FullyShardedDataParallel (version "
+            "1) is not supported."
         )
     _check_config(inner)
     return inner

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +13,14 @@ from .. import ORPOOutput, PreferenceOutput, Rows, orpo_loss_from_rows, preferen
 from ..methods import Answers, Method, method_named
 from ..preference_loss import answers_of, row_logps
 from ..rows import padded_rows
-from .body import router_loss_coef, run_body, unwrap
+from .body import BodyOutput, router_loss_coef, run_body, unwrap
+from .engines import is_fsdp2, through
 from .lm_head import resolve_lm_head
 from .packing import IGNORE_INDEX, PackedPairs
 from .probe import verify_lm_head
 from .sharing import refuses_shared_prompt
+
+T = TypeVar("T")
 
 _FROM_THE_MODEL = ("hidden", "weight", "bias", "low_rank", "logit_scale", "logit_softcap")
 _FROM_THE_BATCH = ("nll_labels", "shift", "rows")
@@ -56,9 +60,9 @@ def causal_lm_orpo_loss(
 
     Args:
         model: a `transformers` causal LM, or a `peft` model around one (adapters in the body, LoRA or `modules_to_save`
-            on the head). Its body is called as its own forward calls it; no forward is copied or patched. The first
-            call also runs the model's own forward on a few tokens, to check that its head is what it seems
-            (`probe.py`).
+            on the head), also under FSDP2 (`fully_shard`). Its body is called as its own forward calls it; no forward
+            is copied. The first call also runs the model's own forward on a few tokens, to check that its head is what
+            it seems (`probe.py`).
         input_ids: (2B, T) int64, the B chosen sequences first, then the rejected ones in the same order; (R, T) with
             `packed`.
         attention_mask: (2B, T) int or bool, 1 on tokens and 0 on padding, on either side; None if there is no padding.
@@ -75,8 +79,8 @@ def causal_lm_orpo_loss(
             `config.output_router_logits=True`, which is added to the loss as the model's own forward adds it; by
             default the model's own. It is a mean over the tokens of this batch: where the denominators are those of k
             micro-batches, pass the model's coefficient / k.
-        options: anything else that `orpo_loss` takes: beta, alpha, nll_denominator, pair_denominator, schedule,
-            memory_budget, backend, sparse_eps.
+        options: anything else that `orpo_loss` takes: beta, alpha, nll_denominator, pair_denominator, data_group,
+            schedule, memory_budget, backend, sparse_eps.
 
     Returns:
         `CausalLMORPOOutput`. `loss` is differentiable with respect to whatever of the model requires grad.
@@ -95,9 +99,12 @@ def causal_lm_orpo_loss(
         nll_reduction=nll_reduction,
         ignore_index=ignore_index,
     )
-    run = _run_to_the_head(model, input_ids, attention_mask, packed)
-    out = orpo_loss_from_rows(rows=rows, **run.head, **options)
-    loss, aux_loss = _with_router_loss(out.loss, run, router_aux_loss_coef)
+
+    def at_the_head(aux_loss: Tensor | None, head: dict[str, Any]) -> tuple[Tensor, tuple]:
+        out = orpo_loss_from_rows(rows=rows, **head, **options)
+        return _with_router_loss(out, aux_loss, unwrap(model), router_aux_loss_coef)
+
+    loss, (out, aux_loss) = _run_to_the_head(model, input_ids, attention_mask, packed, at_the_head)
     routed = CausalLMORPOOutput(*out._replace(loss=loss))
     routed.aux_loss = aux_loss
     return routed
@@ -153,9 +160,12 @@ def causal_lm_preference_loss(
         chosen_only=chosen_only,
         ignore_index=ignore_index,
     )
-    run = _run_to_the_head(model, input_ids, attention_mask, packed)
-    out = preference_loss_from_rows(rows=rows, method=method, reference_logps=reference_logps, **run.head, **options)
-    loss, aux_loss = _with_router_loss(out.loss, run, router_aux_loss_coef)
+
+    def at_the_head(aux_loss: Tensor | None, head: dict[str, Any]) -> tuple[Tensor, tuple]:
+        out = preference_loss_from_rows(rows=rows, method=method, reference_logps=reference_logps, **head, **options)
+        return _with_router_loss(out, aux_loss, unwrap(model), router_aux_loss_coef)
+
+    loss, (out, aux_loss) = _run_to_the_head(model, input_ids, attention_mask, packed, at_the_head)
     routed = CausalLMPreferenceOutput(*out._replace(loss=loss))
     routed.aux_loss = aux_loss
     return routed
@@ -180,47 +190,76 @@ def causal_lm_answers(
     rows = batch_rows(
         input_ids, attention_mask, labels, packed=packed, prompt_nll=False, ignore_index=ignore_index
     ).live()
-    return answers_of(
-        row_logps(rows=rows, **_run_to_the_head(model, input_ids, attention_mask, packed).head, **options), rows
-    )
 
+    def at_the_head(aux_loss: Tensor | None, head: dict[str, Any]) -> tuple[Tensor, None]:
+        return row_logps(rows=rows, **head, **options), None
 
-class _Run(NamedTuple):
-    """The model's body has run: what the loss takes of the head, the router loss, and the model itself."""
-
-    head: dict[str, Any]
-    aux_loss: Tensor | None
-    inner: PreTrainedModel
+    logps, _ = _run_to_the_head(model, input_ids, attention_mask, packed, at_the_head)
+    return answers_of(logps, rows)
 
 
 def _run_to_the_head(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, packed: PackedPairs | None
-) -> _Run:
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    packed: PackedPairs | None,
+    at_the_head: Callable[[Tensor | None, dict[str, Any]], tuple[Tensor, T]],
+) -> tuple[Tensor, T]:
+    """The model's body, and `at_the_head(router loss, arguments of the loss)` in place of its head.
+
+    An engine that shards the model sees the tensor that comes first of what this returns.
+    """
     inner = unwrap(model)
+    kept: list[T] = []
+
+    def forward() -> Tensor:
+        hidden, aux_loss = _checked_body(model, inner, input_ids, attention_mask, packed)
+
+        def head_forward(hidden: Tensor) -> Tensor:  # an engine that shards the head has its weight whole here
+            head = resolve_lm_head(inner)
+            operands = head.operands(hidden)
+            arguments = operands._asdict() | {"hidden": operands.hidden.flatten(0, 1)}
+            arguments |= {"logit_scale": head.logit_scale, "logit_softcap": head.logit_softcap}
+            value, rest = at_the_head(aux_loss, arguments)
+            kept.append(rest)
+            return value
+
+        return through(inner.get_output_embeddings(), head_forward, hidden)
+
+    # FSDP2 gathers what belongs to no layer of its own in the forward of the whole model.
+    value = through(model, forward) if is_fsdp2(model) else forward()
+    return value, kept[0]
+
+
+def _checked_body(
+    model: nn.Module,
+    inner: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    packed: PackedPairs | None,
+) -> BodyOutput:
+    """The last hidden states, once it is known that body and head are all there is to the model."""
     if packed is not None:
         packed = packed.to(input_ids.device)
         if reason := refuses_shared_prompt(model):
             raise ValueError(f'{reason} Use PreferenceCollator(packing="padded").')
-    head = resolve_lm_head(inner)
-    verify_lm_head(model, inner, head, input_ids)
-    hidden, aux_loss = run_body(inner, input_ids, attention_mask, packed)
-    operands = head.operands(hidden)
-    arguments = operands._asdict() | {"hidden": operands.hidden.flatten(0, 1)}
-    arguments |= {"logit_scale": head.logit_scale, "logit_softcap": head.logit_softcap}
-    return _Run(arguments, aux_loss, inner)
+    verify_lm_head(model, inner, resolve_lm_head(inner), input_ids)
+    return run_body(inner, input_ids, attention_mask, packed)
 
 
-def _with_router_loss(loss: Tensor, run: _Run, coef: float | None) -> tuple[Tensor, Tensor | None]:
-    """The loss with that of the router, and the router's alone."""
-    if run.aux_loss is None:
+def _with_router_loss(
+    out: Any, aux_loss: Tensor | None, inner: PreTrainedModel, coef: float | None
+) -> tuple[Tensor, tuple[Any, Tensor | None]]:
+    """The loss of `out` with that of the router; and `out` and the router's loss alone."""
+    if aux_loss is None:
         if coef:
             raise ValueError(
                 f"router_aux_loss_coef is {coef}, but the model gives no router loss; for a mixture of experts, set "
                 "model.config.output_router_logits = True."
             )
-        return loss, None
-    own_coef = router_loss_coef(run.inner)
-    return loss + (own_coef if coef is None else coef) * run.aux_loss.to(loss.device), run.aux_loss.detach()
+        return out.loss, (out, None)
+    weight = router_loss_coef(inner) if coef is None else coef
+    return out.loss + weight * aux_loss.to(out.loss.device), (out, aux_loss.detach())
 
 
 def batch_rows(
@@ -273,6 +312,11 @@ def _check_options(options: dict[str, Any]) -> None:
             )
         if name in _FROM_THE_BATCH:
             raise TypeError(f"{name} is made from the batch (see prompt_nll); call orpo_kernels.orpo_loss to set it.")
+        if name in ("vocab_group", "sequence_group") and options[name] is not None:
+            raise ValueError(
+                f"{name} is given, but the model has the whole head and the batch whole sequences; pass data_group, or "
+                "call orpo_kernels.orpo_loss_from_rows with hidden states and a head of your own."
+            )
 
 
 def _check_packed(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None, packed: PackedPairs) -> None:

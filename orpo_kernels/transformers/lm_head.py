@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .body import unwrap
+from .engines import class_of, hooks_of_engine
 
 # The config fields by which the models of transformers 5.23 transform their logits, found by reading every
 # `logits = self.lm_head(...)` there. A field that is missing or None does nothing.
@@ -95,9 +96,9 @@ class LMHead:
         hidden = hidden.float()
         if self.logit_softcap is not None:
             return torch.full_like(hidden[..., 0], torch.nan)
-        logits = hidden @ self.weight.mean(0, dtype=torch.float32)
+        logits = hidden @ _mean_row(self.weight)
         for lora in self.lora:
-            up = lora.up.weight.mean(0, dtype=torch.float32)
+            up = _mean_row(lora.up.weight)
             logits = logits + lora.scaling * (hidden @ lora.down.weight.float().t() @ up)
         biases = [(self.bias, 1.0), *((lora.up.bias, lora.scaling) for lora in self.lora)]
         shift = sum(scaling * bias.float().mean() for bias, scaling in biases if bias is not None)
@@ -111,6 +112,12 @@ class LMHead:
         logits = nn.functional.linear(hidden, weight, bias)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * self.logit_scale
         return logits if self.logit_softcap is None else self.logit_softcap * torch.tanh(logits / self.logit_softcap)
+
+
+def _mean_row(weight: Tensor) -> Tensor:
+    """(H,) fp32; of a DTensor, over the rows of all ranks."""
+    mean: Any = weight.mean(0, dtype=torch.float32)
+    return mean.full_tensor() if hasattr(mean, "device_mesh") else mean
 
 
 def match_dtype(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -170,11 +177,11 @@ def _lora(layer: Any, name: str) -> LoRA:
 
 
 def _class_name(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
+    return f"{class_of(module).__module__}.{class_of(module).__qualname__}"
 
 
 def _check_module(head: nn.Module) -> None:
-    if type(head) is not nn.Linear:
+    if class_of(head) is not nn.Linear or not isinstance(head, nn.Linear):
         raise TypeError(
             f"The lm head is a {_class_name(head)}, not a plain torch.nn.Linear, and what it does beyond one would be "
             "bypassed. Leave lm_head out of quantization, remove parametrizations from it, and of adapters put plain "
@@ -188,7 +195,7 @@ def _check_module(head: nn.Module) -> None:
 
 def _check_hooks(head: nn.Module) -> None:
     hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
-    if any(hooks) or "forward" in vars(head):
+    if not all(map(hooks_of_engine, hooks)) or "forward" in vars(head):
         raise ValueError(
             "The lm head has hooks or a replaced forward (register_forward_hook, weight_norm, Accelerate's device_map "
             "or offloading), which would not run because the loss never calls the head. Remove them from lm_head."
@@ -196,10 +203,10 @@ def _check_hooks(head: nn.Module) -> None:
 
 
 def _check_parameter(parameter: Tensor) -> None:
-    if type(parameter) not in (nn.Parameter, Tensor):
+    if type(parameter) not in (nn.Parameter, Tensor) and not hasattr(parameter, "device_mesh"):  # a DTensor
         raise TypeError(
-            f"A parameter of the lm head is a {type(parameter).__name__}, not a plain tensor: quantized and sharded "
-            "heads are not supported. Leave lm_head out of quantization and sharding."
+            f"A parameter of the lm head is a {type(parameter).__name__}, not a plain tensor: quantized heads are not "
+            "supported. Leave lm_head out of quantization."
         )
     if parameter.device.type == "meta":
         raise TypeError("The lm head has no data (device 'meta'): it is offloaded. Load it onto a device.")

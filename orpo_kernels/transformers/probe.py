@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .body import run_body, wants_router_loss
-from .lm_head import LMHead, head_layers, match_dtype
+from .engines import is_fsdp2, through
+from .lm_head import LMHead, head_layers, match_dtype, resolve_lm_head
 
 PROBE_TOKENS = 8
 # Both sides compute the same products in the same dtype. They differ by the roundings of the transform, which a model
@@ -51,15 +53,21 @@ def verify_lm_head(model: nn.Module, inner: PreTrainedModel, head: LMHead, input
 
 def _compare(model: nn.Module, inner: PreTrainedModel, head: LMHead, tokens: Tensor) -> None:
     hidden, aux_loss = run_body(inner, tokens, None)
-    if hidden.shape[-1] != head.weight.shape[1]:
-        raise _refusal(
-            inner, head, f"the body gives {hidden.shape[-1]} features, the head takes {head.weight.shape[1]}"
-        )
-    gain = _gain(head.logits(hidden))
-    ours = head.logits(hidden * gain)
+    size = getattr(head.weight, "ds_shape", head.weight.shape)[1]  # of a parameter that ZeRO-3 has put away, its own
+    if hidden.shape[-1] != size:
+        raise _refusal(inner, head, f"the body gives {hidden.shape[-1]} features, the head takes {size}")
+
+    def through_head(function: Callable[[LMHead, Tensor], Tensor], hidden: Tensor) -> Tensor:
+        """With the head as it is inside its own forward, where it may be sharded elsewhere."""
+        return through(inner.get_output_embeddings(), lambda hidden: function(resolve_lm_head(inner), hidden), hidden)
+
+    gain = _gain(through_head(LMHead.logits, hidden))
+    ours = through_head(LMHead.logits, hidden * gain)
     amplifier = inner.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0] * gain, *args[1:]))
     try:
-        output = model(input_ids=tokens, use_cache=False, return_dict=True)
+        # Under FSDP2 this is inside the forward of the root already, which is not to be entered twice.
+        call = model.forward if is_fsdp2(model) else model
+        output = call(input_ids=tokens, use_cache=False, return_dict=True)
     except RuntimeError as error:
         if hidden.dtype == head.weight.dtype:
             raise
@@ -73,7 +81,8 @@ def _compare(model: nn.Module, inner: PreTrainedModel, head: LMHead, tokens: Ten
     if ours.shape != theirs.shape:
         raise _refusal(inner, head, f"its logits have shape {tuple(theirs.shape)}, ours {tuple(ours.shape)}")
     difference = float((ours - theirs).abs().max() / theirs.abs().max())
-    tolerance = _TOLERANCE[nn.functional.linear(match_dtype(hidden, head.weight)[:, :1], head.weight).dtype]
+    product = through_head(lambda head, hidden: F.linear(match_dtype(hidden, head.weight), head.weight), hidden[:, :1])
+    tolerance = _TOLERANCE[product.dtype]
     if not difference <= tolerance:  # NaN is a difference, too
         raise _refusal(inner, head, f"its logits differ by {difference:.2g} of the largest (allowed: {tolerance:.0e})")
     if aux_loss is not None and not torch.isclose(aux_loss, output.aux_loss, rtol=tolerance):

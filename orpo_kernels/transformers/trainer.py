@@ -38,6 +38,7 @@ from ..sparsity import Sparsity, measured_sparsity
 from .body import router_loss_coef, unwrap, wants_router_loss
 from .causal_lm import CausalLMPreferenceOutput, batch_rows, causal_lm_preference_loss
 from .collator import REFERENCE, PreferenceCollator
+from .engines import run_inside
 from .lm_head import resolve_lm_head
 from .reference import ReferencedPairs, has_reference, reference_logps
 from .sharing import refuses_shared_prompt
@@ -145,18 +146,20 @@ class PreferenceLossMixin:
                 f"{self.args.n_gpu} GPUs are visible to one process, which would replicate the model (DataParallel). "
                 "Start one process for each with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES."
             )
+        fsdp = getattr(self.accelerator.state, "fsdp_plugin", None)
         parallelism = getattr(self.accelerator, "parallelism_config", None)
-        sharded = {
-            "FSDP": getattr(self, "is_fsdp_enabled", False),
+        reasons = {
+            "FSDP version 1": getattr(self, "is_fsdp_enabled", False) and getattr(fsdp, "fsdp_version", 1) != 2,
             "DeepSpeed": getattr(self, "is_deepspeed_enabled", False),
             "tensor, context or sequence parallelism": parallelism is not None
             and (parallelism.tp_enabled or parallelism.cp_enabled or parallelism.sp_enabled),
         }
-        for name, enabled in sharded.items():
+        for name, enabled in reasons.items():
             if enabled:
                 raise ValueError(
-                    f"{name} is enabled, but the loss needs whole sequences and the whole weight of the head. Use "
-                    "one process, or several with DistributedDataParallel (torchrun or accelerate launch alone)."
+                    f"{name} is enabled, which this trainer does not support. Use one process, or several with "
+                    "DistributedDataParallel or FSDP2 (fsdp_version: 2); in a loop of your own, orpo_loss takes "
+                    "data_group, vocab_group and sequence_group."
                 )
         resolve_lm_head(self.model)
 
@@ -412,32 +415,3 @@ def preference_metrics(prediction: EvalPrediction) -> dict[str, float]:
     valid = ~np.isnan(values)
     sums, counts = np.where(valid, values, 0).sum(0, dtype=np.float64), valid.sum(0)
     return {name: float(s / n) for name, s, n in zip(METRICS, sums, counts, strict=True) if n}
-
-
-# --- the model -----------------------------------------------------------------------------------------------------
-
-
-def run_inside(wrapper: nn.Module, inner: nn.Module, function: Callable[..., Any], inputs: dict[str, Any]) -> Any:
-    """`function(**inputs)` as the forward of `wrapper`, which does its work (DistributedDataParallel) around it.
-
-    `wrapper` calls `inner`, whose forward is `function` for this one call.
-    """
-    if wrapper is inner:
-        return function(**inputs)
-    own = vars(inner).get("forward")  # Accelerate's autocast; usually the class has it
-
-    def restore() -> None:
-        if own is None:
-            vars(inner).pop("forward", None)
-        else:
-            inner.forward = own
-
-    def forward(**inputs: Any) -> Any:
-        restore()  # `function` may call the model's own forward
-        return function(**inputs)
-
-    inner.forward = forward
-    try:
-        return wrapper(**inputs)
-    finally:
-        restore()

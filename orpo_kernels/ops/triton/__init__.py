@@ -4,16 +4,20 @@ from .gather_rows import gather_rows
 from .odds_ratio import odds_ratio
 from .project_log_odds import project_log_odds
 from .project_residual import project_residual
+from .recomputed_residual import recomputed_residual_
 from .residual import residual_
 from .scatter_rows import scatter_rows_
 from .sequence_sums import sequence_sums
+from .statistics import statistics
 
 __all__ = [
     "gather_rows",
     "odds_ratio",
     "project_log_odds",
     "project_residual",
+    "recomputed_residual_",
     "residual_",
     "scatter_rows_",
     "sequence_sums",
+    "statistics",
 ]

@@ -1,0 +1,73 @@
+"""The statistics of a chunk of logits that exist, which are only read: the share of a rank in a sharded vocabulary.
+
+One program a row: the online softmax of the *other* tokens (Milakov and Gimelshein, arXiv 1805.02867), in one pass.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .device_math import LOWEST, transform
+from .launch import current_target, launch
+from .tiles import row_tile
+
+
+@triton.jit(do_not_specialize_on_alignment=["TARGET", "LOG_ODDS", "LSE_OTHERS"])
+def statistics_kernel(
+    # data
+    LOGITS,  # (C, V) fp32, fp16 or bf16
+    TARGET,  # (C,) int64
+    LOG_ODDS,  # (C,) float64, out
+    LSE_OTHERS,  # (C,) float64, out
+    # shapes and strides
+    V,
+    stride_logits,
+    # constants
+    scale,
+    softcap,  # or None
+    BLOCK_V: tl.constexpr,
+):
+    i_row = tl.program_id(0).to(tl.int64)
+    row = LOGITS + i_row * stride_logits
+    target = tl.load(TARGET + i_row)
+    z_target, _ = transform(tl.load(row + target).to(tl.float32), scale, softcap)
+    top = tl.full((), LOWEST, tl.float32)
+    total = tl.zeros((), tl.float32)
+    for start in range(0, V, BLOCK_V):
+        i_v = start + tl.arange(0, BLOCK_V)
+        z, _t = transform(tl.load(row + i_v, mask=i_v < V, other=0.0).to(tl.float32), scale, softcap)
+        others = tl.where((i_v == target) | (i_v >= V), LOWEST, z)
+        new_top = tl.maximum(top, tl.max(others, 0))
+        total = total * tl.exp(top - new_top) + tl.sum(tl.exp(others - new_top), 0)
+        top = new_top
+    lse_others = top.to(tl.float64) + tl.log(total.to(tl.float64))
+    tl.store(LOG_ODDS + i_row, z_target.to(tl.float64) - lse_others)
+    tl.store(LSE_OTHERS + i_row, lse_others)
+
+
+def statistics(
+    logits: Tensor, target: Tensor, logit_scale: float, logit_softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """See `torch_ops.statistics`. The rows of `logits` may lie apart, its columns not."""
+    rows, vocab_size = logits.shape
+    log_odds = logits.new_empty(rows, dtype=torch.float64)
+    lse_others = torch.empty_like(log_odds)
+    tile = row_tile(vocab_size, logits.dtype, current_target())
+    launch(
+        statistics_kernel,
+        (rows,),
+        logits,
+        target,
+        log_odds,
+        lse_others,
+        vocab_size,
+        logits.stride(0),
+        logit_scale,
+        logit_softcap,
+        BLOCK_V=tile.columns,
+        num_warps=tile.warps,
+    )
+    return log_odds, lse_others
