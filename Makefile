@@ -50,9 +50,8 @@ format: $(READY)  ## write the formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY)  ## time and memory of the loss beside its peers
-	$(BIN)/python -m benchmarks.head_loss
-	$(BIN)/python -m benchmarks.memory
+bench: $(READY)  ## the loss beside its peers, in two minutes (`make bench BENCH=--full`: everything)
+	$(BIN)/python -m benchmarks $(BENCH)
 
 clean:  ## remove the environment and what the runs left
 	rm -rf $(VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

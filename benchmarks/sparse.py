@@ -11,12 +11,13 @@ to round the operands and results of the same two products to bf16, all else exa
 
 **training**: 20 steps of the model on LLMBar, exact, sparse, and exact under bf16 autocast: the losses.
 
-**time**: forward and backward of head and loss, everyone in turns in one process, as in `benchmarks.head_loss`.
+**time**: forward and backward of head and loss, everyone in turns in one process, as in `benchmarks.contest`.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import statistics
 import sys
@@ -32,8 +33,9 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from benchmarks import head_loss, peers, workloads
-from benchmarks.head_loss import BETA
+from benchmarks import contest, peers, suite, workloads
+from benchmarks import report as reports
+from benchmarks.exact import BETA, exact
 from benchmarks.workloads import Workload
 from orpo_kernels import measured_sparsity
 from orpo_kernels.schedules import sparse
@@ -283,20 +285,21 @@ def report(parts: list[str], console: Console, plot_path: Path | None) -> str:
 
 
 def time_everyone(options: argparse.Namespace, console: Console) -> None:
-    """The tables of `head_loss` with the sparse loss among the contestants."""
+    """Contests with the sparse loss among the contestants."""
+    variants: dict[str, dict[str, float]] = {"ours": {}}
+    variants |= {f"ours, sparse 2^-{eps}": {"sparse_eps": 2.0**-eps} for eps in options.eps}
+    names = [*contest.FLOORS, *variants, *options.peer]
     workload = workloads.synthetic(share=0.42) if options.uniform else workloads.llmbar(4, 256)
     with Progress(console=console, transient=True) as progress:
         for name in options.dtype:
             for head in options.head:
-                result = head_loss.measure(
-                    workload.cast(getattr(torch, name)),
-                    trained=head == "trained",
-                    names=options.peer,
-                    rounds=options.rounds,
-                    progress=progress,
-                    variants={f"sparse 2^-{eps}": {"sparse_eps": 2.0**-eps} for eps in options.eps},
-                )
-                Console().print(head_loss.table(result), "")
+                work = workload.cast(getattr(torch, name))
+                task = progress.add_task(f"{name}, head {head}", total=len(names) * (1 + options.rounds))
+                advance = functools.partial(progress.advance, task)
+                truth = exact(work, *contest.HEADS[head])
+                found = contest.measure(work, truth, head, names, options.rounds, advance, variants)
+                progress.remove_task(task)
+                Console(width=130).print(reports.contest_sheet(suite.record_of(work, head, found)).rich(), "")
 
 
 def main() -> None:

@@ -39,6 +39,7 @@ from rich.table import Table
 from torch import nn
 
 from benchmarks import machine
+from benchmarks.process import ProcessPeak
 from benchmarks.workloads import DPO_EN_DEMO, LLMBAR, have_real_data, preference_pairs
 from orpo_kernels.transformers import tokenize_pairs
 
@@ -283,32 +284,10 @@ def peak_of_steps(bench: Bench, name: str) -> int:
     """Peak bytes of this process during two steps on the widest batch, the optimizer's state being there."""
     widest = bench.widest()
     bench.step(name, widest)
-    with Peak(bench.device) as peak:
+    with ProcessPeak(bench.device) as peak:
         for _ in range(2):
             bench.step(name, widest)
     return peak.nbytes
-
-
-class Peak:
-    """`nbytes`: the most that was held inside. On Linux: resident set; on a GPU: what torch allocated."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.nbytes = device, 0
-
-    def __enter__(self) -> Peak:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        else:
-            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is resident now
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if self.device.type == "cuda":
-            self.nbytes = torch.cuda.max_memory_allocated(self.device)
-        else:
-            # Not getrusage: a process begins there with the peak of the one that started it.
-            status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-            self.nbytes = int(status["VmHWM"].split()[0]) * 1024
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -57,6 +57,10 @@ class Workload:
         bias = None if self.bias is None else self.bias.to(dtype)
         return replace(self, hidden=self.hidden.to(dtype), weight=self.weight.to(dtype), bias=bias)
 
+    def to(self, device: torch.device | str) -> Workload:
+        moved: dict[str, Any] = {n: value.to(device) for n, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
+
     def smaller(self, pairs: int, vocabulary: int) -> Workload:
         """The most typical pairs and the first words of the vocabulary, where the whole would take too long."""
 

@@ -19,6 +19,7 @@ def describe() -> dict[str, Any]:
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "processor": _processor(),
+        "kind": kind(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "bf16_gemm_hardware": has_bf16_gemm(),
@@ -45,12 +46,22 @@ def gpu() -> dict[str, Any]:
     }
 
 
+def kind() -> str:
+    """The processor's name, generation and instruction set: machines of one kind have the same ratios."""
+    info = _cpuinfo()
+    generation = f" (family {info['cpu family']}, model {info['model']})" if "cpu family" in info else ""
+    return f"{_processor()}{generation}, {torch.backends.cpu.get_cpu_capability()}"
+
+
 def _processor() -> str:
-    names = Path("/proc/cpuinfo")
-    lines = names.read_text().splitlines() if names.exists() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
+    return _cpuinfo().get("model name", platform.processor())
+
+
+def _cpuinfo() -> dict[str, str]:
+    """What Linux says of the first processor."""
+    path = Path("/proc/cpuinfo")
+    first = path.read_text().partition("\n\n")[0].splitlines() if path.exists() else []
+    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first)}
 
 
 def _version(package: str) -> str | None:

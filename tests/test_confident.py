@@ -1,73 +1,22 @@
-"""Confident answers: logit gaps of 5 to 80 between the target and its rivals, where everybody else's loss breaks.
-
-The logits are exact in every dtype: the lm-head is the identity, so that the hidden states are the logits. Everyone is
-compared with float64 arithmetic on the same logits.
-"""
+"""Confident answers: logit gaps of 1 to 80 between the target and its rivals, where everybody else's loss breaks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import peers
-from orpo_kernels import reference
+from benchmarks import confidence, peers
+from benchmarks.confidence import BROKEN, SIDES, confident, exact_results, results, worst_error
 
-from .batches import IGNORE, relative_error
+from .batches import relative_error
 from .test_peers import peer_named
 
-BETA = 0.1
-VOCABULARY, PAIRS = 16, 2
-GAPS = (*range(5, 31), 40, 50, 60, 67, 70, 80)
+GAPS = [gap for gap in confidence.GAPS if gap >= 5]  # below, a bf16 peer is off by its roundings alone
 FEW_GAPS = (8, 17, 30, 80)  # one where bf16 peers fail, one where fp32 peers do, and beyond
-SIDES = {"chosen": slice(0, PAIRS), "rejected": slice(PAIRS, None), "both": slice(None)}
 DTYPES = (torch.float32, torch.bfloat16)
-
-
-def confident(gap: float, side: str, rivals: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states (= logits), weight and labels of ragged answers whose targets on `side` lead by `gap`.
-
-    The other side's lead by 0 to 2. Against "one" rival, at logit 0, the gap is the target's log-odds (all other tokens
-    are at -64); "many" are between -2 and 0. All are multiples of 1/64 that bf16 holds.
-    """
-    generator = torch.Generator().manual_seed(0)
-    shape = (2 * PAIRS, 4)
-    labels = torch.randint(VOCABULARY, shape, generator=generator)
-    logits = torch.full((*shape, VOCABULARY), -64.0)
-    if rivals == "many":
-        logits = -torch.randint(128, logits.shape, generator=generator) / 64
-    leads = torch.randint(64, shape, generator=generator) / 32
-    leads[SIDES[side]] = gap
-    logits.scatter_(-1, (labels[..., None] + 3) % VOCABULARY, 0.0)
-    logits.scatter_(-1, labels[..., None], leads[..., None])
-    lengths = torch.tensor([4, 2, 3, 1])
-    labels = torch.where(torch.arange(4) < lengths[:, None], labels, IGNORE)
-    return logits.to(dtype), torch.eye(VOCABULARY, dtype=dtype), labels
-
-
-def results(
-    loss: Callable[..., Tensor], hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any
-) -> dict[str, Tensor]:
-    """The loss, and the gradients of chosen hidden states, rejected ones (either may be tiny) and the weight."""
-    frozen = options.get("schedule") == "single_pass"
-    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_(not frozen)
-    value = loss(hidden, weight, labels, labels[:PAIRS], BETA, **options)
-    value.backward()
-    assert hidden.grad is not None
-    found = {"loss": value.detach(), "chosen": hidden.grad[:PAIRS], "rejected": hidden.grad[PAIRS:]}
-    return found if weight.grad is None else found | {"weight": weight.grad}
-
-
-def exact(hidden: Tensor, weight: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """float64 arithmetic on the same logits."""
-
-    def loss(hidden: Tensor, weight: Tensor, labels: Tensor, nll_labels: Tensor, beta: float) -> Tensor:
-        return reference.orpo_loss(hidden, weight, labels, nll_labels=nll_labels, beta=beta).loss
-
-    return results(loss, hidden.double(), weight.double(), labels)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -90,7 +39,7 @@ def test_ours_is_right_at_every_gap(
     rounding = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
     for gap in gaps_of(backend):
         inputs = confident(gap, side, rivals, dtype)
-        truth = exact(*inputs)
+        truth = exact_results(*inputs)
         found = results(peers.ours, *inputs, schedule=schedule)
         assert relative_error(found["loss"], truth["loss"]) <= 1e-6, (gap, found["loss"].item(), truth["loss"].item())
         for name in found.keys() - {"loss"}:
@@ -106,7 +55,7 @@ def test_ours_in_16_bit_gemms(side: str, schedule: str, monkeypatch: pytest.Monk
     gemms_in(monkeypatch, lambda dtype: dtype)
     for gap in gaps_of(backend):
         inputs = confident(gap, side, "many", torch.bfloat16)
-        truth = exact(*inputs)
+        truth = exact_results(*inputs)
         found = results(peers.ours, *inputs, schedule=schedule)
         assert relative_error(found["loss"], truth["loss"]) <= 1e-6, gap
         for name in found.keys() - {"loss"}:
@@ -140,14 +89,12 @@ FAILS_AT = {
     ("TRL-composed", torch.float32): (12, 17),
     ("TRL-composed", torch.bfloat16): (12, 17),
     ("torch native", torch.float32): (14, 17),
-    ("torch native", torch.bfloat16): (14, 17),
+    ("torch native", torch.bfloat16): (5, 8),  # the policy of accuracy that is fastest on a CPU; its own choice: 14
 }
 
 
 def is_broken(found: dict[str, Tensor], truth: dict[str, Tensor]) -> bool:
-    if not all(value.isfinite().all() for value in found.values()):
-        return True
-    return max(relative_error(found[name], true) for name, true in truth.items()) > 0.1
+    return not worst_error(found, truth) <= BROKEN
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -156,7 +103,7 @@ def test_peers_break(name: str, dtype: torch.dtype, side: str) -> None:
     """Where each peer first fails, and that it does not recover: from 18 on nobody is right, and ours is."""
     peer = peer_named(name)
     inputs = {gap: confident(gap, side, "one", dtype) for gap in GAPS}
-    truth = {gap: exact(*inputs[gap]) for gap in GAPS}
+    truth = {gap: exact_results(*inputs[gap]) for gap in GAPS}
     broken = [gap for gap in GAPS if is_broken(results(peer, *inputs[gap]), truth[gap])]
     first, last = FAILS_AT[name, dtype]
     assert first <= broken[0] <= last, broken

@@ -99,11 +99,11 @@ def test_the_peak_is_that_of_what_ran_inside():
     """In a process of its own: what other tests have left and what they give back would count."""
     script = """
 import torch
-from benchmarks.training_step import Peak
+from benchmarks.process import ProcessPeak
 torch.ones(2**26).sum()  # a quarter of a GiB, before
-with Peak(torch.device("cpu")) as nothing:
+with ProcessPeak(torch.device("cpu")) as nothing:
     pass
-with Peak(torch.device("cpu")) as peak:
+with ProcessPeak(torch.device("cpu")) as peak:
     torch.ones(2**25).sum()
 print((peak.nbytes - nothing.nbytes) / 2**30)
 """

@@ -1,0 +1,233 @@
+"""docs/benchmarks.md, its pictures, and the README's measured figures, written from a results file.
+
+The README has a pair of comments around every block that is written here; what stands between them is replaced:
+
+    <!-- benchmarks: time -->
+    <!-- end of benchmarks: time -->
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks import plots, report, suite
+from benchmarks.results import PROJECT
+
+Cases = dict[str, dict[str, Any]]
+
+
+def command_of(options: dict[str, Any]) -> str:
+    """What measures the same again."""
+    words = ["python -m benchmarks", "--full" if options["full"] else "--quick"]
+    words += [f"--device {options['device']}"] * (options["device"] != "cpu")
+    words += [f"--peer {shlex.join(options['peers'])}"] if options["peers"] is not None else []
+    words += [f"--rounds {options['rounds']}"] * (options["rounds"] != suite.ROUNDS[options["full"]])
+    words += [f"--threads {options['threads']}"] * (options["threads"] != suite.Settings().threads)
+    return " ".join(words)
+
+
+def machine_line(machine: dict[str, Any]) -> str:
+    """Date, processor and versions in a line."""
+    gpu = machine["gpu"]
+    bf16 = "bf16 products in hardware" if machine["bf16_gemm_hardware"] else "bf16 products emulated"
+    on = gpu["name"] if gpu else f"{machine['kind']}, {machine['threads']} threads ({bf16})"
+    versions = ", ".join(f"{name} {v}" for name, v in machine["packages"].items() if v and name != "orpo-kernels")
+    return f"{machine['date'][:10]}, {on}; {versions}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# docs/benchmarks.md
+# ---------------------------------------------------------------------------------------------------------------------
+
+INTRODUCTION = """\
+# Benchmarks
+
+Written by the command below, from its `results.json`; nothing here is edited by hand.
+
+    {command}
+
+{machine}
+
+Everybody is on the same inputs, in the same process, in turns, in a new order every round; nobody is timed before its
+loss is that of float64 arithmetic on the same numbers, and a torch.compile'd peer has compiled before.
+
+- *both*: median of forward + backward. Liger, and our single pass, make their gradients in the forward pass.
+- *range*: from the fastest to the slowest call.
+- */ ours*, */ GEMMs*: medians of the ratio within a round, to ours and to the bare products on the rows that matter.
+- *MiB*: peak above the inputs, gradients included, counted to the byte. Code that torch.compile generates and torch's
+  `linear_cross_entropy` cannot be counted: for them there is the resident memory.
+- *FLOP*: of all matrix products that ran, over the least that exact gradients need.
+- *dh*, *dW*: errors of the gradients of hidden states and weight: norm of the difference to float64's, over its norm.
+
+`python -m benchmarks` is the two-minute version, `--list` shows the cases, `--compare` compares the rankings of two
+runs, and `python -m benchmarks.regression` fails where ours over the bare GEMMs has become worse than was kept for this
+kind of processor.
+"""
+
+SECTIONS: tuple[tuple[str, str, tuple[str, ...], tuple[str, ...]], ...] = (
+    # title, text, keys that begin with, pictures
+    (
+        "Real hidden states, real masks",
+        "SmolLM2-135M on a batch of LLMBar, the odds ratio on the answers, the NLL on the chosen prompt and answer.",
+        ("contest/llmbar/", "contest/synthetic/"),
+        ("time", "accuracy", "memory"),
+    ),
+    ("Resident memory", "What a fresh process holds while it runs one contestant.", ("process/",), ()),
+    (
+        "Shares of rows that matter, heads of other models",
+        "Random hidden states. Padding and the prompts of rejected answers are what does not matter.",
+        ("contest/",),
+        ("models",),
+    ),
+    ("How cost grows", "", ("rows/", "vocabulary/", "memory/"), ("growth",)),
+    ("Confident answers", "", ("confidence/",), ("gaps",)),
+    (
+        "The whole training step",
+        "Forward to optimizer, through TRL's own trainer and the drop-in.",
+        ("step/",),
+        ("step",),
+    ),
+    (
+        "GPUs: an estimate, not a measurement",
+        "What the data sheets make of the FLOPs and bytes that our launches have (`python -m benchmarks.roofline`). "
+        "Bounds from below.",
+        ("estimate",),
+        (),
+    ),
+)
+
+
+def document(results: dict[str, Any], pictures: set[str]) -> str:
+    command, machine = command_of(results["options"]), machine_line(results["machine"])
+    parts = [INTRODUCTION.format(command=command, machine=machine)]
+    cases, taken = results["cases"], set()
+    if lines := summary(cases):
+        parts.append("\n".join(["## Who is ahead of us, and where", "", *(f"- {line}" for line in lines), ""]))
+    for title, text, starts, wanted in SECTIONS:
+        mine = {key: cases[key] for key in cases if key.startswith(starts) and key not in taken}
+        taken |= set(mine)
+        if not mine:
+            continue
+        parts += [f"## {title}\n", f"{text}\n" if text else ""]
+        parts += [f"![{name}](benchmarks/{name}.png)\n" for name in wanted if name in pictures]
+        parts += [f"{sheet.markdown()}\n" for sheet in report.sheets(mine)]
+    return "\n".join(part for part in parts if part)
+
+
+def summary(cases: Cases) -> list[str]:
+    """The verdict of every contest, and of the processes, in a line each."""
+    lines = []
+    for key, record in cases.items():
+        if key.startswith("contest/") and record["measurements"]:
+            lines.append(f"`{key}`: {'; '.join(report.verdict(record))}")
+        if key.startswith("process/"):
+            lines.append(f"`{key}`: {'; '.join(report.leaner_processes(record)) or 'no process is leaner than ours.'}")
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The README's blocks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _time(cases: Cases) -> str:
+    """Everybody on the real batch: both heads in each dtype."""
+    records = plots.contests(cases, "llmbar")
+    parts = []
+    for dtype in dict.fromkeys(record["dtype"] for record in records.values()):
+        by_head = {r["head"]: report.measurements(r) for r in records.values() if r["dtype"] == dtype}
+        names = [name for name in next(iter(by_head.values())) if not all(m[name].failure for m in by_head.values())]
+        last = list(by_head.values())[-1]
+        rows = []
+        for name in sorted(names, key=lambda name: last[name].median if last[name].forward else math.inf):
+            row = [name]
+            for found in by_head.values():
+                m = found[name]
+                ratio = report.ratios(m, found["ours"])[1] if m.forward else None
+                row += ["-", "-"] if ratio is None else [report.seconds(m.median), f"{ratio:.2f}"]
+            errors = last[name].gradient_errors
+            rows.append([*row, *(f"{errors[leaf]:.0e}" if leaf in errors else "" for leaf in ("hidden", "weight"))])
+        columns = [dtype]
+        for head in by_head:
+            columns += [f"{head}, s", "/ ours"]
+        parts.append(report.Sheet("", [*columns, "error of dh", "of dW"], rows).markdown(title=False))
+    work = next(iter(records.values()))["work"] if records else ""
+    first = f"{work}. Medians; the error is that of the gradients against float64."
+    return "\n\n".join([first, *parts, _verdicts(records)])
+
+
+def _verdicts(records: Cases) -> str:
+    lines = dict.fromkeys(line for record in records.values() for line in report.verdict(record))
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _memory(cases: Cases) -> str:
+    return report.memory_sheet("memory/shapes", cases["memory/shapes"]).markdown(title=False)
+
+
+def _step(cases: Cases) -> str:
+    return "\n\n".join(report.step_sheet(r).markdown() for key, r in cases.items() if key.startswith("step/"))
+
+
+def _confidence(cases: Cases) -> str:
+    return "\n\n".join(report.confidence_sheet(r).markdown() for k, r in cases.items() if k.startswith("confidence/"))
+
+
+def _estimate(cases: Cases) -> str:
+    """One GPU, two models."""
+    kept = [
+        one
+        for one in cases["estimate"]["estimates"]
+        if one["gpu"] == "H100 SXM" and one["shape"] in ("Llama-3-8B", "SmolLM2-135M")
+    ]
+    schedules = list(dict.fromkeys(one["schedule"] for one in kept))
+    rows = [
+        [shape, *(f"{one['ratio']:.2f}" for one in kept if one["shape"] == shape)]
+        for shape in dict.fromkeys(one["shape"] for one in kept)
+    ]
+    return report.Sheet("", ["estimate", *(f"`{s}`" for s in schedules)], rows).markdown(title=False)
+
+
+# Each with the beginning of the keys that it needs.
+BLOCKS: dict[str, tuple[str, Callable[[Cases], str]]] = {
+    "time": ("contest/llmbar/", _time),
+    "memory": ("memory/shapes", _memory),
+    "step": ("step/", _step),
+    "confidence": ("confidence/", _confidence),
+    "estimate": ("estimate", _estimate),
+}
+
+
+def with_blocks(text: str, results: dict[str, Any]) -> str:
+    """The README's text with its blocks renewed; a block whose cases are not in the results stays as it was.
+
+    Raises:
+        ValueError: a block that nobody knows how to write.
+    """
+
+    def renew(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in BLOCKS:
+            raise ValueError(f"the README has a block {name!r}, but known are {', '.join(BLOCKS)}")
+        start, block = BLOCKS[name]
+        if not any(key.startswith(start) for key in results["cases"]):
+            return match[0]
+        source = f"`{command_of(results['options'])}`, {machine_line(results['machine'])}."
+        return f"<!-- benchmarks: {name} -->\n{block(results['cases'])}\n\n{source}\n<!-- end of benchmarks: {name} -->"
+
+    pattern = r"<!-- benchmarks: (?P<name>\w+) -->\n.*?<!-- end of benchmarks: (?P=name) -->"
+    return re.sub(pattern, renew, text, flags=re.DOTALL)
+
+
+def write(results: dict[str, Any], project: Path = PROJECT) -> list[Path]:
+    """docs/benchmarks.md, docs/benchmarks/*.png and the README's blocks; the paths written."""
+    pictures = plots.draw(results["cases"], project / "docs" / "benchmarks", machine_line(results["machine"]))
+    page, readme = project / "docs" / "benchmarks.md", project / "README.md"
+    page.write_text(document(results, {path.stem for path in pictures}))
+    readme.write_text(with_blocks(readme.read_text(), results))
+    return [page, *pictures, readme]

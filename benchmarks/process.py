@@ -1,0 +1,107 @@
+"""Resident memory: what a fresh process holds while it runs one contestant.
+
+The accounting of `memory` is exact, but sees no code that torch.compile generates, and nothing that a library keeps for
+itself. Here the operating system counts. Each contestant gets a process, with the same inputs from a file; its first
+call of each head compiles and warms up, during its second the high-water mark of the resident set is read, above what
+was resident before it. Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.workloads import Workload
+
+
+class ProcessPeak:
+    """`nbytes`: the most that was held inside. On Linux: resident set; on a GPU: what torch allocated."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.nbytes = device, 0
+
+    def __enter__(self) -> ProcessPeak:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is resident now
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.device.type == "cuda":
+            self.nbytes = torch.cuda.max_memory_allocated(self.device)
+        else:
+            # Not getrusage: a process begins there with the peak of the one that started it.
+            status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+            self.nbytes = int(status["VmHWM"].split()[0]) * 1024
+
+
+def save(work: Workload, path: Path) -> None:
+    torch.save({field.name: getattr(work, field.name) for field in fields(work)}, path)
+
+
+def peak_of_a_process(name: str, inputs: Path, heads: Sequence[str], threads: int) -> dict[str, int]:
+    """Peak resident bytes of one contestant's call under each head, above what the process held before.
+
+    Raises:
+        RuntimeError: the process failed; its last line says why.
+    """
+    command = [sys.executable, "-m", "benchmarks.process", name, str(inputs), "--threads", str(threads), "--head"]
+    run = subprocess.run([*command, *heads], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise RuntimeError((run.stderr.strip() or "it left no message").splitlines()[-1])
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def measure(work: Workload, names: Sequence[str], heads: Sequence[str], threads: int, advance: Any) -> dict[str, Any]:
+    """`peak_of_a_process` of everybody: bytes by head, or the reason that there are none."""
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        inputs = Path(folder) / "inputs.pt"
+        save(work, inputs)
+        for name in names:
+            try:
+                found[name] = peak_of_a_process(name, inputs, heads, threads)
+            except RuntimeError as error:
+                found[name] = {"failure": str(error)}
+            advance()
+    return found
+
+
+def main() -> None:
+    from benchmarks.contest import Contest
+
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.process", description=__doc__)
+    parser.add_argument("name")
+    parser.add_argument("inputs", type=Path)
+    parser.add_argument("--head", nargs="+", required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    warnings.filterwarnings("ignore")
+    work, found = Workload(**torch.load(options.inputs)), {}
+    for head in options.head:
+        contest = Contest(work, head)
+        contestant = contest.contestant(options.name)
+        contest.run(contestant)
+        contest.clear()
+        with ProcessPeak(contest.device) as before:
+            pass
+        with ProcessPeak(contest.device) as peak:
+            contest.run(contestant)
+        found[head] = peak.nbytes - before.nbytes
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

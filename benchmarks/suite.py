@@ -1,0 +1,290 @@
+"""What `python -m benchmarks` measures: a list of cases, each with a key, and a record for the results file.
+
+contest/WORKLOAD/DTYPE/HEAD    everybody on one workload (`contest`)
+rows/N/DTYPE, vocabulary/V/DTYPE    the same, along one size: how cost grows
+process/DTYPE                  resident memory of fresh processes (`process`)
+memory/shapes, /rows, /vocabulary    peak bytes by accounting, at the size of an 8B model's head (`memory`)
+confidence/DTYPE               errors at logit gaps of 1 to 80 (`confidence`)
+step/DATA/DTYPE                the whole training step (`training_step`)
+estimate                       what GPUs' data sheets make of our launches (`roofline`): no measurement
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from rich.progress import Progress
+
+from benchmarks import confidence, contest, machine, memory, peers, process, roofline, workloads
+from benchmarks.exact import exact
+from benchmarks.shapes import SHAPES, ModelShape, named
+from benchmarks.workloads import Workload
+
+ROUNDS = {False: 3, True: 5}  # by `Settings.full`
+SHARES = (0.3, 0.5, 1.0)
+ROWS = (256, 1024, 4096, 16384, 65536)
+VOCABULARIES = (32768, 65536, 131072, 262144)
+ROWS_TIMED_ON_A_CPU = 4096  # at most: 16 times as many take 16 times as long
+ON_A_CPU = ("CCE",)  # the compiled peer that takes part everywhere: the strongest there, and quick to compile
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was asked for. `full` has more cases, contestants and rounds; `peers` None: every one that is installed."""
+
+    full: bool = False
+    device: str = "cpu"
+    dtypes: tuple[str, ...] = ("float32",)
+    heads: tuple[str, ...] = ("frozen", "trained")
+    peers: tuple[str, ...] | None = None
+    models: tuple[str, ...] = ()
+    rounds: int = 3
+    threads: int = 2
+
+    @property
+    def narrow(self) -> str:
+        """The dtype of the cases that take one: the last, so a 16-bit one where the hardware has it."""
+        return self.dtypes[-1]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One record of the results."""
+
+    key: str
+    run: Callable[[Progress], dict[str, Any]]
+
+
+def default_dtypes(device: str) -> tuple[str, ...]:
+    """fp32, and bf16 where matrix products in it run in hardware."""
+    return ("float32", "bfloat16") if device == "cuda" or machine.has_bf16_gemm() else ("float32",)
+
+
+def cases(settings: Settings) -> list[Case]:
+    """All cases, in the order in which they run: what a reader looks at first comes first."""
+    found = [*_real(settings)]
+    if settings.device == "cpu":
+        found += _accounting(settings)
+    found += _confidence(settings)
+    if settings.full:
+        found += [*_shares(settings), *_growth(settings), *_processes(settings), *_steps(settings)]
+    found += _models(settings)
+    return [*found, Case("estimate", estimate)] if settings.full else found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Contests
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _real(settings: Settings) -> Iterator[Case]:
+    """Hidden states of SmolLM2 on LLMBar, and their real masks; where they are missing, a synthetic batch like them."""
+    name = "llmbar" if workloads.have_real_data() else "synthetic"
+    for dtype in settings.dtypes:
+        yield from _contests(f"contest/{name}", _real_work, dtype, settings.heads, settings, everyone=settings.full)
+
+
+@functools.cache
+def _real_work() -> Workload:
+    return workloads.llmbar() if workloads.have_real_data() else workloads.synthetic()
+
+
+def _shares(settings: Settings) -> Iterator[Case]:
+    for share in SHARES:
+        work = functools.partial(workloads.synthetic, pairs=2, share=share)
+        yield from _contests(f"contest/share {share}", work, settings.narrow, settings.heads, settings)
+
+
+def _growth(settings: Settings) -> Iterator[Case]:
+    """All rows matter, sequences of 128; the head of SmolLM2's width, trained."""
+    few = replace(settings, rounds=min(settings.rounds, 3))
+    for rows in ROWS:
+        if settings.device == "cuda" or rows <= ROWS_TIMED_ON_A_CPU:
+            work = functools.partial(_dense, rows, 32768)
+            yield from _contests(f"rows/{rows}", work, settings.narrow, ("trained",), few)
+    for vocabulary in VOCABULARIES:
+        work = functools.partial(_dense, 512, vocabulary)
+        yield from _contests(f"vocabulary/{vocabulary}", work, settings.narrow, ("trained",), few)
+
+
+def _dense(rows: int, vocabulary: int) -> Workload:
+    return workloads.synthetic(rows // 256, 128, vocabulary=vocabulary, share=1.0)
+
+
+def _models(settings: Settings) -> Iterator[Case]:
+    """The heads of known models: on a GPU in batches of 8 x 1024 tokens, on a CPU of 2 x 64, half of which matter."""
+    names = settings.models or (list(SHAPES) if settings.full else ())
+    few = replace(settings, rounds=min(settings.rounds, 2)) if settings.device == "cpu" else settings
+    for name in names:
+        work = functools.partial(_of_model, named(name), settings.device)
+        yield from _contests(f"contest/{name}", work, settings.narrow, settings.heads, few)
+
+
+def _of_model(shape: ModelShape, device: str) -> Workload:
+    sizes: dict[str, Any] = (
+        {"pairs": 4, "length": 1024, "share": 1.0} if device == "cuda" else {"pairs": 1, "length": 64, "share": 0.5}
+    )
+    work = workloads.synthetic(
+        hidden_size=shape.hidden_size,
+        vocabulary=shape.vocab_size,
+        bias=shape.bias,
+        logit_softcap=shape.logit_softcap,
+        device=device,
+        **sizes,
+    )
+    return replace(work, name=shape.name)
+
+
+def _contests(
+    key: str,
+    work: Callable[[], Workload],
+    dtype: str,
+    heads: tuple[str, ...],
+    settings: Settings,
+    everyone: bool = False,
+) -> Iterator[Case]:
+    for head in heads:
+        run = functools.partial(_contest, work, dtype, head, settings, everyone)
+        yield Case(f"{key}/{dtype}/{head}", run)
+
+
+def _contest(
+    make: Callable[[], Workload], dtype: str, head: str, settings: Settings, everyone: bool, progress: Progress
+) -> dict[str, Any]:
+    names = contestants(settings, dtype, everyone)
+    task = progress.add_task("everybody in turns", total=len(names) * (1 + settings.rounds))
+    try:
+        work = make()
+        if settings.device == "cpu" and dtype != "float32" and not machine.has_bf16_gemm():
+            work = work.smaller(pairs=1, vocabulary=8192)  # emulated products take up to a hundred times as long
+        work = work.cast(getattr(torch, dtype)).to(settings.device)
+        truth = exact(work, *contest.HEADS[head])
+        found = contest.measure(work, truth, head, names, settings.rounds, lambda: progress.advance(task))
+    except torch.OutOfMemoryError:
+        failure = "out of memory: the inputs and their float64 copy do not fit"
+        return {"work": "too large", "dtype": dtype, "head": head, "failure": failure, "measurements": []}
+    finally:
+        progress.remove_task(task)
+    return record_of(work, head, found)
+
+
+def record_of(work: Workload, head: str, found: list[contest.Measurement]) -> dict[str, Any]:
+    """A contest as it stands in the results, and as `report` shows it."""
+    return {
+        "work": str(work),
+        "dtype": str(work.hidden.dtype).removeprefix("torch."),
+        "head": head,
+        "least_flops": contest.Contest(work, head).least_flops(),
+        "measurements": [asdict(measurement) for measurement in found],
+    }
+
+
+def contestants(settings: Settings, dtype: str, everyone: bool) -> list[str]:
+    """Floors, ours and the peers. In fp32, plain and its upcast are one; Liger compiled stands for Liger.
+
+    everyone: those that compile for long or are slow, too.
+    """
+    ours = list(contest.OURS) if settings.device == "cuda" else ["ours"]
+    names = list(settings.peers if settings.peers is not None else peers.available())
+    if settings.peers is None:
+        if everyone:
+            names = [name for name in names if not (name == "Liger" and "Liger compiled" in names)]
+        else:
+            quick = (p for p in peers.available().values() if not p.slow and (not p.compiled or p.name in ON_A_CPU))
+            names = [peer.name for peer in quick]
+    return [*contest.FLOORS, *ours, *(name for name in names if not (name == "plain fp32" and dtype == "float32"))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _accounting(settings: Settings) -> Iterator[Case]:
+    """bf16, H = 4096. The three tables: ways to cut 8192 rows, how the rows grow, how the vocabulary grows."""
+    shapes = {
+        "shapes": memory.SAME_POSITIONS,
+        "padding": memory.SAME_ROWS,
+        "rows": [memory.Shape(8, rows // 8) for rows in ROWS],
+        "vocabulary": [memory.Shape(8, 1024, vocabulary=v) for v in VOCABULARIES],
+    }
+    for name, list_of_shapes in shapes.items():
+        yield Case(f"memory/{name}", functools.partial(_account, list_of_shapes))
+
+
+def _account(shapes: list[memory.Shape], progress: Progress) -> dict[str, Any]:
+    found, all_cases = [], memory.our_cases() + memory.peer_cases()
+    with memory.gemms_in(native=True):
+        for case in progress.track(all_cases, description="accounting"):
+            peaks = [case.peak(shape) for shape in shapes]
+            found.append({"loss": case.name, "head": case.head, "peaks": [peak.peak for peak in peaks]})
+            baselines = [peak.baseline for peak in peaks]
+    sizes = [asdict(shape) | {"positions": shape.positions} for shape in shapes]
+    return {"dtype": "bfloat16", "shapes": sizes, "baselines": baselines, "losses": found}
+
+
+def _processes(settings: Settings) -> Iterator[Case]:
+    if settings.device == "cpu":
+        dtype = settings.dtypes[0]
+        yield Case(f"process/{dtype}", functools.partial(_resident, settings, dtype))
+
+
+def _resident(settings: Settings, dtype: str, progress: Progress) -> dict[str, Any]:
+    names = [name for name in contestants(settings, dtype, everyone=True) if name not in contest.FLOORS]
+    task = progress.add_task("a process each", total=len(names))
+    work = _real_work().cast(getattr(torch, dtype))
+    found = process.measure(work, names, settings.heads, settings.threads, lambda: progress.advance(task))
+    progress.remove_task(task)
+    return {"work": str(work), "dtype": dtype, "bytes": found}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Confidence, the whole step, the estimate
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _confidence(settings: Settings) -> Iterator[Case]:
+    for dtype in settings.dtypes:
+        yield Case(f"confidence/{dtype}", functools.partial(_gaps, settings, dtype))
+
+
+def _gaps(settings: Settings, dtype: str, progress: Progress) -> dict[str, Any]:
+    """Of those that do not compile: errors by side and gap."""
+    names = [name for name in contestants(settings, dtype, True) if name not in contest.FLOORS]
+    names = ["Liger" if name == "Liger compiled" else name for name in names]
+    losses = {name: peers.ours for name in names if name in contest.OURS}
+    losses |= {name: peers.PEERS[name].loss for name in names if name in peers.PEERS and not peers.PEERS[name].compiled}
+    found = {}
+    for name in progress.track(losses, description="logit gaps"):
+        kind = getattr(torch, dtype)
+        found[name] = {side: confidence.errors_by_gap(losses[name], kind, side) for side in confidence.SIDES}
+    return {"dtype": dtype, "gaps": list(confidence.GAPS), "errors": found}
+
+
+def _steps(settings: Settings) -> Iterator[Case]:
+    if workloads.have_real_data() and peers.PEERS["TRL trainer"].available:
+        for dtype in settings.dtypes:
+            yield Case(f"step/llmbar/{dtype}", functools.partial(_step, settings, "llmbar", dtype))
+
+
+def _step(settings: Settings, data: str, dtype: str, progress: Progress) -> dict[str, Any]:
+    from benchmarks import training_step
+
+    bench = training_step.load(training_step.CASES[data], dtype)
+    result = training_step.measure(bench, dtype, min(settings.rounds, 4), progress)
+    return asdict(training_step.with_memory(result, data, dtype, settings.threads, progress))
+
+
+def estimate(progress: Progress) -> dict[str, Any]:
+    """8192 rows in bf16 on every model, schedule and GPU of the roofline."""
+    found = []
+    for shape in progress.track(list(SHAPES.values()), description="counting launches"):
+        for schedule in roofline.SCHEDULES:
+            for gpu in roofline.GPUS:
+                one, _ = roofline.estimate(shape, 8192, schedule, gpu)
+                found.append(asdict(one) | {"ratio": one.ratio})
+    return {"label": roofline.TITLE, "estimates": found}
