@@ -162,8 +162,7 @@ def _time(cases: Cases) -> str:
 
 
 def _verdicts(records: Cases) -> str:
-    lines = dict.fromkeys(line for record in records.values() for line in report.verdict(record))
-    return "\n".join(f"- {line}" for line in lines)
+    return "\n".join(f"- {r['dtype']}, head {r['head']}: {'; '.join(report.verdict(r))}" for r in records.values())
 
 
 def _memory(cases: Cases) -> str:

@@ -29,7 +29,7 @@ SCHEDULES = ("auto", "single_pass", "resident", "recompute")
 # GPU: not measured by us. Published measurements ask for 1k to 4k rows, which kernels that work in place can afford
 # (2 bytes a bf16 logit), while eager row-wise work (6 bytes) has to keep to the peak memory that we promise.
 CHUNK_ROWS = {"cpu": 1024, "other": 4096}
-CHUNK_BYTES = {"cpu": 128 * 2**20, "other": 256 * 2**20}
+CHUNK_BYTES = {"cpu": 192 * 2**20, "other": 256 * 2**20}
 LEAST_ROWS = 1024  # of a chunk on a GPU, where the budget has room for them and the kernels work in place
 STARVED_ROWS = 256  # of a chunk: with fewer, two GEMMs through the library cost more than three inside kernels
 FUSED_ROWS = 16384  # of a chunk that has no logits, only its hidden states and partial statistics
@@ -320,6 +320,8 @@ def _sized(work: Work, name: str, reason: str, group_rows: int | None, budget: i
     kind = "cpu" if work.device.type == "cpu" else "other"
     most_bytes = _most_bytes(budget)
     chunk_bytes = min(CHUNK_BYTES[kind], most_bytes)
+    if work.casts:
+        chunk_bytes = max(1, chunk_bytes * 2 // 3)  # a cast slice of the weight has the rest
     recomputes = name == "recompute"
     fused = work.has_fused_products and (recomputes or name == "evaluation")
     if fused:

@@ -78,7 +78,15 @@ def together(kind: str, folder: Path) -> None:
     assert type(trainer.model_wrapped).__name__ == "DistributedDataParallel"
     if trainer.is_world_process_zero():
         (folder / "logs.json").write_text(json.dumps(trainer.state.log_history))
-    trainer.accelerator.end_training()
+    leave(trainer)
+
+
+def leave(trainer: Any) -> None:
+    """The end of one of several processes. Torn down one before the other, gloo's now and then wait for ever."""
+    trainer.accelerator.wait_for_everyone()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 FSDP2 = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
@@ -110,7 +118,7 @@ def sharded(kind: str, folder: Path) -> None:
     trainer.save_model(str(folder / "model"))
     if trainer.is_world_process_zero():
         (folder / "logs.json").write_text(json.dumps(trainer.state.log_history))
-    trainer.accelerator.end_training()
+    leave(trainer)
 
 
 def smollm2(engine: str, folder: Path) -> None:
@@ -145,7 +153,7 @@ def smollm2(engine: str, folder: Path) -> None:
     trainer.train()
     if trainer.is_world_process_zero():
         (folder / f"{engine}.json").write_text(json.dumps(trainer.state.log_history))
-    trainer.accelerator.end_training()
+    leave(trainer)
 
 
 def main() -> None:
