@@ -51,3 +51,4 @@ def test_the_share_is_that_of_the_bound_that_binds() -> None:
     seconds = {"ours": 2.0, "eager": 8.0, "copy": 1.0, "exp": 1.5}
     result = rowwise.Result("residual", "bfloat16", 10, 100, nbytes=4 * 10**9, seconds=seconds)
     assert (result.gigabytes_per_second, result.share, result.speedup) == (2.0, 0.75, 4.0)
+    assert result.share_in_turn == 1.25
