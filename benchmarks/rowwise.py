@@ -5,8 +5,8 @@
 
 Every pass works on a chunk that no cache holds. The bound by memory is `torch.Tensor.copy_` of as many bytes as the
 pass reads and writes (the best of its medians within the run); the bound by arithmetic is our own exp of every logit,
-from and to the L1 cache; and since a pass waits for one and then the other where they do not overlap, both in turn. Ours,
-the eager operations and both bounds take turns.
+from and to the L1 cache; and where the two do not overlap, both in turn. Ours, the eager operations and the bounds take
+turns.
 """
 
 from __future__ import annotations
