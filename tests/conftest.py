@@ -45,8 +45,9 @@ def backend(request, monkeypatch) -> str:
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _fresh():
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # whatever the test before has run
 
 
 @pytest.fixture

@@ -199,6 +199,7 @@ def forked(*arguments: Any, before: Callable[[], None] = lambda: None) -> int:
         silence = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silence, 1)
         os.dup2(silence, 2)
+        torch.set_num_threads(1)  # other tests' pool of threads did not come along: torch would wait for it for ever
         before()
         os._exit(main([*map(str, arguments)]))
     finally:
@@ -305,7 +306,7 @@ def test_a_folder_is_one_runs(run, model, data, tmp_path):
     arguments = ("train", model, data, "--output", tmp_path / "run", *FAST, "--max-steps", 1)
     summary = run(*arguments)
     assert "go on with it (--resume), or choose another --output" in run(*arguments, status=2)["error"]
-    assert "has beta 0.1, but now it is 0.3" in run(*arguments, "--beta", 0.3, "--resume", status=2)["error"]
+    assert "has beta (default), but now it is 0.3" in run(*arguments, "--beta", 0.3, "--resume", status=2)["error"]
     assert run(*arguments, "--resume") == summary
 
 

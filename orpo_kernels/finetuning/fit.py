@@ -94,8 +94,9 @@ def _check_is_ours(folder: RunFolder, settings: TrainSettings) -> None:
     for name in sorted(ours.keys() | theirs.keys()):
         if name not in MAY_CHANGE and ours.get(name) != theirs.get(name):
             raise UserError(
-                f"The run in {folder.path} has {name} {theirs.get(name)}, but now it is {ours.get(name)}: go on with "
-                f"what it was started with (--config {folder.settings}), or choose another --output."
+                f"The run in {folder.path} has {name} {theirs.get(name, '(default)')}, but now it is "
+                f"{ours.get(name, '(default)')}: go on with what it was started with "
+                f"(--config {folder.settings}), or choose another --output."
             )
 
 

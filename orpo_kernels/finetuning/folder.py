@@ -44,8 +44,8 @@ class RunFolder:
 
     def results(self) -> list[Path]:
         """What there is of what a run would write over."""
-        names = (self.metrics.path, self.evaluations.path, self.checkpoints, self.model, self.merged, self.summary)
-        return [path for path in names if path.exists()]
+        names = (self.metrics.path, self.evaluations.path, self.model, self.merged, self.summary)
+        return [*self.checkpoints.glob("checkpoint-*"), *(path for path in names if path.exists())]
 
     def clean(self) -> None:
         """Remove what a finished run does not need."""

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import peers
+from benchmarks.confidence import GAPS, SIDES, confident, exact_results, results
 from orpo_kernels import ORPOOutput, orpo_loss, reference
 
 from ..batches import IGNORE, batches, plain_loss, relative_error
-from ..test_confident import GAPS, SIDES, confident, exact, results
 from ..test_loss import assert_as_good_as_plain, serves, share_fixtures
 from .inputs import DTYPES, on, realistic
 
@@ -86,7 +86,7 @@ def test_confident_answers(dtype, side, schedule, device, backend):
     """Logit gaps of 5 to 80: the loss to 1e-6, gradients to the roundings of their dtype."""
     for gap in GAPS:
         inputs = confident(gap, side, "many", dtype)
-        truth = exact(*inputs)
+        truth = exact_results(*inputs)
         found = results(peers.ours, *(t.to(device) for t in inputs), schedule=schedule, backend=backend)
         found = {name: value.cpu() for name, value in found.items()}
         assert relative_error(found["loss"], truth["loss"]) <= 1e-6, gap
