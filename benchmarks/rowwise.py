@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -167,8 +168,8 @@ def measure(
 
 
 def table(results: list[Result], isa: str) -> Table:
-    shown = Table(title=f"Row-wise passes on {torch.get_num_threads()} threads, {isa}")
-    for column in ("pass", "dtype", "V", "GB/s", "of copy", "of exp", "of both in turn", "eager / ours"):
+    shown = Table(title=f"Row-wise passes on {torch.get_num_threads()} threads, {isa}", box=box.SIMPLE)
+    for column in ("pass", "dtype", "V", "GB/s", "of copy", "of exp", "of both", "eager / ours"):
         shown.add_column(column, justify="left" if column in ("pass", "dtype") else "right", no_wrap=True)
     for result in results:
         shown.add_row(
