@@ -52,10 +52,12 @@ void check_gather(const Kernels& kernels, const Format& format, int64_t columns,
   CHECK(out.is_intact(), kernels.isa, format.name, columns);
 }
 
+constexpr int64_t WIDTHS[] = {1, 3, 16, 33, 511, 513, 1200, 2100, 2 * BLOCK + 52};  // the last for two threads
+
 int main() {
   for (const Kernels* kernels : supported_kernels())
     for (const Format& format : FORMATS)
-      for (const int64_t columns : {1, 3, 16, 33, 511, 513, 1200, 2100}) {
+      for (const int64_t columns : WIDTHS) {
         check_statistics(*kernels, format, columns);
         for (const int64_t count : {int64_t{0}, columns / 3, columns}) check_gather(*kernels, format, columns, count);
       }
