@@ -37,10 +37,11 @@ from benchmarks import contest, peers, suite, workloads
 from benchmarks import report as reports
 from benchmarks.exact import BETA, exact
 from benchmarks.workloads import Workload
-from orpo_kernels import measured_sparsity
+from orpo_kernels import measured_sparsity, planning
 from orpo_kernels.schedules import sparse
 
 EPS = (10, 12, 14, 16)  # as powers of 1/2
+BLOCK = planning.SPARSE_BLOCK_ROWS
 BLOCKS = (64, 128, 256, 512)
 DEFAULT_EPS = 14
 TILE = 128
@@ -102,7 +103,7 @@ def without_tail() -> Iterator[None]:
 def error_points(workload: Workload, progress: Progress) -> list[Point]:
     exact = gradients(workload)
     points = []
-    cases = [(eps, 128) for eps in EPS] + [(DEFAULT_EPS, block) for block in BLOCKS if block != 128]
+    cases = [(eps, BLOCK) for eps in EPS] + [(DEFAULT_EPS, block) for block in BLOCKS if block != BLOCK]
     for eps, block in progress.track(cases, description=workload.name):
         # Sparse whatever it costs: a chunk that goes dense has no error to show.
         with patch.object(sparse, "SPARSE_BLOCK_ROWS", block), patch.object(sparse, "DENSE_SHARE", 1.0):
@@ -191,7 +192,7 @@ def plot(results: dict[str, list[Point]], path: Path) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for name, points in results.items():
-        chosen = sorted((p for p in points if p.block == 128), key=lambda p: p.active_share)
+        chosen = sorted((p for p in points if p.block == BLOCK), key=lambda p: p.active_share)
         shares = [100 * p.active_share for p in chosen]
         for ax, part in zip(axes, ("hidden", "weight"), strict=True):
             (line,) = ax.loglog(shares, [100 * getattr(p.corrected, part) for p in chosen], "o-", label=name)

@@ -12,6 +12,7 @@ estimate                       what GPUs' data sheets make of our launches (`roo
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -25,6 +26,7 @@ from benchmarks.shapes import SHAPES, ModelShape, named
 from benchmarks.workloads import Workload
 
 ROUNDS = {False: 3, True: 5}  # by `Settings.full`
+STEP_ROUNDS = 10  # of a whole training step, whose batches differ in length
 SHARES = (0.3, 0.5, 1.0)
 ROWS = (256, 1024, 4096, 16384, 65536)
 VOCABULARIES = (32768, 65536, 131072, 262144)
@@ -267,15 +269,15 @@ def _gaps(settings: Settings, dtype: str, progress: Progress) -> dict[str, Any]:
 
 def _steps(settings: Settings) -> Iterator[Case]:
     if workloads.have_real_data() and peers.PEERS["TRL trainer"].available:
-        for dtype in settings.dtypes:
-            yield Case(f"step/llmbar/{dtype}", functools.partial(_step, settings, "llmbar", dtype))
+        for data, dtype in itertools.product(("llmbar", "dpo"), settings.dtypes):
+            yield Case(f"step/{data}/{dtype}", functools.partial(_step, settings, data, dtype))
 
 
 def _step(settings: Settings, data: str, dtype: str, progress: Progress) -> dict[str, Any]:
     from benchmarks import training_step
 
     bench = training_step.load(training_step.CASES[data], dtype)
-    result = training_step.measure(bench, dtype, min(settings.rounds, 4), progress)
+    result = training_step.measure(bench, dtype, STEP_ROUNDS, progress)
     return asdict(training_step.with_memory(result, data, dtype, settings.threads, progress))
 
 

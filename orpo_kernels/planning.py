@@ -25,17 +25,18 @@ SCHEDULES = ("auto", "single_pass", "resident", "recompute")
 # Chunks of logits: large enough that a GEMM runs at full speed, small enough that nothing else notices them.
 # CPU: forward + backward over GEMMs on all rows at once, two cores, fp32, head frozen: 1.16 with 512 rows a chunk, 1.13
 # with 1024, 1.4 with 128 (H = 576, V = 49152); 1.12, 1.05 and 1.5 (H = 1024, V = 32768). Memory binds before that at
-# larger V. In bf16 512 and 1024 are within 4 % of each other.
+# larger V. In bf16 the fresh pages of a chunk weigh more, its products less: 1.08 with 512, 1.13 with 1024.
 # GPU: not measured by us. Published measurements ask for 1k to 4k rows, which kernels that work in place can afford
 # (2 bytes a bf16 logit), while eager row-wise work (6 bytes) has to keep to the peak memory that we promise.
 CHUNK_ROWS = {"cpu": 1024, "other": 4096}
+NARROW_CHUNK_ROWS = 512  # on a CPU in 16 bits
 CHUNK_BYTES = {"cpu": 192 * 2**20, "other": 256 * 2**20}
 LEAST_ROWS = 1024  # of a chunk on a GPU, where the budget has room for them and the kernels work in place
 STARVED_ROWS = 256  # of a chunk: with fewer, two GEMMs through the library cost more than three inside kernels
 FUSED_ROWS = 16384  # of a chunk that has no logits, only its hidden states and partial statistics
 COLUMNS_PER_SPLIT = 4096  # of the vocabulary, whose statistics a fused forward pass takes apart: 12 bytes a row
 FACTOR_SLICE = 8192  # rows of dW that exist in fp32 at one time, where it is summed there
-SPARSE_BLOCK_ROWS = 128  # that share their active columns: fewer rows have fewer of them, and starve the GEMM
+SPARSE_BLOCK_ROWS = 256  # that share their active columns: fewer rows have fewer of them, but gather more often
 DENSE_SHARE = 0.5  # of active columns, from which on a chunk of the sparse schedule goes dense
 MIN_SLICE = 512  # columns; a narrower slice of the vocabulary starves the GEMM
 
@@ -327,7 +328,10 @@ def _sized(work: Work, name: str, reason: str, group_rows: int | None, budget: i
     if fused:
         row_chunk = min(FUSED_ROWS, _fit(most_bytes, work.fused_row_bytes))
     else:
-        row_chunk = min(CHUNK_ROWS[kind], _fit(chunk_bytes, work.vocab_size * work.logit_bytes))
+        most_rows = CHUNK_ROWS[kind]
+        if kind == "cpu" and work.gemm_dtype.itemsize < 4:
+            most_rows = min(most_rows, NARROW_CHUNK_ROWS)
+        row_chunk = min(most_rows, _fit(chunk_bytes, work.vocab_size * work.logit_bytes))
         if work.has_fused_products:
             row_chunk = max(row_chunk, min(LEAST_ROWS, _fit(most_bytes, work.vocab_size * work.logit_bytes)))
     vocab_slice = min(work.vocab_size, max(MIN_SLICE, _fit(chunk_bytes, work.column_bytes)))

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from orpo_kernels import ORPOLoss, measured_sparsity, orpo_loss, plan, token_logps
+from orpo_kernels.gemm import matmul_long
 from orpo_kernels.ops import why_not
 
 from .batches import batches, relative_error
@@ -428,3 +429,11 @@ def test_error_on_real_hidden_states():
     assert measured.active_share < cce_share / 2
     assert ours.weight < bf16.weight / 3
     assert ours.hidden < 1.1 * bf16.hidden
+
+
+@pytest.mark.parametrize("length", [0, 5, 1024, 2500])
+def test_a_product_with_a_long_inner_dimension(length):
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(3, length, generator=generator, dtype=torch.float64)
+    b = torch.randn(length, 4, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(matmul_long(a, b), a @ b, rtol=1e-12, atol=1e-12)

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from ..gemm import COLUMN_MULTIPLE, WeightSlices, even_chunks, matmul_into
+from ..gemm import COLUMN_MULTIPLE, WeightSlices, even_chunks, matmul_into, matmul_long
 from ..planning import DENSE_SHARE, FACTOR_SLICE, SPARSE_BLOCK_ROWS
 from ..projection import Projection
 from ..sparsity import record_block
@@ -165,9 +165,9 @@ def add_tails_(u: Tensor, places: list[tuple[Block, slice]], p: Projection, weig
     """u (R, H) += amount * (profile @ weight) of every block: all of them in one product."""
     tails = Tails.of(places, p)
     profiles = tails.profiles.to(u.dtype)
-    mean_rows = u.new_empty(len(profiles), u.shape[1])
+    mean_rows = u.new_zeros(len(profiles), u.shape[1])
     for columns, w in weight:
-        matmul_into(mean_rows, profiles[:, columns], w, accumulate=columns.start > 0)
+        mean_rows += matmul_long(profiles[:, columns], w)
     for rows, amount, mean_row in zip(tails.rows, tails.amounts, mean_rows, strict=True):
         u[rows].addcmul_(amount[:, None].to(u.dtype), mean_row)
 
@@ -181,12 +181,16 @@ def head_gradients(p: Projection, blocks: list[Block], coefficient: Tensor, grad
         x = x[:, x.shape[1] - grads.weight.shape[1] :]  # all other columns of the weight are frozen
         tail_states = tails.row_sums(x)
     tail_numbers = tails.row_sums(coefficient[:, None])
-    for columns in even_chunks(p.vocab_size, FACTOR_SLICE, COLUMN_MULTIPLE):
+    slices = list(even_chunks(p.vocab_size, FACTOR_SLICE, COLUMN_MULTIPLE))
+    if grads.weight is not None:
+        in_place = grads.weight.dtype == p.sum_dtype and not grads.accumulate
+        largest = max((columns.stop - columns.start for columns in slices), default=0)
+        workspace = None if in_place else grads.weight.new_empty(largest, grads.weight.shape[1], dtype=p.sum_dtype)
+    for columns in slices:
         profiles = tails.profiles[:, columns].t()
         if grads.weight is not None:
             out = grads.weight[columns]
-            in_place = out.dtype == p.sum_dtype and not grads.accumulate
-            total = out if in_place else torch.empty_like(out, dtype=p.sum_dtype)
+            total = out if workspace is None else workspace[: out.shape[0]]
             torch.mm(profiles, tail_states, out=total)
         if grads.bias is not None:
             bias = grads.bias[columns, None].addmm_(profiles, tail_numbers)
@@ -201,7 +205,7 @@ def head_gradients(p: Projection, blocks: list[Block], coefficient: Tensor, grad
         if grads.weight is not None:
             if factor is not None:
                 total.mul_(factor)
-            if not in_place:
+            if workspace is not None:
                 out.add_(total) if grads.accumulate else out.copy_(total)
 
 
