@@ -191,13 +191,16 @@ def head_gradients(p: Projection, blocks: list[Block], coefficient: Tensor, grad
         if grads.weight is not None:
             out = grads.weight[columns]
             total = out if workspace is None else workspace[: out.shape[0]]
-            torch.mm(profiles, tail_states, out=total)
+            if tails.rows:
+                torch.mm(profiles, tail_states, out=total)
+            elif not blocks:
+                total.zero_()
         if grads.bias is not None:
             bias = grads.bias[columns, None].addmm_(profiles, tail_numbers)
-        for block, rows in places:
+        for i, (block, rows) in enumerate(places):
             index, residual = residual_within(p, block, rows, columns)
             if grads.weight is not None and index is None:
-                matmul_into(total, residual.t(), x[rows], accumulate=True)
+                matmul_into(total, residual.t(), x[rows], accumulate=i > 0 or bool(tails.rows))
             elif grads.weight is not None and index is not None:
                 add_rows_(p, total, index, residual.t() @ x[rows])
             if grads.bias is not None:
