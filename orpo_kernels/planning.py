@@ -309,11 +309,6 @@ def _check_sparse(work: Work, schedule: str) -> None:
             f"sparse_eps={work.sparse_eps:.3g} is a schedule of its own, but schedule is {schedule!r}: leave one of "
             'them out (schedule="auto", sparse_eps=None)'
         )
-    if work.backend == "triton":
-        raise RuntimeError(
-            'sparse_eps is not served by the Triton kernels yet: leave it out, or use backend="torch" where eager '
-            "operations are fast enough"
-        )
 
 
 def _sized(work: Work, name: str, reason: str, group_rows: int | None, budget: int) -> Plan:
@@ -407,7 +402,9 @@ def _sparse_memory(work: Work, budget: int, row_chunk: int, weight_slice: int) -
     of_head = residual + profiles + blocks * indices if work.needs_head else 0
     held = 24 * work.rows + work.needs_hidden * work.rows * work.weight_row_bytes + of_head
 
-    logits = chunk_rows * work.vocab_size * work.logit_bytes + work.casts * weight_slice * work.weight_row_bytes
+    # A byte for each column of a block says whether it is active.
+    logits = (chunk_rows * work.logit_bytes + blocks_of_chunk) * work.vocab_size
+    logits += work.casts * weight_slice * work.weight_row_bytes
     of_chunk = 0 if work.needs_head else profiles + blocks_of_chunk * indices + chunk_rows * columns * itemsize
     row_wise = 0 if work.in_place else min(SPARSE_BLOCK_ROWS, chunk_rows) * work.vocab_size * wide
     of_block = max(columns * work.weight_row_bytes, row_wise, profiles)

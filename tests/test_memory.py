@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("rich", reason="the accounting tool prints with rich: pip install 'orpo-kernels[bench]'")
 
-from benchmarks.memory import GIB, Shape, gemms_in, our_case
+from benchmarks.memory import GIB, Shape, active_columns, gemms_in, our_case
 from orpo_kernels import orpo_loss, plan, planning
 
 EIGHT_THOUSAND_ROWS = [Shape(16, 512), Shape(8, 1024), Shape(2, 4096)]
@@ -98,6 +98,20 @@ def test_peak_of_the_triton_kernels(schedule, trained, most, triton_wrappers):
     gradients = (schedule != "evaluation") * (shape.positions + trained * 128256) * 4096 * 2
     predicted = measured.baseline + max(chosen.forward_bytes, chosen.backward_bytes + gradients)
     assert measured.peak == pytest.approx(predicted, rel=0.03)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("share", [0.13, 0.5, 0.9])
+def test_the_sparse_schedule_stays_below_its_plan(share, trained, triton_wrappers):
+    """Few active columns, as many as a sparse chunk may have, dense. The host reads once a chunk: more would raise."""
+    shape = EIGHT_THOUSAND_ROWS[1]
+    with active_columns(share) as reads:
+        measured = our_case("sparse", trained).peak(shape, torch.bfloat16)
+    chosen = plan(shape.positions, 4096, 128256, dtype=torch.bfloat16, needs_weight=trained, sparse_eps=2**-14)
+    assert len(reads) == -(-shape.positions // chosen.row_chunk)
+    assert sum(reads) == shape.positions // 128
+    gradients = (shape.positions + trained * 128256) * 4096 * 2
+    assert measured.peak <= measured.baseline + max(chosen.forward_bytes, chosen.backward_bytes + gradients)
 
 
 @pytest.mark.parametrize(("schedule", "keeps"), [("single_pass", False), ("recompute", True)])
