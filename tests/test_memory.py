@@ -109,7 +109,7 @@ def test_the_sparse_schedule_stays_below_its_plan(share, trained, triton_wrapper
         measured = our_case("sparse", trained).peak(shape, torch.bfloat16)
     chosen = plan(shape.positions, 4096, 128256, dtype=torch.bfloat16, needs_weight=trained, sparse_eps=2**-14)
     assert len(reads) == -(-shape.positions // chosen.row_chunk)
-    assert sum(reads) == shape.positions // 128
+    assert sum(reads) == shape.positions // planning.SPARSE_BLOCK_ROWS
     gradients = (shape.positions + trained * 128256) * 4096 * 2
     assert measured.peak <= measured.baseline + max(chosen.forward_bytes, chosen.backward_bytes + gradients)
 

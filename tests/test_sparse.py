@@ -354,6 +354,7 @@ def test_the_host_reads_once_a_chunk(backend, share, trained, monkeypatch):
     """On tensors without data, where any other read raises."""
     memory = pytest.importorskip("benchmarks.memory", reason="the accounting tool needs rich")
     monkeypatch.setitem(planning.CHUNK_ROWS, "cpu", 300)
+    monkeypatch.setattr("orpo_kernels.schedules.sparse.SPARSE_BLOCK_ROWS", 128)
     with FakeTensorMode(), memory.active_columns(share) as reads:
         hidden = torch.empty(1000, 24, requires_grad=True)
         weight, bias = (torch.empty(*shape, requires_grad=trained) for shape in ((20000, 24), (20000,)))
