@@ -402,8 +402,8 @@ def _sparse_memory(work: Work, budget: int, row_chunk: int, weight_slice: int) -
     of_head = residual + profiles + blocks * indices if work.needs_head else 0
     held = 24 * work.rows + work.needs_hidden * work.rows * work.weight_row_bytes + of_head
 
-    # A byte for each column of a block says whether it is active.
-    logits = (chunk_rows * work.logit_bytes + blocks_of_chunk) * work.vocab_size
+    # Of each column of a block: whether it is active, a byte and its copy, and the how manieth it is, four.
+    logits = (chunk_rows * work.logit_bytes + 6 * blocks_of_chunk) * work.vocab_size
     logits += work.casts * weight_slice * work.weight_row_bytes
     of_chunk = 0 if work.needs_head else profiles + blocks_of_chunk * indices + chunk_rows * columns * itemsize
     row_wise = 0 if work.in_place else min(SPARSE_BLOCK_ROWS, chunk_rows) * work.vocab_size * wide
