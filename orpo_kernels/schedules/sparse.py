@@ -18,8 +18,8 @@ it goes dense as a whole: exact, its residual kept like in `resident`, or made a
 kept has used up the budget.
 
 How many columns are active is the size of products, which the host has to know: it reads the numbers of a chunk's
-blocks, once (`counted`), and nothing else. Sizes fixed beforehand would have to be DENSE_SHARE for none to be cut,
-four times what is active in a trained model.
+blocks, once (`counted`), and nothing else. A size fixed beforehand would have to be DENSE_SHARE for nothing to be cut
+off, four times what is active in a trained model.
 
 What is dropped is at most eps in each p_tj. Of a confident row, where all p_tj but the target's are small, it is at
 most eps / LEAST_WEIGHT of the residual itself: its coefficient may be large (a confident rejected answer).
