@@ -15,7 +15,6 @@ pytest.importorskip("transformers")
 from orpo_kernels import Rows
 from orpo_kernels.rows import rows_from_labels
 from orpo_kernels.transformers import PackedPairs, PreferenceCollator, causal_lm_orpo_loss
-from orpo_kernels.transformers.body import block_mask
 from orpo_kernels.transformers.collator import pad_pairs
 from orpo_kernels.transformers.packing import first_fit_decreasing, pack_pairs
 
@@ -186,17 +185,6 @@ def test_eager_attention(name):
     model = build(name).train()
     model.set_attn_implementation("eager")
     assert_sharing_is_exact(model, make_pairs())
-
-
-def test_a_flex_attention_mask_is_the_same_mask():
-    from torch.nn.attention.flex_attention import create_mask
-
-    model = build("Llama")
-    packed = pack_pairs(make_pairs(), 0)["packed"]
-    for window in (None, 3):
-        mask = block_mask(model, packed, window)
-        assert torch.equal(create_mask(mask.mask_mod, 2, 1, 15, 15, "cpu"), packed.attention_mask(window))
-        assert mask.shape == (2, 1, 15, 15)
 
 
 def test_gradient_checkpointing_and_a_compiled_body():

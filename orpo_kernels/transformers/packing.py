@@ -62,13 +62,13 @@ class PackedPairs:
         weight = nll_weight(rows.nll_weight != 0, rows.sequence, 2 * rows.num_pairs, nll_reduction)
         return replace(rows, nll_weight=weight)
 
-    def visible(self, row: Any, query: Any, key: Any, window: int | None = None) -> Tensor:
+    def visible(self, row: Any, query: Any, key: Any, window: int | Tensor | None = None) -> Tensor:
         """Whether the token at place `query` of a row sees the one at `key`; indices of any shapes that broadcast."""
         own, other = self.segments[row, query], self.segments[row, key]
         visible = (key <= query) & ((other == own) | (other == own - own % 3))
         if window is None:
             return visible
-        return visible & (self.position_ids[row, query] - self.position_ids[row, key] < window)
+        return visible & (self.position_ids[row, key] > self.position_ids[row, query] - window)
 
     def attention_mask(self, window: int | None = None) -> Tensor:
         """(R, 1, T, T) bool, True where the query (third axis) sees the key: also none further back than `window`."""

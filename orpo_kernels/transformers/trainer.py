@@ -203,10 +203,10 @@ class PreferenceTrainer(PreferenceLossMixin, Trainer):
 
     **DPO's reference** is run once over the datasets, here in the constructor, in batches of
     `per_device_eval_batch_size`, and its log-probabilities are kept in `output_dir/reference_logps`, under a hash of
-    the model and of the tokens. Pairs that have the columns ref_chosen_logps and ref_rejected_logps keep theirs; a
-    stream has to have them.
+    the model and of the tokens, batch by batch: interrupted, it goes on with the rest. Pairs that have the columns
+    ref_chosen_logps and ref_rejected_logps keep theirs; a stream has to have them.
 
-    `reference_seconds` is what it took, or what reading it took.
+    `reference_seconds` is what it took here, or what reading it took.
 
     Raises `ValueError` or `TypeError` for a missing collator, for options that are not the caller's or not the
     method's, and for a model or a parallel setup that the loss cannot serve.
