@@ -212,6 +212,9 @@ def _launch_of(func: Any, args: Any, kwargs: Any, out: Any) -> Launch:
         a, b = args[-2:]
         accumulates = func.overloadpacket is torch.ops.aten.addmm and args[0].shape == out.shape  # else it is a bias
         return _gemm_launch(a.shape[0], a.shape[1], b.shape[1], a.itemsize, out.itemsize, accumulates)
+    if func.overloadpacket is torch.ops.aten.bmm:  # one product by parts of its inner dimension (`gemm.matmul_long`)
+        a, b = args
+        return _gemm_launch(a.shape[1], a.shape[0] * a.shape[2], b.shape[2], a.itemsize, out.itemsize, False)
     inputs = (args, {name: value for name, value in kwargs.items() if name != "out"})
     if func.overloadpacket is torch.ops.aten.index_select:
         inputs = (args[2], out)  # no more than the rows that it takes
