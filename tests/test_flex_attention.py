@@ -52,7 +52,7 @@ def results(model: nn.Module, batch: dict[str, Any]) -> ORPOOutput:
 def test_shared_rows_are_the_padded_ones_and_those_of_sdpa(name, lengths):
     model, pairs = with_flex(name), make_pairs(*lengths)
     assert refuses_shared_prompt(model) is None
-    shared = results(model, pack_pairs(pairs, 0))
+    shared = results(model, pack_pairs(pairs, 0, capacity=0))
     for expected in (results(model, pad_pairs(pairs, 0)), results(build(name).eval(), pad_pairs(pairs, 0))):
         for field in ("loss", "nll_loss", "chosen_logps", "rejected_logps"):
             torch.testing.assert_close(
@@ -79,7 +79,7 @@ def test_what_it_cannot_do_on_a_cpu_is_the_reason():
 @pytest.mark.parametrize("window", [None, 3, 100])
 @pytest.mark.parametrize("lengths", [SHORT, LONG], ids=["short", "long"])
 def test_it_is_the_mask_of_the_others(lengths, window):
-    packed = pack_pairs(make_pairs(*lengths), 0)["packed"]
+    packed = pack_pairs(make_pairs(*lengths), 0, capacity=0)["packed"]
     mask = block_mask(build("Llama"), packed, window)
     rows, width = packed.segments.shape
     assert torch.equal(create_mask(mask.mask_mod, rows, 1, width, width, "cpu"), packed.attention_mask(window))
@@ -90,7 +90,11 @@ def test_blocks_in_which_nothing_is_seen_are_skipped():
     """Prompt, chosen and rejected answer of a block each; then two pairs of two blocks each."""
 
     def blocks(*lengths: tuple[int, int, int]) -> list:
-        return block_mask(build("Llama"), pack_pairs(make_pairs(*lengths), 0)["packed"], None).to_dense()[:, 0].tolist()
+        return (
+            block_mask(build("Llama"), pack_pairs(make_pairs(*lengths), 0, capacity=0)["packed"], None)
+            .to_dense()[:, 0]
+            .tolist()
+        )
 
     assert blocks((128, 128, 128)) == [[[1, 0, 0], [1, 1, 0], [1, 0, 1]]]
     two_pairs = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
@@ -106,5 +110,5 @@ def test_kinds_of_layers_share_one_compiled_attention(monkeypatch):
     refuses_shared_prompt(model)
     torch.compiler.reset()
     with torch.compiler.set_stance("default"):
-        results(model, pack_pairs(make_pairs(), 0))
+        results(model, pack_pairs(make_pairs(), 0, capacity=0))
     assert len(graphs) == 1
