@@ -34,6 +34,7 @@ from rich.table import Table
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import machine
+from benchmarks.memory import active_columns
 from benchmarks.shapes import SHAPES, ModelShape
 from benchmarks.stub_gpu import GPUS, Specialisation, stub_gpu
 from orpo_kernels import Rows, orpo_loss_from_rows
@@ -50,7 +51,8 @@ MEMORY_BUDGET = 5 * 2**30  # of the loss: a sixteenth of 80 GB
 # What is launched
 # ---------------------------------------------------------------------------------------------------------------------
 
-SCHEDULES = ("evaluation", "single_pass", "resident", "resident by groups", "recompute")
+SCHEDULES = ("evaluation", "single_pass", "resident", "resident by groups", "recompute", "sparse")
+ACTIVE_SHARE = 0.125  # of the columns, under the last
 
 
 def run_loss(shape: ModelShape, dtype: torch.dtype, num_rows: int, schedule: str, num_pairs: int = 4) -> None:
@@ -72,11 +74,11 @@ def run_loss(shape: ModelShape, dtype: torch.dtype, num_rows: int, schedule: str
         "resident": residual,
         "resident by groups": residual // 2 + shape.vocab_size * shape.hidden_size * 4,
     }.get(schedule, MEMORY_BUDGET)
-    name = {"evaluation": "auto", "resident by groups": "resident"}.get(schedule, schedule)
+    name = {"evaluation": "auto", "resident by groups": "resident", "sparse": "auto"}.get(schedule, schedule)
     # How many rows a pair has is read on the host, and fake rows do not say.
     sizes = [num_rows // num_pairs] * (num_pairs - 1)
     sizes.append(num_rows - sum(sizes))
-    with mock.patch.object(Rows, "pair_sizes", return_value=sizes):
+    with mock.patch.object(Rows, "pair_sizes", return_value=sizes), active_columns(ACTIVE_SHARE):
         out = orpo_loss_from_rows(
             hidden,
             weight,
@@ -86,6 +88,7 @@ def run_loss(shape: ModelShape, dtype: torch.dtype, num_rows: int, schedule: str
             schedule=name,
             memory_budget=budget,
             backend="triton",
+            sparse_eps=2.0**-14 if schedule == "sparse" else None,
         )
         if schedule != "evaluation":
             out.loss.backward()
@@ -108,7 +111,8 @@ def specialisations(target: str, shapes: Iterable[ModelShape], dtypes: Iterable[
                     for shape in shapes:
                         run_shard(shape, DTYPES[dtype])
                         for schedule in SCHEDULES:
-                            for num_rows in (4096, 32768):  # as one group of pairs, and as several
+                            # As one group of pairs, and as several. The launches of "sparse" are too many for that.
+                            for num_rows in (4096, 32768) if schedule != "sparse" else (1024,):
                                 run_loss(shape, DTYPES[dtype], num_rows, schedule)
     return gpu.specialisations
 
@@ -218,8 +222,8 @@ def described(specialisation: Specialisation) -> Code:
     """What the specialisation says, before it is compiled."""
     constants, types = specialisation.constexprs, specialisation.types
     options = dict(specialisation.options)
-    blocks = ("BLOCK_R", "BLOCK_V", "BLOCK_H", "BLOCK", "BLOCK_C")
-    matrices = ("X", "LOGITS", "HIDDEN", "ROWS", "OUT")
+    blocks = ("BLOCK_R", "BLOCK_B", "BLOCK_V", "BLOCK_H", "BLOCK", "BLOCK_A")
+    matrices = ("X", "LOGITS", "RESIDUAL", "HIDDEN", "ROWS", "OUT")
     first = next((types[name] for name in matrices if name in types), "*fp64")
     flags = {
         "bias": "BIAS" in types and types["BIAS"] != "constexpr",

@@ -125,6 +125,7 @@ def loss_plan(model: Model, ranks: int = 1) -> Plan:
         device="cuda",
         backend="triton",
         memory_budget=BUDGET,
+        sharded=ranks > 1,
     )
 
 

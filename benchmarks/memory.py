@@ -16,6 +16,7 @@ a kernel allocates and frees inside one operation.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -30,7 +31,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -204,12 +205,16 @@ def trl_composed_case(trained: bool) -> Case:
 
 
 def our_case(schedule: str, trained: bool, gradient: bool = True) -> Case:
-    """Ours, from rows: finding the rows reads the labels, which fake tensors do not have."""
+    """Ours, from rows: finding the rows reads the labels, which fake tensors do not have.
+
+    "sparse" reads the number of active columns as well: to be run inside `active_columns`.
+    """
 
     def loss(hidden: Tensor, weight: Tensor, shape: Shape) -> Tensor:
         from orpo_kernels import orpo_loss_from_rows
 
-        return orpo_loss_from_rows(hidden.flatten(0, 1), weight, fake_rows(shape), schedule=schedule).loss
+        options: dict[str, Any] = {"schedule": schedule} if schedule != "sparse" else {"sparse_eps": 2.0**-14}
+        return orpo_loss_from_rows(hidden.flatten(0, 1), weight, fake_rows(shape), **options).loss
 
     return Case(f"ours, {schedule if gradient else 'evaluation'}", loss, trained, gradient)
 
@@ -224,6 +229,26 @@ def fake_rows(shape: Shape) -> Any:
     return Rows(
         index, index.clone(), index.clone(), scored, torch.ones(count, dtype=torch.float64), shape.sequences // 2
     )
+
+
+@contextmanager
+def active_columns(share: float) -> Iterator[list[int]]:
+    """How many columns are active, which the sparse schedule reads on the host, and tensors without data do not say.
+
+    Gives the reads of all chunks so far: of how many blocks each was.
+    """
+    from orpo_kernels.schedules import sparse
+
+    reads: list[int] = []
+
+    def counted(ranks: Tensor, slices: list[slice]) -> list[Tensor]:
+        reads.append(len(ranks))
+        widths = [round(share * (columns.stop - columns.start)) for columns in slices]
+        with unset_fake_temporarily():
+            return [torch.tensor([0, *itertools.accumulate(widths)], dtype=torch.int32) for _ in range(len(ranks))]
+
+    with mock.patch.object(sparse, "counted", counted), mock.patch.object(sparse, "HOSTS", ()):
+        yield reads
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
     python -m benchmarks.roofline                        # seven models, four schedules, five GPUs, 8192 rows, bf16
     python -m benchmarks.roofline --launches --shape Llama-3-8B     # and what each kind of launch contributes
+    python -m benchmarks.roofline --active 0.13          # and the sparse schedule, with that share of columns active
 
 Our loss runs on tensors without data, planned as for the GPU and with its kernels in place; every launch is recorded
 with its shapes. A launch takes the time of its matrix products at the peak of the tensor cores, or of its compulsory
@@ -42,9 +43,11 @@ from benchmarks.shapes import SHAPES, ModelShape
 from orpo_kernels import orpo_loss_from_rows, planning
 from orpo_kernels.gpus import GPU, GPUS
 from orpo_kernels.ops import torch_ops
-from orpo_kernels.schedules import recompute, resident, single_pass
+from orpo_kernels.schedules import recompute, resident, single_pass, sparse
 
 SCHEDULES = {"evaluation": 1, "single_pass": 2, "resident": 3, "recompute": 3}  # and the GEMMs under each
+SPARSE = {"sparse, frozen": 2, "sparse, trained": 3}  # `sparse_eps`, and the GEMMs of the exact gradients
+SECTOR = 32  # bytes that a GPU reads at a time
 TITLE = "ESTIMATE, not a measurement"
 
 
@@ -86,6 +89,22 @@ def _residual(rows: int, columns: int, itemsize: int) -> tuple[int, int]:
     return 0, 2 * itemsize * rows * columns + 16 * rows
 
 
+def _statistics(rows: int, columns: int, itemsize: int) -> tuple[int, int]:
+    """Of a shard's logits: one read, a target and two results a row."""
+    return 0, itemsize * rows * columns + 24 * rows
+
+
+def _column_statistics(rows: int, columns: int, itemsize: int) -> tuple[int, int]:
+    """One read, a weight a row, and two results a column."""
+    return 0, itemsize * rows * columns + 4 * rows + 8 * columns
+
+
+def _gather_columns(rows: int, columns: int, active: int, itemsize: int) -> tuple[int, int]:
+    """Active columns lie apart: each takes a sector, until all of the row is read. And a write of them."""
+    read = min(columns * itemsize, active * SECTOR)
+    return 0, rows * (read + active * itemsize + 8) + 8 * active
+
+
 def _project_residual(rows: int, hidden_size: int, columns: int, itemsize: int) -> tuple[int, int]:
     """Kernel 3: a GEMM whose epilogue writes the residual instead of the logits."""
     flops, traffic = _gemm(rows, hidden_size, columns, itemsize, itemsize, 0)
@@ -116,6 +135,10 @@ COSTS: dict[str, Callable[..., tuple[int, int]]] = {
     "GEMM": _gemm,
     "project_log_odds": _project_log_odds,
     "residual_": _residual,
+    "statistics": _statistics,
+    "recomputed_residual_": _residual,
+    "column_statistics": _column_statistics,
+    "gather_columns": _gather_columns,
     "project_residual": _project_residual,
     "gather_rows": _gather_rows,
     "scatter_rows_": _scatter_rows,
@@ -128,7 +151,7 @@ COSTS: dict[str, Callable[..., tuple[int, int]]] = {
 def bare_gemms(shape: ModelShape, rows: int, schedule: str, itemsize: int) -> list[Launch]:
     """Logits, dh and dW, as far as the schedule's gradients need them: what nobody can do without."""
     h, v = shape.hidden_size, shape.vocab_size
-    products = [(rows, h, v), (rows, v, h), (v, rows, h)][: SCHEDULES[schedule]]
+    products = [(rows, h, v), (rows, v, h), (v, rows, h)][: (SCHEDULES | SPARSE)[schedule]]
     return [_gemm_launch(*sizes, itemsize, itemsize, False) for sizes in products]
 
 
@@ -189,20 +212,31 @@ def _launch_of(func: Any, args: Any, kwargs: Any, out: Any) -> Launch:
         a, b = args[-2:]
         accumulates = func.overloadpacket is torch.ops.aten.addmm and args[0].shape == out.shape  # else it is a bias
         return _gemm_launch(a.shape[0], a.shape[1], b.shape[1], a.itemsize, out.itemsize, accumulates)
+    if func.overloadpacket is torch.ops.aten.bmm:  # one product by parts of its inner dimension (`gemm.matmul_long`)
+        a, b = args
+        return _gemm_launch(a.shape[1], a.shape[0] * a.shape[2], b.shape[2], a.itemsize, out.itemsize, False)
     inputs = (args, {name: value for name, value in kwargs.items() if name != "out"})
+    if func.overloadpacket is torch.ops.aten.index_select:
+        inputs = (args[2], out)  # no more than the rows that it takes
     fills = func.__name__.startswith(FILLS)
     read = [] if fills else [t for t in tree_iter(inputs) if isinstance(t, Tensor)]
     written = [t for t in tree_iter(out) if isinstance(t, Tensor)]
     return Launch("other", {"bytes": sum(t.numel() * t.itemsize for t in (*read, *written))})
 
 
+def _sizes_of_logits(logits: Tensor, *_: Any) -> dict[str, int]:
+    return {"rows": logits.shape[0], "columns": logits.shape[1], "itemsize": logits.itemsize}
+
+
 SIZES: dict[str, Callable[..., dict[str, int]]] = {
     "project_log_odds": lambda x, weight, *_: {
         "rows": x.shape[0], "hidden_size": x.shape[1], "columns": weight.vocab_size, "itemsize": x.itemsize
     },
-    "residual_": lambda logits, *_: {
-        "rows": logits.shape[0], "columns": logits.shape[1], "itemsize": logits.itemsize
-    },
+    "residual_": _sizes_of_logits,
+    "statistics": _sizes_of_logits,
+    "recomputed_residual_": _sizes_of_logits,
+    "column_statistics": _sizes_of_logits,
+    "gather_columns": lambda residual, columns: _sizes_of_logits(residual) | {"active": len(columns)},
     "project_residual": lambda x, w, *_: {
         "rows": x.shape[0], "hidden_size": x.shape[1], "columns": w.shape[0], "itemsize": x.itemsize
     },
@@ -220,23 +254,22 @@ SIZES: dict[str, Callable[..., dict[str, int]]] = {
 
 
 def launches(
-    shape: ModelShape, rows: int, schedule: str, gpu: GPU, dtype: torch.dtype = torch.bfloat16
+    shape: ModelShape, rows: int, schedule: str, gpu: GPU, dtype: torch.dtype = torch.bfloat16, active: float = 0.0
 ) -> list[Launch]:
-    """All that forward and backward launch on that GPU: `rows` rows, all of which matter, in 8 sequences."""
-    gradient, trained = schedule != "evaluation", schedule in ("resident", "recompute")
-    with _as_on(gpu) as recorder, FakeTensorMode():
+    """All that forward and backward launch on that GPU: `rows` rows, all of which matter, in 8 sequences.
+
+    active: the share of the columns that is active under a schedule of `SPARSE`.
+    """
+    gradient, trained = schedule != "evaluation", schedule in ("resident", "recompute", "sparse, trained")
+    chosen = {"sparse_eps": 2.0**-14} if schedule in SPARSE else {"schedule": schedule if gradient else "auto"}
+    with _as_on(gpu) as recorder, FakeTensorMode(), memory.active_columns(active):
         hidden = torch.empty(rows, shape.hidden_size, dtype=dtype, requires_grad=gradient)
         weight = torch.empty(shape.vocab_size, shape.hidden_size, dtype=dtype, requires_grad=trained)
         bias = torch.empty(shape.vocab_size, dtype=dtype, requires_grad=trained) if shape.bias else None
         batch = memory.fake_rows(memory.Shape(8, rows // 8, rows))
         with recorder:
             loss = orpo_loss_from_rows(
-                hidden,
-                weight,
-                batch,
-                bias=bias,
-                logit_softcap=shape.logit_softcap,
-                schedule=schedule if gradient else "auto",
+                hidden, weight, batch, bias=bias, logit_softcap=shape.logit_softcap, **chosen
             ).loss
             if gradient:
                 loss.backward()
@@ -248,7 +281,7 @@ def _as_on(gpu: GPU) -> Iterator[Recorder]:
     """Our loss plans as on that GPU with its kernels, and the recorder stands in for those."""
     recorder = Recorder()
     with ExitStack() as stack:
-        for module in (single_pass, resident, recompute):
+        for module in (single_pass, resident, recompute, sparse):
             stack.enter_context(mock.patch.object(module, "matmul_into", recorder.matmul_into))
         stack.enter_context(mock.patch("orpo_kernels.projection.select", return_value=recorder.ops))
         stack.enter_context(mock.patch("orpo_kernels.planning.resolve", return_value="triton"))
@@ -287,10 +320,10 @@ class Estimate:
 
 
 def estimate(
-    shape: ModelShape, rows: int, schedule: str, gpu: GPU, dtype: torch.dtype = torch.bfloat16
+    shape: ModelShape, rows: int, schedule: str, gpu: GPU, dtype: torch.dtype = torch.bfloat16, active: float = 0.0
 ) -> tuple[Estimate, list[Launch]]:
     """The estimate, and the launches that it is made of."""
-    ours = launches(shape, rows, schedule, gpu, dtype)
+    ours = launches(shape, rows, schedule, gpu, dtype, active)
     floor = bare_gemms(shape, rows, schedule, dtype.itemsize)
     flops, traffic = sum(launch.flops for launch in ours), sum(launch.bytes for launch in ours)
     times = seconds(gpu, ours), seconds(gpu, floor)
@@ -302,7 +335,7 @@ def table(shape: ModelShape, estimates: list[Estimate], rows: int) -> Table:
     shown = Table(title=f"{TITLE}: {shape}, {rows} rows, bf16", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in ("schedule", "TFLOP", "GB", *(gpu.name.replace(" ", "\n") for gpu in GPUS)):
         shown.add_column(column, justify="left" if column == "schedule" else "right", no_wrap=True)
-    for schedule in SCHEDULES:
+    for schedule in dict.fromkeys(e.schedule for e in estimates):
         mine = [e for e in estimates if (e.shape, e.schedule) == (shape.name, schedule)]
         cells = (f"{e.seconds * 1e3:.3g}\n({e.ratio:.2f})" for e in mine)
         shown.add_row(schedule, f"{mine[0].flops / 1e12:.3g}", f"{mine[0].bytes / 1e9:.3g}", *cells)
@@ -331,6 +364,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--shape", nargs="+", default=list(SHAPES), metavar="MODEL", help=f"{', '.join(SHAPES)}, or HxV"
     )
     parser.add_argument("--rows", type=int, default=8192, help="that matter (default: 8192)")
+    parser.add_argument(
+        "--active", type=float, metavar="SHARE", help="also of the sparse schedule, with this share of columns active"
+    )
     parser.add_argument("--launches", action="store_true", help="show what each kind of launch contributes")
     parser.add_argument("--json", type=Path, help="write the numbers here as well")
     options = parser.parse_args(arguments)
@@ -342,9 +378,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     estimates: list[Estimate] = []
     for shape in track(models, "counting", console=Console(stderr=True), transient=True):
         kinds = []
-        for schedule in SCHEDULES:
+        for schedule in [*SCHEDULES, *(SPARSE if options.active is not None else ())]:
             for gpu in GPUS:
-                found, ours = estimate(shape, options.rows, schedule, gpu)
+                found, ours = estimate(shape, options.rows, schedule, gpu, active=options.active or 0.0)
                 estimates.append(found)
             kinds.append(launch_table(shape, schedule, ours))
         console.print(table(shape, estimates, options.rows), *(kinds if options.launches else ()), "")

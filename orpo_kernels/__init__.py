@@ -1,13 +1,8 @@
 """The ORPO loss of a causal language model from its last hidden states, without the tokens x vocabulary logits."""
 
-from . import dialects, methods, reference
-from .loss import ORPOLoss, ORPOOutput, orpo_loss, orpo_loss_from_rows
-from .ops import backends
-from .planning import Plan, plan
-from .preference_loss import PreferenceOutput, preference_loss_from_rows
-from .rows import Rows, rows_from_labels
-from .sparsity import Sparsity, measured_sparsity
-from .token_logps import token_logps
+# ruff: noqa: F403, F405
+
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
@@ -30,3 +25,19 @@ __all__ = [
     "rows_from_labels",
     "token_logps",
 ]
+
+if TYPE_CHECKING:
+    from ._names import *
+else:
+
+    def __getattr__(name):
+        """The first name that is asked for imports torch, which takes a second that `orpo-kernels --help` has not."""
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from . import _names
+
+        globals()[name] = value = getattr(_names, name)
+        return value
+
+    def __dir__():
+        return sorted({*globals(), *__all__})

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .gemm import even_chunks
 from .objective import Denominators, pair_loss
 from .parallel import Group
-from .planning import accumulation_dtype
+from .planning import FACTOR_SLICE, accumulation_dtype
 from .projection import HeadOptions, Projection
 from .rows import Rows
 from .schedules import Gradients, schedule_of
@@ -132,7 +133,7 @@ class GroupedLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple:
         refuse_second_derivative()
         grads = (
-            None if grad is None else (grad * upstream).to(dtype)
+            None if grad is None else _scaled(grad, upstream, dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return *grads, None, None, None, None, None
@@ -216,6 +217,14 @@ def refuse_second_derivative() -> None:
 def no_autocast(hidden: Tensor) -> torch.autocast:
     """Inside, every dtype is the plan's choice."""
     return torch.autocast(hidden.device.type, enabled=False)
+
+
+def _scaled(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad * upstream in `dtype`, a slice at a time: the weight's is not to exist in fp32 once more."""
+    scaled = torch.empty_like(grad, dtype=dtype)
+    for rows in even_chunks(grad.shape[0], FACTOR_SLICE):
+        torch.mul(grad[rows], upstream, out=scaled[rows])
+    return scaled
 
 
 def _cast(grad: Tensor | None, dtype: torch.dtype) -> Tensor | None:

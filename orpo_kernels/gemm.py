@@ -58,17 +58,16 @@ def project_slice(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> Ten
     return torch.addmm(bias.to(x.dtype), x, w.t(), out=out)
 
 
-def matmul_long(a: Tensor, b: Tensor, part: int = 1024) -> Tensor:
+def matmul_long(a: Tensor, b: Tensor, parts: int = 16) -> Tensor:
     """`a @ b` of few rows with a long inner dimension: a (K, V), b (V, N), K much less than V.
 
     In parts of the inner dimension side by side: as one product it takes MKL three times as long (K = 7, fp32).
     """
-    whole = b.shape[0] // part * part
-    product = a[:, whole:] @ b[whole:]
-    if whole:
-        parts = a[:, :whole].unflatten(1, (-1, part)).transpose(0, 1)
-        product += torch.bmm(parts, b[:whole].unflatten(0, (-1, part))).sum(0)
-    return product
+    size = b.shape[0] // parts
+    whole = parts * size
+    a_parts = a[:, :whole].unflatten(1, (parts, size)).transpose(0, 1)
+    product = torch.bmm(a_parts, b[:whole].unflatten(0, (parts, size))).sum(0)
+    return product if whole == b.shape[0] else product.addmm_(a[:, whole:], b[whole:])
 
 
 def matmul_into(out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> None:

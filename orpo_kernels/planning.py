@@ -119,6 +119,7 @@ class Work:
     needs_bias: bool
     softcap: bool
     sparse_eps: float | None
+    sharded: bool = False
 
     @property
     def needs_head(self) -> bool:
@@ -167,10 +168,21 @@ class Work:
         return itemsize + (wide if itemsize < 4 else 0) + (2 * wide if self.softcap else 0)
 
     @property
+    def chunk_row_bytes(self) -> int:
+        """A row of a chunk: its logits, and on top of them its hidden states, and later what row-wise work adds."""
+        logits = self.vocab_size * self.gemm_dtype.itemsize
+        return logits + max(self.vocab_size * self.logit_bytes - logits, self.weight_row_bytes)
+
+    @property
     def product_bytes(self) -> int:
         """A product of 16-bit operands before it joins its sum in fp32, which only GPUs add up as they multiply."""
         is_apart = self.device.type == "cpu" and self.gemm_dtype.itemsize < 4 and self.needs_hidden
         return self.rows * self.weight_row_bytes if is_apart else 0
+
+    def factor_bytes(self, columns: int) -> int:
+        """Of so many rows of dW those that exist in fp32 at one time, to be multiplied before they are fp16."""
+        is_apart = self.needs_weight and self.gemm_dtype == torch.float16
+        return min(FACTOR_SLICE, columns) * self.hidden_size * 4 if is_apart else 0
 
     @property
     def fused_row_bytes(self) -> int:
@@ -200,6 +212,7 @@ def plan(
     backend: str = "auto",
     largest_pair: Callable[[], int] | None = None,
     sparse_eps: float | None = None,
+    sharded: bool = False,
 ) -> Plan:
     """Choose a schedule and its chunk sizes.
 
@@ -218,6 +231,7 @@ def plan(
         largest_pair: gives the number of rows of the largest pair, asked only where it decides. Without it a residual
             that does not fit as a whole is not split into groups of pairs.
         sparse_eps: as in `orpo_loss`.
+        sharded: whether the lm-head is one rank's share of it (`vocab_group`).
 
     Raises:
         ValueError: an unknown schedule, or one that cannot serve, with the reason.
@@ -241,6 +255,7 @@ def plan(
         needs_bias=needs_bias,
         softcap=softcap,
         sparse_eps=sparse_eps,
+        sharded=sharded,
     )
     budget = memory_budget or default_budget(device)
     return planned(work, schedule, budget, memory_budget is not None, largest_pair)
@@ -309,11 +324,6 @@ def _check_sparse(work: Work, schedule: str) -> None:
             f"sparse_eps={work.sparse_eps:.3g} is a schedule of its own, but schedule is {schedule!r}: leave one of "
             'them out (schedule="auto", sparse_eps=None)'
         )
-    if work.backend == "triton":
-        raise RuntimeError(
-            'sparse_eps is not served by the Triton kernels yet: leave it out, or use backend="torch" where eager '
-            "operations are fast enough"
-        )
 
 
 def _sized(work: Work, name: str, reason: str, group_rows: int | None, budget: int) -> Plan:
@@ -334,6 +344,7 @@ def _sized(work: Work, name: str, reason: str, group_rows: int | None, budget: i
         row_chunk = min(most_rows, _fit(chunk_bytes, work.vocab_size * work.logit_bytes))
         if work.has_fused_products:
             row_chunk = max(row_chunk, min(LEAST_ROWS, _fit(most_bytes, work.vocab_size * work.logit_bytes)))
+    row_chunk = -(-work.rows // max(1, -(-work.rows // row_chunk))) or 1  # as even_chunks takes them
     vocab_slice = min(work.vocab_size, max(MIN_SLICE, _fit(chunk_bytes, work.column_bytes)))
     weight_slice = work.vocab_size
     if work.casts and work.vocab_size * work.weight_row_bytes > chunk_bytes:
@@ -369,9 +380,8 @@ def _memory(
 ) -> tuple[int, int, int]:
     """Bytes held until the backward pass, and the most at one time in each pass."""
     statistics = 16 * work.rows
-    chunk_rows = min(row_chunk, work.rows)
-    row_bytes = work.fused_row_bytes if fused else work.vocab_size * work.logit_bytes
-    chunk = chunk_rows * row_bytes + work.casts * weight_slice * work.weight_row_bytes
+    row_bytes = work.fused_row_bytes if fused else work.chunk_row_bytes
+    chunk = row_chunk * row_bytes + work.casts * weight_slice * work.weight_row_bytes
     hidden_rows = work.rows * work.weight_row_bytes
     if name == "evaluation":
         return 0, statistics + chunk, 0
@@ -379,19 +389,25 @@ def _memory(
         held = statistics + hidden_rows
         return held, held + chunk, held
     if name == "recompute":
-        sums = work.rows * work.hidden_size * max(4, work.gemm_dtype.itemsize)
-        # Row-wise work and the product with the weight take turns on top of the residual.
+        gathered = (1 + work.needs_weight) * hidden_rows  # the second time with their coefficients
+        sums = work.needs_hidden * work.rows * work.hidden_size * max(4, work.gemm_dtype.itemsize)
+        # Row-wise work and the products take turns on top of the residual.
         row_wise = vocab_slice * work.rows * (work.logit_bytes - work.gemm_dtype.itemsize)
-        columns = vocab_slice * work.column_bytes + max(work.product_bytes - row_wise, 0)
-        return statistics, statistics + chunk, statistics + columns + 2 * hidden_rows + sums
+        products = max(work.product_bytes, work.factor_bytes(vocab_slice))
+        columns = vocab_slice * work.column_bytes + max(products - row_wise, 0)
+        return statistics, statistics + chunk, statistics + columns + gathered + sums
     # The residual is the logits' own buffer: of a chunk only what the row-wise work adds is on top of it.
-    chunk -= chunk_rows * work.vocab_size * work.gemm_dtype.itemsize
+    chunk -= row_chunk * work.vocab_size * work.gemm_dtype.itemsize
+    # The gradient of the hidden states, then that of the weight; a shard's first one travels meanwhile.
+    factor = work.factor_bytes(work.vocab_size)
+    gathered = (1 + work.sharded) * hidden_rows + factor
     if group_rows is None:
         residual = statistics + work.residual_bytes
-        return residual, residual + chunk, residual + 2 * hidden_rows
+        return residual, residual + chunk, residual + gathered
     held = statistics + work.accumulator_bytes + 4 * work.rows * work.hidden_size
-    group = min(group_rows, work.rows) * (work.vocab_size * work.gemm_dtype.itemsize + 2 * work.weight_row_bytes)
-    return held, held + group + chunk, held
+    rows = min(group_rows, work.rows)
+    group = rows * (work.vocab_size * work.gemm_dtype.itemsize + work.weight_row_bytes) + factor
+    return held, held + max(group, rows * work.vocab_size * work.gemm_dtype.itemsize + chunk), held
 
 
 def _sparse_memory(work: Work, budget: int, row_chunk: int, weight_slice: int) -> tuple[int, int, int]:
@@ -407,7 +423,9 @@ def _sparse_memory(work: Work, budget: int, row_chunk: int, weight_slice: int) -
     of_head = residual + profiles + blocks * indices if work.needs_head else 0
     held = 24 * work.rows + work.needs_hidden * work.rows * work.weight_row_bytes + of_head
 
-    logits = chunk_rows * work.vocab_size * work.logit_bytes + work.casts * weight_slice * work.weight_row_bytes
+    # Of each column of a block: whether it is active, a byte and its copy, and the how manieth it is, four.
+    logits = (chunk_rows * work.logit_bytes + 6 * blocks_of_chunk) * work.vocab_size
+    logits += work.casts * weight_slice * work.weight_row_bytes
     of_chunk = 0 if work.needs_head else profiles + blocks_of_chunk * indices + chunk_rows * columns * itemsize
     row_wise = 0 if work.in_place else min(SPARSE_BLOCK_ROWS, chunk_rows) * work.vocab_size * wide
     of_block = max(columns * work.weight_row_bytes, row_wise, profiles)

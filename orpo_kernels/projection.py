@@ -78,6 +78,7 @@ class HeadOptions:
             backend=backend,
             largest_pair=largest_pair,
             sparse_eps=sparse_eps,
+            sharded=shard is not None,
         )
         return cls(logit_scale, logit_softcap, call, select(backend, hidden.device, dtype), shard)
 

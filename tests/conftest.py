@@ -58,3 +58,19 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr("orpo_kernels.planning.LEAST_ROWS", 3)
     monkeypatch.setattr("orpo_kernels.planning.FUSED_ROWS", 7)
     monkeypatch.setattr("orpo_kernels.planning.MIN_SLICE", 5)
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    """An H100 of fake CPU tensors: Triton wrappers whose launches do nothing, a GPU's chunks, tiles and GEMMs."""
+    pytest.importorskip("triton")
+    from orpo_kernels import planning
+    from orpo_kernels.ops.triton.launch import Target
+
+    monkeypatch.setattr("triton.runtime.interpreter.InterpretedFunction.run", lambda self, *args, **options: None)
+    monkeypatch.setattr("orpo_kernels.ops.triton.launch.INTERPRETER", Target("cuda", 90, 132))
+    monkeypatch.setattr("orpo_kernels.ops.GPUS", ("cpu",))
+    monkeypatch.setattr("torch._subclasses.FakeTensor.data_ptr", lambda tensor: tensor.storage_offset())
+    monkeypatch.setattr("torch._subclasses.FakeTensor.is_cuda", True)  # where GEMMs widen their result
+    for sizes in (planning.CHUNK_ROWS, planning.CHUNK_BYTES):
+        monkeypatch.setitem(sizes, "cpu", sizes["other"])

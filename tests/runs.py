@@ -74,6 +74,9 @@ def together(kind: str, folder: Path) -> None:
     changes = {"train_sampling_strategy": "sequential", "ddp_backend": "gloo", "gradient_accumulation_steps": 2}
     evaluation = {} if kind == "trl" else {"eval_strategy": "steps", "eval_steps": 2}
     trainer = make_trainer(kind, folder, tiny(), **{**changes, **evaluation})
+    if evaluation:
+        trainer.evaluate()  # before training, whose gradients have to meet all the same
+        trainer.state.log_history.clear()
     trainer.train()
     assert type(trainer.model_wrapped).__name__ == "DistributedDataParallel"
     if trainer.is_world_process_zero():

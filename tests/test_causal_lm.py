@@ -594,7 +594,7 @@ def test_models_without_a_router_loss():
     with pytest.raises(ValueError, match=r"DogeForCausalLM asks for a router loss .* does not offer"):
         causal_lm_orpo_loss(build("Doge", output_router_logits=True), **make_batch())
     with pytest.raises(ValueError, match=r"MixtralForCausalLM cannot share prompts: its router loss"):
-        causal_lm_orpo_loss(build("Mixtral", output_router_logits=True), **pack_pairs(make_pairs(), 0))
+        causal_lm_orpo_loss(build("Mixtral", output_router_logits=True), **pack_pairs(make_pairs(), 0, capacity=0))
 
 
 def test_a_router_loss_that_the_model_computes_otherwise_is_refused(monkeypatch):

@@ -19,6 +19,7 @@ from orpo_kernels.cli import main
 from orpo_kernels.finetuning import comparison
 from orpo_kernels.finetuning.fit import fit
 from orpo_kernels.finetuning.settings import TrainSettings, train_arguments
+from orpo_kernels.transformers import causal_lm_answers
 
 from .training import chat_examples, tiny, tokenizer
 
@@ -69,6 +70,27 @@ def test_train_by_every_method(method, run, model, data, tmp_path):
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(steps) == 4
     assert (steps[0]["log_odds"] is None) == (method == "sft")
+
+
+def test_interrupted_in_the_reference_it_says_how_to_go_on(run, model, data, tmp_path, monkeypatch, capsys):
+    """Nothing was trained, so the folder holds no run to be resumed, but what the reference has said is kept."""
+    arguments = ("train", model, data, "--output", tmp_path / "run", *FAST, "--method", "dpo")
+    calls: list[int] = []
+
+    def stop(*args: Any, **batch: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return causal_lm_answers(*args, **batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("orpo_kernels.transformers.reference.causal_lm_answers", stop)
+        assert main([*map(str, arguments)]) == 130
+    told = capsys.readouterr().out.replace("\n", " ")
+    assert "Nothing was trained yet: give the same command again." in told
+    monkeypatch.setattr("orpo_kernels.transformers.reference.causal_lm_answers", stop)
+    assert run(*arguments)["before"]["loss"] == pytest.approx(math.log(2), rel=1e-6)
+    assert len(calls) == 4 + 5 + 2  # of 8 batches to train on, and 2 held out
 
 
 def test_options_of_another_method_are_refused(run, model, data, tmp_path):

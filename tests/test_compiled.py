@@ -19,6 +19,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 WITH_A_DOT = ("split_statistics_kernel", "project_residual_kernel")
 KERNELS = {
     *WITH_A_DOT,
+    "column_statistics_kernel",
+    "gather_columns_kernel",
     "gather_rows_kernel",
     "join_splits_kernel",
     "odds_ratio_kernel",

@@ -1,13 +1,18 @@
-"""The peers' formulas of costs.py beside what their code allocates, counted storage by storage."""
+"""The formulas of costs.py, ours and the peers', beside what the code allocates, counted storage by storage."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("rich")
 
 from benchmarks import memory, peers
-from orpo_kernels import costs
+from orpo_kernels import Rows, costs, orpo_loss_from_rows
 from orpo_kernels.gpus import GPUS, gpu_named
 
 GIB = 2**30
@@ -38,13 +43,86 @@ def test_a_peers_bytes_are_what_its_code_allocates(name, trained):
         assert NAMES[name](case_of(shape, trained)) == pytest.approx(peak.peak - peak.baseline, rel=0.02), str(shape)
 
 
+# --- ours ----------------------------------------------------------------------------------------------------------
+
+CASES = {
+    "Llama-3-8B": costs.Case(4096, 128256, 16, 512, 8192),
+    "Llama-3-8B, much padding": costs.Case(4096, 128256, 16, 256, 1720, bias=True, softcap=True),
+    "Llama-2-7B, many rows": costs.Case(4096, 32000, 64, 1024, 30000),
+    "SmolLM2-135M": costs.Case(576, 49152, 4, 2048, 3900),
+    "Gemma-2-2B, one pair": costs.Case(2304, 256000, 2, 64, 128, softcap=True),
+    "odd": costs.Case(577, 50257, 4, 33, 100, bias=True),
+}
+
+
+def allocated(case: costs.Case, schedule: str, gradient: bool) -> int:
+    """The peak of the loss itself, beside hidden states and head."""
+    trained = case.trained and gradient
+    shape = memory.Shape(case.sequences, case.length, case.rows)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+
+        def head(*size: int) -> Tensor:
+            return torch.empty(*size, dtype=case.dtype, requires_grad=trained)
+
+        hidden = torch.empty(case.positions, case.hidden_size, dtype=case.dtype, requires_grad=gradient)
+        weight, bias = head(case.vocab_size, case.hidden_size), head(case.vocab_size) if case.bias else None
+        leaves, rows = [t for t in (hidden, weight, bias) if t is not None], memory.fake_rows(shape)
+
+        def run() -> tuple[Tensor, ...]:
+            softcap = 30.0 if case.softcap else None
+            with torch.set_grad_enabled(gradient):
+                out = orpo_loss_from_rows(hidden, weight, rows, bias=bias, logit_softcap=softcap, schedule=schedule)
+            return torch.autograd.grad(out.loss, [t for t in leaves if t.requires_grad]) if gradient else out
+
+        peak = memory.peak_bytes(run, leaves)
+    return peak.peak - peak.baseline
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize("name", CASES)
+def test_our_bytes_are_what_the_loss_allocates_on_a_gpu(name, trained, dtype, fake_gpu, monkeypatch):
+    """To 2 %, or 4 MiB: how many numbers a row a forward pass without logits leaves depends on the GPU's tiles."""
+    case = replace(CASES[name], trained=trained, dtype=dtype)
+    monkeypatch.setattr(Rows, "largest_pair", lambda rows: case.largest_pair)  # which would be read on the host
+    for budget in (5 * GIB, GIB // 2):
+        monkeypatch.setattr("orpo_kernels.planning.default_budget", lambda device, budget=budget: budget)
+        for place, cost in enumerate(costs.ours(case, budget)):
+            schedule, gradient = cost.plan.schedule, cost.plan.schedule != "evaluation"
+            assert cost.plan.group_rows is None
+            found = allocated(case, "auto" if place == 0 or not gradient else schedule, gradient)
+            assert cost.bytes == pytest.approx(found, rel=0.02, abs=4 * 2**20), (schedule, budget)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("head", [(4096, 128256), (2304, 256000), (576, 49152)], ids=str)
+def test_groups_of_pairs_are_known_and_take_no_more_than_is_said(head, dtype, fake_gpu, monkeypatch):
+    """A group may not be full; here it nearly is."""
+    budgets = {(4096, 128256): 3 * GIB, (2304, 256000): 4 * GIB, (576, 49152): GIB // 2}
+    pairs, length = 32, 256
+    case = costs.Case(*head, 2 * pairs, length, pairs * 400, dtype=dtype)
+    monkeypatch.setattr("orpo_kernels.planning.default_budget", lambda device: budgets[head])
+    monkeypatch.setattr(Rows, "pair_sizes", lambda rows: [400] * pairs)
+    cost = costs.ours(case, budgets[head])[0]
+    assert cost.plan.group_rows is not None
+    assert cost.gemms == 3
+    found = allocated(case, "auto", gradient=True)
+    assert found <= 1.001 * cost.bytes
+    assert found >= 0.9 * cost.bytes
+
+
 def test_what_is_recommended_is_the_plans_choice():
-    small = case_of(memory.Shape(2, 64), trained=True)
-    large = case_of(memory.Shape(16, 4096), trained=True)
     budget = 5 * GIB
-    assert costs.ours(small, budget)[0].plan.schedule == "resident"
-    assert costs.ours(large, budget)[0].plan.schedule == "recompute"
-    assert costs.ours(case_of(memory.Shape(8, 256), trained=False), budget)[0].gemms == 2
+
+    def chosen(sequences: int, length: int, trained: bool = True) -> costs.Cost:
+        return costs.ours(case_of(memory.Shape(sequences, length), trained), budget)[0]
+
+    small = case_of(memory.Shape(2, 64), trained=True)
+    assert chosen(2, 64).plan.schedule == "resident"
+    assert chosen(2, 64).plan.group_rows is None
+    assert chosen(16, 4096).plan.group_rows >= 2 * 4096  # room for the largest pair, whatever its rows
+    assert chosen(16, 8192).plan.schedule == "recompute"
+    assert chosen(8, 256, trained=False).gemms == 2
     assert [cost.gemms for cost in costs.ours(small, budget)] == [3, 4, 1]
     for cost in costs.peers(small) + costs.ours(small, budget):
         assert cost.flops == cost.gemms * 2 * 128 * 4096 * 128256

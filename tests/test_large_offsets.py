@@ -81,3 +81,28 @@ def test_gather_and_scatter(apart):
     triton_ops.scatter_rows_(ours, POSITION, apart(rows), coefficient)
     torch_ops.scatter_rows_(truth, POSITION, rows.double(), coefficient.double())
     assert_close(ours, truth)
+
+
+def test_columns(apart):
+    residual, columns = half(ROWS, VOCAB), torch.tensor([0, 17, 18, 39])
+    weight = torch.rand(ROWS)
+    for ours, truth in zip(
+        triton_ops.column_statistics(apart(residual), weight),
+        torch_ops.column_statistics(residual, weight),
+        strict=True,
+    ):
+        assert_close(ours, truth)
+    entries, sums = triton_ops.gather_columns(apart(residual), columns)
+    assert torch.equal(entries, residual[:, columns])
+    assert_close(sums, torch_ops.gather_columns(residual, columns)[1])
+
+
+def test_statistics_and_recomputed_residual(apart):
+    logits = half(ROWS, VOCAB)
+    ours, truth = apart(logits), logits.double()
+    statistics = torch_ops.statistics(truth, TARGET, 1.0, None)
+    for value, expected in zip(triton_ops.statistics(ours, TARGET, 1.0, None), statistics, strict=True):
+        assert_close(value, expected)
+    triton_ops.recomputed_residual_(ours, TARGET, statistics[1], 1.0, None)
+    torch_ops.recomputed_residual_(truth, TARGET, statistics[1], 1.0, None)
+    assert_close(ours, truth)

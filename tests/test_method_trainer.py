@@ -211,6 +211,70 @@ def test_half_a_file_is_not_read(tmp_path):
     assert names < files(tmp_path)
 
 
+def counted(monkeypatch: pytest.MonkeyPatch, stop_at: int = 0) -> list[int]:
+    """The pairs of every batch that the reference runs on from here; batch `stop_at` is interrupted."""
+    sizes: list[int] = []
+
+    def run(model: nn.Module, **batch: Any) -> Any:
+        sizes.append(batch["packed"].answers.num_pairs)
+        if len(sizes) == stop_at:
+            raise KeyboardInterrupt
+        return causal_lm_answers(model, **batch)
+
+    monkeypatch.setattr(reference_module, "causal_lm_answers", run)
+    return sizes
+
+
+def interrupted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stop the reference in the third batch of eight; the file of those that are done."""
+    counted(monkeypatch, stop_at=3)
+    with pytest.raises(KeyboardInterrupt):
+        trainer_of(folder, "dpo", train_dataset=chat_examples(16))
+    (lines,) = (folder / "reference_logps").iterdir()
+    return lines
+
+
+def test_it_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
+    whole = trainer_of(tmp_path / "whole", "dpo", train_dataset=chat_examples(16)).train_dataset.logps
+    interrupted(tmp_path / "run", monkeypatch)
+    rest = counted(monkeypatch)
+    resumed = trainer_of(tmp_path / "run", "dpo", train_dataset=chat_examples(16), eval_dataset=None)
+    assert rest == [2] * 6
+    assert np.array_equal(resumed.train_dataset.logps, whole)
+    assert files(tmp_path / "run") < files(tmp_path / "whole")  # nothing is left of the half
+
+
+@pytest.mark.parametrize("torn", ["in a number", "before the end", "zeros of a disk"])
+def test_a_batch_that_was_half_written_is_computed_again(torn, tmp_path, monkeypatch):
+    whole = trainer_of(tmp_path / "whole", "dpo", train_dataset=chat_examples(16)).train_dataset.logps
+    lines = interrupted(tmp_path / "run", monkeypatch)
+    written = lines.read_bytes()
+    cut = {"in a number": written[:-8], "before the end": written[:-2], "zeros of a disk": written[:-30] + bytes(30)}
+    lines.write_bytes(cut[torn])
+    counted(monkeypatch, stop_at=2)
+    with pytest.raises(KeyboardInterrupt):  # one more behind the torn line
+        trainer_of(tmp_path / "run", "dpo", train_dataset=chat_examples(16))
+    rest = counted(monkeypatch)
+    resumed = trainer_of(tmp_path / "run", "dpo", train_dataset=chat_examples(16), eval_dataset=None)
+    assert rest == [2] * 6
+    assert np.array_equal(resumed.train_dataset.logps, whole)
+
+
+def test_what_is_done_is_kept_if_batches_change(tmp_path, monkeypatch):
+    interrupted(tmp_path, monkeypatch)
+    rest = counted(monkeypatch)
+    options: dict[str, Any] = {"train_dataset": chat_examples(16), "eval_dataset": None}
+    found = trainer_of(tmp_path, "dpo", per_device_eval_batch_size=5, **options).train_dataset.logps
+    assert rest == [5, 5, 2]
+    np.testing.assert_allclose(found, answers(tiny(), chat_examples(16)), rtol=1e-5)
+
+
+def test_numbers_of_another_precision_are_not_read(tmp_path):
+    trainer_of(tmp_path, "dpo", eval_dataset=None)
+    trainer_of(tmp_path, "dpo", eval_dataset=None, bf16=True)
+    assert len(files(tmp_path)) == 2
+
+
 @pytest.mark.parametrize("target", ["q_proj", "lm_head"])
 def test_the_reference_of_lora_is_the_model_without_it(target, tmp_path):
     model = lora(target_modules=[target], init_lora_weights=False)

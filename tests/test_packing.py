@@ -15,9 +15,8 @@ pytest.importorskip("transformers")
 from orpo_kernels import Rows
 from orpo_kernels.rows import rows_from_labels
 from orpo_kernels.transformers import PackedPairs, PreferenceCollator, causal_lm_orpo_loss
-from orpo_kernels.transformers.body import block_mask
 from orpo_kernels.transformers.collator import pad_pairs
-from orpo_kernels.transformers.packing import first_fit_decreasing, pack_pairs
+from orpo_kernels.transformers.packing import cheapest_bins, first_fit_decreasing, pack_pairs
 
 from .models import assert_same, assert_sharing_is_exact, build, gradients, make_pairs
 from .test_collator import byte_level
@@ -78,7 +77,7 @@ def columns(rows: Rows, *names: str) -> list[tuple]:
 def test_one_pair_and_two_in_a_row():
     long = pair([1, 2, 3, 4, 5], [1, 2, 6, 7], (2, 2))
     short = pair([8, 9], [8, 3], (1, 1))
-    batch = pack_pairs([short, long, short], PADDING_ID)
+    batch = pack_pairs([short, long, short], PADDING_ID, capacity=0)
     packed = batch["packed"]
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6, 7], [8, 9, 3, 8, 9, 3, PADDING_ID]]
     assert packed.segments.tolist() == [[3, 3, 4, 4, 4, 5, 5], [0, 1, 2, 6, 7, 8, -1]]
@@ -133,6 +132,24 @@ def test_bins(sizes):
     assert sum(total <= max(sizes) / 2 for total in totals) <= 1  # else two of them would have been one
 
 
+@pytest.mark.parametrize(
+    ("sizes", "bins"),
+    [
+        ([1140, 440], [[0, 1]]),  # little more attention, and no padding
+        ([1037, 1000], [[0], [1]]),  # nothing to be saved
+        ([50, 60, 40, 30], [[0, 2], [1, 3]]),  # no padding, and as narrow as that goes
+        ([2000, 1500, 600], [[0], [1, 2]]),  # wider than the longest
+    ],
+)
+def test_rows_as_wide_as_is_cheapest(sizes, bins):
+    assert sorted(sorted(members) for members in cheapest_bins(sizes)) == sorted(sorted(members) for members in bins)
+
+
+@given(st.lists(st.integers(1, 3000), min_size=1, max_size=20))
+def test_the_cheapest_bins_hold_every_pair_once(sizes):
+    assert sorted(index for members in cheapest_bins(sizes) for index in members) == list(range(len(sizes)))
+
+
 def test_fewer_tokens_than_padded():
     generator = random.Random(0)
     lengths = [(generator.randint(5, 40), generator.randint(5, 60), generator.randint(5, 60)) for _ in range(16)]
@@ -149,7 +166,7 @@ def test_labels_that_are_not_the_ids_are_refused():
 
 
 def test_nothing_is_read_on_the_host():
-    packed = pack_pairs(make_pairs(), 0)["packed"].to("meta")
+    packed = pack_pairs(make_pairs(), 0, capacity=0)["packed"].to("meta")
     assert packed.rows(True, "sequence").nll_weight.is_meta
     assert packed.attention_mask(3).shape == (2, 1, 15, 15)
 
@@ -188,20 +205,9 @@ def test_eager_attention(name):
     assert_sharing_is_exact(model, make_pairs())
 
 
-def test_a_flex_attention_mask_is_the_same_mask():
-    from torch.nn.attention.flex_attention import create_mask
-
-    model = build("Llama")
-    packed = pack_pairs(make_pairs(), 0)["packed"]
-    for window in (None, 3):
-        mask = block_mask(model, packed, window)
-        assert torch.equal(create_mask(mask.mask_mod, 2, 1, 15, 15, "cpu"), packed.attention_mask(window))
-        assert mask.shape == (2, 1, 15, 15)
-
-
 def test_gradient_checkpointing_and_a_compiled_body():
     model = build("Gemma2: soft-cap, tied").train()
-    batch = pack_pairs(make_pairs(), 0)
+    batch = pack_pairs(make_pairs(), 0, capacity=0)
     expected = causal_lm_orpo_loss(model, **batch).loss
     grads = gradients(model, expected)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -215,7 +221,7 @@ def test_gradient_checkpointing_and_a_compiled_body():
 
 
 def test_low_precision():
-    batch, drawn = pack_pairs(make_pairs(), 0), make_pairs()
+    batch, drawn = pack_pairs(make_pairs(), 0, capacity=0), make_pairs()
     model = build("Llama")
     expected = causal_lm_orpo_loss(model, **pad_pairs(drawn, 0)).loss
     with torch.autocast("cpu", torch.bfloat16):
@@ -250,11 +256,11 @@ def test_the_collator_packs_and_accelerate_moves_its_batches():
 
 def test_a_model_that_cannot_share_is_refused_by_name():
     with pytest.raises(ValueError, match=r"BloomForCausalLM cannot share prompts: its ALiBi .*packing=\"padded\""):
-        causal_lm_orpo_loss(build("BLOOM: ALiBi"), **pack_pairs(make_pairs(), 0))
+        causal_lm_orpo_loss(build("BLOOM: ALiBi"), **pack_pairs(make_pairs(), 0, capacity=0))
 
 
 def test_inputs_that_do_not_fit_are_refused():
-    model, batch = build("Llama"), pack_pairs(make_pairs(), 0)
+    model, batch = build("Llama"), pack_pairs(make_pairs(), 0, capacity=0)
     padded = pad_pairs(make_pairs(), 0)
     with pytest.raises(TypeError, match="labels and packed cannot both be given"):
         causal_lm_orpo_loss(model, **batch, labels=padded["labels"])

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("rich", reason="the estimate is printed with rich: pip install 'orpo-kernels[bench]'")
 
@@ -13,6 +14,8 @@ from benchmarks import roofline
 from benchmarks.roofline import COSTS, GPU, GPUS, SCHEDULES, Launch, bare_gemms, estimate, launches
 from benchmarks.shapes import SHAPES, ModelShape
 from orpo_kernels import plan
+from orpo_kernels.ops import torch_ops
+from orpo_kernels.planning import SPARSE_BLOCK_ROWS
 
 ROWS = 8192
 H100 = next(gpu for gpu in GPUS if gpu.name.startswith("H100"))
@@ -89,12 +92,41 @@ def test_what_is_launched() -> None:
         assert other < 0.02 * sum(launch.bytes for launch in found)
 
 
+@pytest.mark.parametrize(("schedule", "products"), [("sparse, frozen", 1), ("sparse, trained", 2)])
+def test_what_the_sparse_schedule_launches(schedule: str, products: int) -> None:
+    """A GEMM and a share of one or two; of every block the tail, and one look at all of its entries."""
+    shape, active = SHAPES["SmolLM2-135M"], 0.125
+    found = launches(shape, ROWS, schedule, H100, active=active)
+    flops = sum(launch.flops for launch in found) / (2 * ROWS * shape.hidden_size * shape.vocab_size)
+    assert flops == pytest.approx(1 + products * (active + 1 / SPARSE_BLOCK_ROWS), rel=0.01)
+    looked_at, gathered = of("column_statistics", found), of("gather_columns", found)
+    assert len(looked_at) == len(gathered) == ROWS // SPARSE_BLOCK_ROWS
+    assert sum(launch.sizes["rows"] for launch in looked_at) == ROWS
+    assert {launch.sizes["active"] for launch in gathered} == {active * shape.vocab_size}
+
+
+def test_what_a_shard_of_the_vocabulary_launches() -> None:
+    """Beside what every schedule does."""
+    recorder, logits, target = roofline.Recorder(), torch.randn(3, 50), torch.tensor([1, 2, 3])
+    with recorder:
+        _, lse_others = recorder.ops.statistics(logits, target, 1.0, None)
+        recorder.ops.recomputed_residual_(logits, target, lse_others, 1.0, None)
+    sizes = {"rows": 3, "columns": 50, "itemsize": 4}
+    assert recorder.launches == [Launch("statistics", sizes), Launch("recomputed_residual_", sizes)]
+
+
 def test_each_operation_costs_what_its_shapes_say() -> None:
     gemm = Launch("GEMM", {"m": 3, "k": 5, "n": 7, "itemsize": 2, "out_itemsize": 4, "accumulates": 0})
     assert (gemm.flops, gemm.bytes) == (2 * 3 * 5 * 7, 2 * (15 + 35) + 4 * 21)
     assert Launch("GEMM", gemm.sizes | {"accumulates": 1}).bytes == gemm.bytes + 4 * 21
     residual = Launch("residual_", {"rows": 10, "columns": 1000, "itemsize": 2})
     assert (residual.flops, residual.bytes) == (0, 2 * 2 * 10_000 + 160)
+    assert Launch("recomputed_residual_", residual.sizes).bytes == residual.bytes
+    assert Launch("statistics", residual.sizes).bytes == 2 * 10_000 + 240
+    assert Launch("column_statistics", residual.sizes).bytes == 2 * 10_000 + 40 + 8000
+    few, most = (Launch("gather_columns", residual.sizes | {"active": active}).bytes for active in (10, 900))
+    assert few == 10 * (10 * 32 + 10 * 2 + 8) + 80  # a sector each
+    assert most == 10 * (2000 + 900 * 2 + 8) + 7200  # all of the row
     sizes = {"rows": 10, "hidden_size": 64, "columns": 1000, "itemsize": 2}
     fused, tile = Launch("project_log_odds", sizes), Launch("project_residual", sizes)
     assert fused.flops == tile.flops == 2 * 10 * 64 * 1000
@@ -104,6 +136,7 @@ def test_each_operation_costs_what_its_shapes_say() -> None:
     assert Launch("gather_rows", rows).bytes == 10 * (64 * 6 + 16)
     assert Launch("scatter_rows_", rows | {"positions": 4}).bytes == 10 * (64 * 2 + 24) + 2 * 4 * 64 * 4
     assert set(COSTS) == {"GEMM", "other", *roofline.SIZES}
+    assert set(roofline.SIZES) == set(torch_ops.__all__)
 
 
 def test_a_launch_takes_the_longer_of_its_two_times() -> None:
@@ -130,3 +163,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert len(records) == 2 * len(SCHEDULES) * len(GPUS)
     assert {record["label"] for record in records} == {roofline.TITLE}
     assert all(record["ratio"] == record["seconds"] / record["bare_gemm_seconds"] for record in records)
+
+    roofline.main(["--shape", "1024x32000", "--rows", "1024", "--active", "0.1", "--json", str(path)])
+    assert "sparse, trained" in capsys.readouterr().out
+    assert {record["schedule"] for record in json.loads(path.read_text())} == {*SCHEDULES, *roofline.SPARSE}

@@ -151,6 +151,71 @@ def test_project_residual(dtype, head):
     assert_as_good_as_the_mirror(run, dtype)
 
 
+@dtypes
+@few
+@given(head=heads)
+def test_column_statistics(dtype, head):
+    """Of a residual with its targets' -1, and rows that weigh nothing."""
+    residual = residual_of(head, dtype)
+    row_weight = head.normal(head.rows).sigmoid().float()
+    row_weight[::5] = 0
+
+    def run(ops: ModuleType, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return ops.column_statistics(apart(residual, dtype), row_weight.to(wide))
+
+    assert_as_good_as_the_mirror(run, dtype)
+    assert all(torch.equal(a, b) for a, b in zip(run(triton_ops, dtype), run(triton_ops, dtype), strict=True))
+    peak, _ = run(triton_ops, dtype)
+    assert peak.min() >= 0
+
+
+def test_a_nan_shows_in_the_sums_of_its_column():
+    residual = torch.zeros(20, 300, device=DEVICE)
+    residual[17, 130] = torch.nan
+    _, mass = triton_ops.column_statistics(residual, torch.ones(20, device=DEVICE))
+    assert mass.isnan().nonzero().tolist() == [[130]]
+
+
+@dtypes
+@few
+@given(head=heads, share=st.sampled_from([0.0, 0.2, 1.0]))
+def test_gather_columns(dtype, head, share):
+    """The entries themselves; their sums as exact as fp32 holds the entries."""
+    residual = residual_of(head, dtype)
+    columns = (torch.rand(head.vocab, generator=head.generator) < share).nonzero().squeeze(1).to(DEVICE)
+    entries, sums = triton_ops.gather_columns(apart(residual, dtype), columns)
+    mirror, true = torch_ops.gather_columns(residual, columns)
+    assert torch.equal(entries, mirror)
+    assert sums.dtype == torch.float64
+    assert ((sums - true).abs() <= 1e-6 * mirror.double().abs().sum(1)).all()
+    assert torch.equal(sums, triton_ops.gather_columns(residual, columns)[1])
+
+
+def test_columns_of_several_tiles():
+    """What fp32 alone would round away, since one tile sums to 1 and the next to 2^-30."""
+    residual = torch.zeros(3, 9000, device=DEVICE)
+    residual[:, 10], residual[:, 8000] = 1, 2.0**-30
+    columns = torch.arange(1, 9000, device=DEVICE)
+    entries, sums = triton_ops.gather_columns(residual, columns)
+    assert torch.equal(entries, residual[:, 1:])
+    assert sums.tolist() == [1 + 2.0**-30] * 3
+
+
+def residual_of(head: Head, dtype: torch.dtype) -> Tensor:
+    """(R, V) of random logits."""
+    x, w, _, target = head.tensors(dtype)
+    residual = x.double() @ w.double().t()
+    torch_ops.residual_(residual, target, *head.transform)
+    return residual.to(dtype)
+
+
+def apart(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """Its rows do not follow one another."""
+    rows, columns = matrix.shape
+    return torch.zeros(rows, columns + 3, dtype=dtype, device=DEVICE)[:, :columns].copy_(matrix)
+
+
 def cuts(vocab: int, slices: int) -> list[tuple[int, int]]:
     """Slices of uneven width."""
     if vocab < slices:

@@ -15,7 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.runtime.errors import OutOfResources
 
-from benchmarks.compiled import SCHEDULES, run_loss
+from benchmarks.compiled import SCHEDULES, run_loss, run_shard
 from benchmarks.shapes import SHAPES
 from benchmarks.stub_gpu import GPUS, StubGPU, stub_gpu
 from orpo_kernels.ops.triton import tiles
@@ -33,6 +33,13 @@ KERNELS = {  # of a loss whose gradient is taken, by schedule
         "project_residual_kernel",
         "scatter_rows_kernel",
     },
+    "sparse": {
+        "gather_rows_kernel",
+        "residual_kernel",
+        "column_statistics_kernel",
+        "gather_columns_kernel",
+        "scatter_rows_kernel",
+    },
 }
 EVERY_LOSS = {"sequence_sums_kernel", "odds_ratio_kernel"}
 
@@ -48,7 +55,7 @@ def launches_of(gpu: StubGPU, *arguments, **options) -> list:
 def test_grids_and_specialisations_from_1k_to_128k_rows(shape, schedule):
     with stub_gpu("sm_90", compile=False) as gpu, FakeTensorMode():
         by_rows = {}
-        for rows in ROWS:
+        for rows in ROWS if schedule != "sparse" else ROWS[:3]:  # which has many launches
             launches = launches_of(gpu, shape, torch.bfloat16, rows, schedule)
             assert {launch.kernel for launch in launches} == KERNELS[schedule] | EVERY_LOSS
             for launch in launches:
@@ -81,14 +88,42 @@ def test_every_tile_of_the_product_is_taken_once(target):
     assert columns == shape.vocab_size
 
 
-@pytest.mark.parametrize(("schedule", "expected"), [("single_pass", 5), ("resident", 6), ("recompute", 8)])
-def test_a_training_run_of_any_lengths_compiles_in_its_first_step(schedule, expected):
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=str)
+def test_a_shard_of_the_vocabulary(shape):
+    """Its kernels, one program a row, are compiled once for any number of rows."""
+    with stub_gpu("sm_90", compile=False) as gpu, FakeTensorMode():
+        for rows in ROWS:
+            run_shard(shape, torch.bfloat16, rows)
+    assert [launch.kernel for launch in gpu.launches] == ["statistics_kernel", "recomputed_residual_kernel"] * len(ROWS)
+    assert [launch.grid for launch in gpu.launches[::2]] == [(rows, 1, 1) for rows in ROWS]
+    assert [launch.grid for launch in gpu.launches[1::2]] == [(rows, 1, 1) for rows in ROWS]
+    assert len(gpu.specialisations) == 2
+
+
+def test_every_entry_of_a_sparse_residual_is_looked_at_once():
+    """Rows times columns of the programs' tiles; and one program for each row that columns are gathered of."""
+    shape, rows = SHAPES["Llama-3.2-1B"], 5000
+    with stub_gpu("sm_90", compile=False) as gpu, FakeTensorMode():
+        launches = launches_of(gpu, shape, torch.bfloat16, rows, "sparse")
+    looked_at = [launch for launch in launches if launch.kernel == "column_statistics_kernel"]
+    gathered = [launch for launch in launches if launch.kernel == "gather_columns_kernel"]
+    assert sum(launch.arguments["B"] for launch in looked_at) == sum(launch.grid[0] for launch in gathered) == rows
+    for launch in looked_at:
+        width = launch.specialisation.constexprs["BLOCK_V"]
+        assert (launch.grid[0] - 1) * width < shape.vocab_size <= launch.grid[0] * width
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected", "most"),
+    [("single_pass", 5, 20000), ("resident", 6, 20000), ("recompute", 8, 20000), ("sparse", 9, 400)],
+)
+def test_a_training_run_of_any_lengths_compiles_in_its_first_step(schedule, expected, most):
     """50 steps, each with its own number of rows and of pairs."""
     lengths = random.Random(0)
     with stub_gpu("sm_90", compile=False) as gpu, FakeTensorMode():
         counts = []
         for _ in range(50):
-            rows, pairs = lengths.randint(100, 20000), lengths.randint(1, 9)
+            rows, pairs = lengths.randint(100, most), lengths.randint(1, 9)
             run_loss(SHAPES["Qwen3-0.6B"], torch.bfloat16, rows, schedule, pairs)
             counts.append(len(gpu.specialisations))
     assert counts == [expected] * 50

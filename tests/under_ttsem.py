@@ -132,6 +132,21 @@ def test_statistics_and_recomputed_residual(tiles, rows, vocab, dtype, scale, so
     assert_close(logits, mirror, dtype)  # what lies between the rows is as it was
 
 
+@each_dtype
+@pytest.mark.parametrize(
+    ("rows", "vocab", "active"), [(1, 1, 1), (3, 7, 0), (16, 128, 128), (17, 131, 50), (2, 5000, 4500)]
+)
+def test_columns_of_a_residual(rows, vocab, active, dtype):
+    residual = torch.randn(rows, vocab + 5).to(dtype)[:, :vocab]  # its rows lie apart
+    weight, columns = torch.rand(rows), torch.randperm(vocab)[:active].sort().values
+    ours = triton_ops.column_statistics(residual, weight)
+    for value, truth in zip(ours, torch_ops.column_statistics(residual, weight), strict=True):
+        assert_close(value, truth, torch.float32)
+    ours = triton_ops.gather_columns(residual, columns)
+    for value, truth in zip(ours, torch_ops.gather_columns(residual, columns), strict=True):
+        torch.testing.assert_close(value, truth, rtol=0, atol=1e-3 if value.dtype == torch.float64 else 0)
+
+
 @each_shape
 @each_head
 def test_project_residual(tiles, rows, vocab, size, dtype, scale, softcap, has_bias):

@@ -58,7 +58,7 @@ def plan(settings: PlanSettings, output: Output) -> None:
     """Say what head and loss cost: FLOP and bytes of every schedule and of every other implementation.
 
     Nothing is downloaded but the model's configuration, and nothing is run. Bytes are worked out from the shapes
-    (the others' agree with what benchmarks.memory counts); times are bounds from the GPU's data sheet, which nobody
+    (the tests compare them with what the code allocates); times are bounds from the GPU's data sheet, which nobody
     reaches.
 
         orpo-kernels plan HuggingFaceTB/SmolLM2-135M-Instruct --batch 8 --length 1024 --gpu A100

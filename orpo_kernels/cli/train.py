@@ -26,10 +26,16 @@ def train(settings: TrainSettings, output: Output) -> None:
     try:
         summary = fit(settings, output.console)
     except KeyboardInterrupt:
-        again = shlex.join(["orpo-kernels", "train", "--config", str(settings.output / "settings.yaml"), "--resume"])
-        output.console.print(f"Interrupted. To go on: {again}", markup=False, soft_wrap=True)
+        output.console.print(f"Interrupted. {_how_to_go_on(settings)}", markup=False, soft_wrap=True)
         raise
     output.result(summary, *_told(summary))
+
+
+def _how_to_go_on(settings: TrainSettings) -> str:
+    started_with = settings.output / "settings.yaml"
+    if not started_with.exists():
+        return "Nothing was trained yet: give the same command again."
+    return f"To go on: {shlex.join(['orpo-kernels', 'train', '--config', str(started_with), '--resume'])}"
 
 
 def _told(summary: dict[str, Any]) -> list[Any]:

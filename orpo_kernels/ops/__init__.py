@@ -1,7 +1,6 @@
 """The operations between the library's matrix multiplications: one contract, one module for each backend.
 
 A backend is a module with the functions of `torch_ops`, same names and signatures. `select` finds the one to use.
-(Triton has not got the two yet that the sparse schedule adds, `column_statistics` and `gather_columns`.)
 """
 
 from __future__ import annotations

@@ -54,8 +54,9 @@ def head_gradient(residual: Tensor, scaled: tuple[Tensor, Tensor | None], out: T
     if factor is None:
         matmul_into(out, residual.t(), x, accumulate)
         return
+    buffer = out.new_empty(min(FACTOR_SLICE, out.shape[0]), out.shape[1], dtype=torch.float32)
     for rows in even_chunks(out.shape[0], FACTOR_SLICE):
-        product = out.new_empty(rows.stop - rows.start, out.shape[1], dtype=torch.float32)
+        product = buffer[: rows.stop - rows.start]
         matmul_into(product, residual[:, rows].t(), x)
         product.mul_(factor)
         out[rows].add_(product) if accumulate else out[rows].copy_(product)

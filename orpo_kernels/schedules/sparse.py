@@ -15,7 +15,11 @@ so that each row sums to zero as before, and
 The forward pass takes the first, which needs no coefficient c; for a trained lm-head it keeps the entries. The profiles
 of all blocks are one small product with the weight. A chunk with a block whose active columns are too many to be worth
 it goes dense as a whole: exact, its residual kept like in `resident`, or made again like in `recompute` once what is
-kept has used up the budget. Which columns are active is read on the host.
+kept has used up the budget.
+
+How many columns are active is the size of products, which the host has to know: it reads the numbers of a chunk's
+blocks, once (`counted`), and nothing else. A size fixed beforehand would have to be DENSE_SHARE for nothing to be cut
+off, four times what is active in a trained model.
 
 What is dropped is at most eps in each p_tj. Of a confident row, where all p_tj but the target's are small, it is at
 most eps / LEAST_WEIGHT of the residual itself: its coefficient may be large (a confident rejected answer).
@@ -28,6 +32,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..gemm import COLUMN_MULTIPLE, WeightSlices, even_chunks, matmul_into, matmul_long
@@ -40,6 +45,7 @@ if TYPE_CHECKING:
     from . import Gradients
 
 LEAST_WEIGHT = 2.0**-4  # of a row, beside the probability of the others
+HOSTS = ("cpu",)  # where to look at a number is not to wait for it
 
 
 class Block(NamedTuple):
@@ -47,12 +53,14 @@ class Block(NamedTuple):
 
     Attributes:
         columns: (A,) int64, ascending, the active ones; None: all, and no tail.
+        bounds: (S + 1,) int32 on the host, how many of them come before each slice of the vocabulary and in all.
         entries: (B, A) or (B, V), the residual there; None: to be made again, from
         lse_others: (B,) float64, or None.
         amount: (B,) and profile: (V,), the tail, or None.
     """
 
     columns: Tensor | None = None
+    bounds: Tensor | None = None
     entries: Tensor | None = None
     lse_others: Tensor | None = None
     amount: Tensor | None = None
@@ -64,7 +72,7 @@ class Block(NamedTuple):
 
     def without_residual(self) -> Block:
         """What a frozen lm-head still needs of it once its product is taken: the tail."""
-        return self if self.columns is None else self._replace(columns=None, entries=None)
+        return self if self.columns is None else self._replace(columns=None, bounds=None, entries=None)
 
 
 def forward(p: Projection) -> tuple[Tensor, tuple[Tensor | None, ...]]:
@@ -134,21 +142,55 @@ def backward(p: Projection, kept: tuple[Tensor | None, ...], coefficient: Tensor
 def sparse_blocks(p: Projection, rows: slice, residual: Tensor, log_odds: Tensor) -> list[Block] | None:
     """The blocks of a chunk, or None where one of them has too many active columns; residual (C, V)."""
     weight = torch.sigmoid(-log_odds).clamp(min=LEAST_WEIGHT).to(p.sum_dtype)
-    found = []
-    for part in even_chunks(residual.shape[0], SPARSE_BLOCK_ROWS):
-        target = p.target[rows][part]
+    parts = list(even_chunks(residual.shape[0], SPARSE_BLOCK_ROWS))
+    most = DENSE_SHARE * p.vocab_size
+    found, masses = [], []
+    for part in parts:
         peak, mass = p.ops.column_statistics(residual[part], weight[part])
-        active = ~(peak <= p.plan.sparse_eps) | mass.isnan()
-        active[target if p.shard is None else target[p.shard.holds(target)]] = True
-        columns = active.nonzero().squeeze(1)
-        if columns.shape[0] > DENSE_SHARE * p.vocab_size:
-            return None
-        found.append((part, columns, mass.masked_fill_(active, 0)))
-    return [block_of(p, residual[part], log_odds[part], columns, mass) for part, columns, mass in found]
+        active = has_target(p, p.target[rows][part]) | ~(peak <= p.plan.sparse_eps) | mass.isnan()
+        if residual.device.type in HOSTS and active.sum() > most:
+            return None  # the other blocks need no look
+        found.append(active)
+        masses.append(mass.masked_fill_(active, 0))
+    places = located(torch.stack(found), vocabulary_slices(p))
+    if max(columns.shape[0] for columns, _ in places) > most:
+        return None
+    return [
+        block_of(p, residual[part], log_odds[part], *place, mass)
+        for part, place, mass in zip(parts, places, masses, strict=True)
+    ]
 
 
-def block_of(p: Projection, residual: Tensor, log_odds: Tensor, columns: Tensor, mass: Tensor) -> Block:
-    """The active columns of a residual (B, V), and its tail, spread as `mass` (V,) is."""
+def has_target(p: Projection, target: Tensor) -> Tensor:
+    """(V,) whether a column is the target (B,) of a row, which may be on another rank."""
+    if p.shard is not None:
+        target = torch.where(p.shard.holds(target), target, p.vocab_size)
+    return target.new_zeros(p.vocab_size + 1, dtype=torch.bool).index_fill_(0, target, True)[:-1]
+
+
+def located(active: Tensor, slices: list[slice]) -> list[tuple[Tensor, Tensor]]:
+    """The `columns` and `bounds` of K blocks; active (K, V) bool."""
+    ranks = active.cumsum(1, dtype=torch.int32)
+    bounds = counted(ranks, slices)
+    counts = [of_block.tolist()[-1] for of_block in bounds]
+    # The k-th active column is the first of rank k: `nonzero` would have the host wait for every block once more.
+    every_rank = torch.arange(1, max(counts) + 1, dtype=ranks.dtype, device=ranks.device)
+    columns = [torch.searchsorted(rank, every_rank[:count]) for rank, count in zip(ranks, counts, strict=True)]
+    return list(zip(columns, bounds, strict=True))
+
+
+def counted(ranks: Tensor, slices: list[slice]) -> tuple[Tensor, ...]:
+    """The `bounds` of K blocks, on the host, which waits for its device here; ranks (K, V) int32."""
+    return F.pad(torch.stack([ranks[:, columns.stop - 1] for columns in slices], 1), (1, 0)).cpu().unbind()
+
+
+def vocabulary_slices(p: Projection) -> list[slice]:
+    """What the gradient of the weight is taken in."""
+    return list(even_chunks(p.vocab_size, FACTOR_SLICE, COLUMN_MULTIPLE))
+
+
+def block_of(p: Projection, residual: Tensor, log_odds: Tensor, columns: Tensor, bounds: Tensor, mass: Tensor) -> Block:
+    """The active columns of a residual (B, V), and its tail, spread as `mass` (V,) is, which becomes its profile."""
     entries, sums = p.ops.gather_columns(residual, columns)
     # What an exact row sums to is 0, but of a shard, and where a soft-cap has put its slopes into the residual.
     sums_to_zero = p.options.logit_softcap is None and p.shard is None
@@ -156,9 +198,9 @@ def block_of(p: Projection, residual: Tensor, log_odds: Tensor, columns: Tensor,
     dropped = total - sums
     # (Entries rounded to 16 bits may add up to a little more than their row.)
     record_block(columns.shape[0] / p.vocab_size, dropped.clamp(min=0) * torch.sigmoid(-log_odds))
-    profile = mass / mass.amax().clamp(min=torch.finfo(mass.dtype).tiny)
+    profile = mass.div_(mass.amax().clamp(min=torch.finfo(mass.dtype).tiny))
     amount = dropped.to(mass.dtype) / profile.sum().clamp(min=1)  # 1 at least, where anything was dropped at all
-    return Block(columns=columns, entries=entries, amount=amount, profile=profile)
+    return Block(columns=columns, bounds=bounds, entries=entries, amount=amount, profile=profile)
 
 
 def add_tails_(u: Tensor, places: list[tuple[Block, slice]], p: Projection, weight: WeightSlices) -> None:
@@ -173,43 +215,75 @@ def add_tails_(u: Tensor, places: list[tuple[Block, slice]], p: Projection, weig
 
 
 def head_gradients(p: Projection, blocks: list[Block], coefficient: Tensor, grads: Gradients) -> None:
-    """The gradients of weight and bias, a slice of the vocabulary at a time: summed in fp32, written once."""
+    """The gradients of weight and bias, a slice of the vocabulary at a time."""
     places = list(zip(blocks, row_slices(blocks), strict=True))
     tails = Tails.of(places, p)
+    sums: list[WeightSum | BiasSum] = []
     if grads.weight is not None:
-        x, factor = p.scaled_hidden(coefficient)
-        x = x[:, x.shape[1] - grads.weight.shape[1] :]  # all other columns of the weight are frozen
-        tail_states = tails.row_sums(x)
-    tail_numbers = tails.row_sums(coefficient[:, None])
-    slices = list(even_chunks(p.vocab_size, FACTOR_SLICE, COLUMN_MULTIPLE))
-    if grads.weight is not None:
-        in_place = grads.weight.dtype == p.sum_dtype and not grads.accumulate
-        largest = max((columns.stop - columns.start for columns in slices), default=0)
-        workspace = None if in_place else grads.weight.new_empty(largest, grads.weight.shape[1], dtype=p.sum_dtype)
-    for columns in slices:
-        profiles = tails.profiles[:, columns].t()
-        if grads.weight is not None:
-            out = grads.weight[columns]
-            total = out if workspace is None else workspace[: out.shape[0]]
-            if tails.rows:
-                torch.mm(profiles, tail_states, out=total)
-            elif not blocks:
-                total.zero_()
-        if grads.bias is not None:
-            bias = grads.bias[columns, None].addmm_(profiles, tail_numbers)
-        for i, (block, rows) in enumerate(places):
-            index, residual = residual_within(p, block, rows, columns)
-            if grads.weight is not None and index is None:
-                matmul_into(total, residual.t(), x[rows], accumulate=i > 0 or bool(tails.rows))
-            elif grads.weight is not None and index is not None:
-                add_rows_(p, total, index, residual.t() @ x[rows])
-            if grads.bias is not None:
-                add_rows_(p, bias, index, bias_gradient(residual, coefficient[rows])[:, None])
-        if grads.weight is not None:
-            if factor is not None:
-                total.mul_(factor)
-            if workspace is not None:
-                out.add_(total) if grads.accumulate else out.copy_(total)
+        sums.append(WeightSum(p, tails, coefficient, grads.weight, grads.accumulate))
+    if grads.bias is not None:
+        sums.append(BiasSum(p, tails, coefficient, grads.bias))
+    for i_slice, columns in enumerate(vocabulary_slices(p)):
+        for one in sums:
+            one.begin(columns, tails.profiles[:, columns].t())
+        for block, rows in places:
+            index, residual = residual_within(p, block, rows, columns, i_slice)
+            for one in sums:
+                one.add(index, residual, rows)
+        for one in sums:
+            one.finish()
+
+
+class WeightSum:
+    """The gradient of the weight, summed in fp32 and written once: a slice's tails, its blocks, its end."""
+
+    def __init__(self, p: Projection, tails: Tails, coefficient: Tensor, out: Tensor, accumulate: bool) -> None:
+        self.p, self.out, self.accumulate = p, out, accumulate
+        x, self.factor = p.scaled_hidden(coefficient)
+        self.x = x[:, x.shape[1] - out.shape[1] :]  # all other columns of the weight are frozen
+        self.tail_states = tails.row_sums(self.x)
+        self.workspace: Tensor | None = None  # one for all slices: fresh pages would cost more than the sums
+        if out.dtype != p.sum_dtype or accumulate:
+            self.workspace = out.new_empty(min(FACTOR_SLICE, len(out)), out.shape[1], dtype=p.sum_dtype)
+
+    def begin(self, columns: slice, profiles: Tensor) -> None:
+        self.slice = self.out[columns]
+        self.total = self.slice if self.workspace is None else self.workspace[: len(self.slice)]
+        self.is_empty = profiles.shape[1] == 0
+        if not self.is_empty:
+            torch.mm(profiles, self.tail_states, out=self.total)
+
+    def add(self, index: Tensor | None, residual: Tensor, rows: slice) -> None:
+        if index is None:
+            matmul_into(self.total, residual.t(), self.x[rows], accumulate=not self.is_empty)
+        else:  # of a block with a tail
+            add_rows_(self.p, self.total, index, residual.t() @ self.x[rows])
+        self.is_empty = False
+
+    def finish(self) -> None:
+        if self.is_empty:
+            self.total.zero_()
+        if self.factor is not None:
+            self.total.mul_(self.factor)
+        if self.workspace is not None:
+            self.slice.add_(self.total) if self.accumulate else self.slice.copy_(self.total)
+
+
+class BiasSum:
+    """The gradient of the bias, added up where it is."""
+
+    def __init__(self, p: Projection, tails: Tails, coefficient: Tensor, out: Tensor) -> None:
+        self.p, self.out, self.coefficient = p, out, coefficient
+        self.tail_numbers = tails.row_sums(coefficient[:, None])
+
+    def begin(self, columns: slice, profiles: Tensor) -> None:
+        self.slice = self.out[columns, None].addmm_(profiles, self.tail_numbers)
+
+    def add(self, index: Tensor | None, residual: Tensor, rows: slice) -> None:
+        add_rows_(self.p, self.slice, index, bias_gradient(residual, self.coefficient[rows])[:, None])
+
+    def finish(self) -> None:
+        pass
 
 
 class Tails(NamedTuple):
@@ -245,12 +319,14 @@ def add_rows_(p: Projection, total: Tensor, index: Tensor | None, rows: Tensor) 
         p.ops.scatter_rows_(total, index, rows, total.new_ones(index.shape[0]))
 
 
-def residual_within(p: Projection, block: Block, rows: slice, columns: slice) -> tuple[Tensor | None, Tensor]:
+def residual_within(
+    p: Projection, block: Block, rows: slice, columns: slice, i_slice: int
+) -> tuple[Tensor | None, Tensor]:
     """The residual of a block in a slice of the vocabulary: at which of its columns (None: all), and the entries."""
     if block.columns is not None:
         assert block.entries is not None
-        bounds = block.columns.new_tensor([columns.start, columns.stop])
-        first, last = torch.searchsorted(block.columns, bounds).tolist()
+        assert block.bounds is not None
+        first, last = block.bounds.tolist()[i_slice : i_slice + 2]
         return block.columns[first:last] - columns.start, block.entries[:, first:last]
     if block.entries is not None:
         return None, block.entries[:, columns]

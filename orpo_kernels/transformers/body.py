@@ -131,12 +131,17 @@ def _additive_mask(model: PreTrainedModel, packed: PackedPairs, window: int | No
 
 
 def block_mask(model: PreTrainedModel, packed: PackedPairs, window: int | None) -> Any:
-    """FlexAttention skips blocks in which nothing is seen: the other answers and the other pairs cost nothing."""
+    """FlexAttention skips blocks in which nothing is seen: the other answers and the other pairs cost nothing.
+
+    The window is a tensor, and as wide as the row where there is none: the compiled attention is then one for all kinds
+    of layers. (For a number of Python's it would be compiled for each, and past eight times no more, but run unfused.)
+    """
     from torch.nn.attention.flex_attention import create_block_mask
 
     rows, width = packed.segments.shape
+    reach = torch.full((), window or width, device=packed.segments.device)
     return create_block_mask(
-        lambda row, _, query, key: packed.visible(row, query, key, window),
+        lambda row, _, query, key: packed.visible(row, query, key, reach),
         B=rows,
         H=None,
         Q_LEN=width,

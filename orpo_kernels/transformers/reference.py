@@ -1,8 +1,8 @@
 """The log-probabilities of the reference model, which DPO compares with: computed once, before training, and kept.
 
 A pair's two numbers depend on the reference model and on the pair's tokens alone, so they are stored under a hash of
-both: a run that goes on, or another one over the same data, reads them. The reference of a `peft` model is the model
-with its adapters disabled, which costs no second copy of the weights.
+both, batch by batch: a run that goes on, or another one over the same data, reads what there is. The reference of a
+`peft` model is the model with its adapters disabled, which costs no second copy of the weights.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
@@ -61,41 +62,39 @@ def reference_logps(
 ) -> np.ndarray:
     """Summed log-probabilities (pairs, 2) float64 of chosen and rejected answers, read from `folder` or computed.
 
-    Several processes share the work. `options` are those of `causal_lm_answers`. Raises `ValueError`, naming the pair,
-    where one cannot be used.
+    Several processes share the work; the main one reads what is there already. `options` are those of
+    `causal_lm_answers`. Raises `ValueError`, naming the pair, where one cannot be used.
     """
     data_hash, lengths = _read_through(pairs, collator)
-    file = folder / "reference_logps" / f"{_model_hash(model)}-{data_hash}.npy"
-    found = torch.tensor(int(file.exists()), device=accelerator.device)
-    if int(accelerator.reduce(found, "sum")) == accelerator.num_processes:
-        return np.load(file)
-    logps = _compute(model, pairs, lengths, collator, accelerator, batch_size, show_progress, **options)
-    if accelerator.is_main_process:
-        _write_whole(file, logps)
-    return logps
-
-
-def _compute(
-    model: nn.Module,
-    pairs: Sequence[Any],
-    lengths: list[int],
-    collator: PreferenceCollator,
-    accelerator: Accelerator,
-    batch_size: int,
-    show_progress: bool,
-    **options: Any,
-) -> np.ndarray:
-    """The longest pairs first: what does not fit the memory does not fit it at once."""
-    order = sorted(range(len(pairs)), key=lambda index: -lengths[index])
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    name = f"{_model_hash(model, accelerator.mixed_precision)}-{data_hash}"
+    cache = _Cache(folder / "reference_logps", name, accelerator.process_index)
+    known = _known_to_all(cache, len(pairs), accelerator)
+    # The longest pairs first: what does not fit the memory does not fit it at once.
+    missing = sorted(known.isnan().any(1).nonzero().flatten().tolist(), key=lambda index: -lengths[index])
+    if not missing:
+        return known.numpy()
+    batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
     own = batches[accelerator.process_index :: accelerator.num_processes]
-    logps = torch.zeros(len(pairs), 2, dtype=torch.float64)
     bar = tqdm(own, "reference log-probabilities", disable=not (show_progress and accelerator.is_local_main_process))
+    computed = torch.zeros_like(known)
     with undisturbed(model), without_adapters(model), accelerator.autocast():
         for indices in bar:
             batch = _on(collator([pairs[index] for index in indices]), accelerator.device)
-            logps[indices] = causal_lm_answers(model, **batch, **options).logps.view(2, -1).T.cpu()
-    return accelerator.reduce(logps.to(accelerator.device), "sum").cpu().numpy()
+            computed[indices] = causal_lm_answers(model, **batch, **options).logps.view(2, -1).T.cpu()
+            cache.append(indices, computed[indices])
+    computed = accelerator.reduce(computed.to(accelerator.device), "sum").cpu()
+    logps = torch.where(known.isnan(), computed, known).numpy()
+    if accelerator.is_main_process:
+        cache.complete(logps)
+    return logps
+
+
+def _known_to_all(cache: _Cache, pairs: int, accelerator: Accelerator) -> Tensor:
+    """(pairs, 2) float64: what the main process finds in its folder, NaN for the rest."""
+    known = torch.full((pairs, 2), torch.nan, dtype=torch.float64)
+    if accelerator.is_main_process:
+        known = torch.from_numpy(cache.read(pairs))
+    return broadcast(known.to(accelerator.device)).cpu()
 
 
 @contextmanager
@@ -127,11 +126,12 @@ def _read_through(pairs: Sequence[Any], collator: PreferenceCollator) -> tuple[s
     return digest.hexdigest(), lengths
 
 
-def _model_hash(model: nn.Module) -> str:
-    """The hash of the config, the dtypes and all weights, but those of adapters."""
+def _model_hash(model: nn.Module, mixed_precision: str) -> str:
+    """The hash of the config, the dtypes and all weights, but those of adapters; and of autocast, if there is one."""
     inner = unwrap(model)
     config = {key: value for key, value in inner.config.to_dict().items() if key not in ("_name_or_path", "use_cache")}
     digest = hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode(), digest_size=8)
+    digest.update(mixed_precision.encode())
     adapters = {name for module in inner.modules() for name in getattr(module, "adapter_layer_names", ())}
     adapters |= {"modules_to_save"}
     for name, tensor in inner.state_dict().items():
@@ -145,12 +145,44 @@ def _bytes_of(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
-def _write_whole(file: Path, values: np.ndarray) -> None:
-    """Under another name first: an interruption leaves no half of a file under this one."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{os.getpid()}.partial")
-    with partial.open("wb") as stream:
-        np.save(stream, values)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(file)
+class _Cache:
+    """The numbers of one hash: a line for each batch, until all are there; then one file.
+
+    Every process has a file of lines to itself. A line that the end of a process or of the machine tore apart is none.
+    """
+
+    def __init__(self, folder: Path, name: str, process: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._whole = folder / f"{name}.npy"
+        self._lines = folder / f"{name}.{process}.jsonl"
+
+    def read(self, pairs: int) -> np.ndarray:
+        """(pairs, 2) float64, NaN where nothing is known."""
+        if self._whole.exists():
+            return np.load(self._whole)
+        logps = np.full((pairs, 2), np.nan)
+        for path in self._files_of_lines():
+            for line in path.read_text(errors="replace").splitlines():
+                with suppress(ValueError):
+                    batch = json.loads(line)
+                    logps[batch["pairs"]] = batch["logps"]
+        return logps
+
+    def append(self, indices: list[int], logps: Tensor) -> None:
+        line = json.dumps({"pairs": indices, "logps": logps.tolist()})
+        with self._lines.open("a") as file:
+            file.write(f"\n{line}\n")  # the line before may be torn
+
+    def complete(self, logps: np.ndarray) -> None:
+        """Under another name first: an interruption leaves no half of a file under this one."""
+        partial = self._whole.with_suffix(f".{os.getpid()}.partial")
+        with partial.open("wb") as stream:
+            np.save(stream, logps)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(self._whole)
+        for path in self._files_of_lines():
+            path.unlink()
+
+    def _files_of_lines(self) -> list[Path]:
+        return sorted(self._whole.parent.glob(f"{self._whole.stem}.*.jsonl"))

@@ -73,7 +73,7 @@ def _trial(inner: PreTrainedModel, config: PreTrainedConfig) -> str | None:
     """Compare the hidden states of every sequence in a shared row with those of the sequence alone."""
     device = inner.get_input_embeddings().weight.device
     pairs = [_pair(lengths, 20 * index, config.vocab_size) for index, lengths in enumerate(PROBE_PAIRS)]
-    batch = pack_pairs(pairs, padding_id=0)
+    batch = pack_pairs(pairs, padding_id=0, capacity=0)
     packed = batch["packed"].to(device)
     try:
         shared = run_body(inner, batch["input_ids"].to(device), None, packed).hidden

@@ -105,6 +105,19 @@ class PreferenceLossMixin:
         own_nll = out.nll_loss * (counts[0] / own_counts[0].clamp(min=1)).to(out.nll_loss.dtype)
         return out.loss * averaged, out._replace(nll_loss=own_nll)
 
+    def train(self, *arguments: Any, **options: Any) -> Any:
+        """As the Trainer's, but also several processes may evaluate before they train.
+
+        An evaluation marks the model as prepared, though it is not for training: `train` would leave it as it is (in
+        transformers 5.23), and the gradients of the processes would never meet.
+        """
+        is_marked = self.model in self.accelerator._models
+        if is_marked and self.accelerator.num_processes > 1 and not getattr(self, "is_fsdp_enabled", False):
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # autocast is put around it again
+            self.accelerator._models.remove(self.model)
+            self.model._is_accelerate_prepared = False
+        return super().train(*arguments, **options)  # type: ignore[misc]
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """With `sparse_eps`, also what it left out since the last time, in this process."""
         if "loss" in logs and self._sparsity is not None and self._sparsity.shares:
@@ -203,10 +216,10 @@ class PreferenceTrainer(PreferenceLossMixin, Trainer):
 
     **DPO's reference** is run once over the datasets, here in the constructor, in batches of
     `per_device_eval_batch_size`, and its log-probabilities are kept in `output_dir/reference_logps`, under a hash of
-    the model and of the tokens. Pairs that have the columns ref_chosen_logps and ref_rejected_logps keep theirs; a
-    stream has to have them.
+    the model and of the tokens, batch by batch: interrupted, it goes on with the rest. Pairs that have the columns
+    ref_chosen_logps and ref_rejected_logps keep theirs; a stream has to have them.
 
-    `reference_seconds` is what it took, or what reading it took.
+    `reference_seconds` is what it took here, or what reading it took.
 
     Raises `ValueError` or `TypeError` for a missing collator, for options that are not the caller's or not the
     method's, and for a model or a parallel setup that the loss cannot serve.

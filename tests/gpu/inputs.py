@@ -13,6 +13,8 @@ from orpo_kernels import Rows, orpo_loss_from_rows
 from ..batches import Batch, random_labels, random_rows
 
 SCHEDULES = ("evaluation", "single_pass", "resident", "recompute")
+SPARSE = ("sparse, frozen", "sparse")
+SPARSE_EPS = 2.0**-8  # of logits of spread 2 a few hundredths of the columns are active
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -50,14 +52,16 @@ def packed(
 def all_of_a_call(
     hidden: Tensor, weight: Tensor, rows: Rows, schedule: str, bias: Tensor | None = None, **options: Any
 ) -> dict[str, Tensor]:
-    """The outputs and the gradients of one call under `schedule`; "evaluation" is without gradients."""
-    evaluation, trained = schedule == "evaluation", schedule in ("resident", "recompute")
+    """The outputs and the gradients of one call under `schedule`, one of `SCHEDULES` or `SPARSE`."""
+    evaluation, trained = schedule == "evaluation", schedule in ("resident", "recompute", "sparse")
     hidden = hidden.detach().requires_grad_()
     weight = weight.detach().requires_grad_(trained)
     bias = None if bias is None else bias.detach().requires_grad_(trained)
     with torch.set_grad_enabled(not evaluation):
-        schedule = "auto" if evaluation else schedule
-        out = orpo_loss_from_rows(hidden, weight, rows, bias=bias, schedule=schedule, **options)
+        if schedule in SPARSE:
+            options["sparse_eps"] = SPARSE_EPS
+        name = "auto" if evaluation or schedule in SPARSE else schedule
+        out = orpo_loss_from_rows(hidden, weight, rows, bias=bias, schedule=name, **options)
         if not evaluation:
             out.loss.backward()
     leaves = {"hidden": hidden, "weight": weight, "bias": bias}

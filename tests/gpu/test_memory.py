@@ -13,7 +13,7 @@ from .inputs import SCHEDULES
 
 SHAPES = {"Llama-3-8B": (8192, 4096, 128256), "SmolLM2-135M": (16384, 576, 49152), "odd": (5001, 577, 50257)}
 
-# Eager temporaries follow the rows of a chunk, which are evened out and may be fewer than the plan allows.
+# Eager operations make temporaries that the plan does not name.
 WITHIN = {"triton": 0.03, "torch": 0.05}
 
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from orpo_kernels import Rows, orpo_loss_from_rows
+from orpo_kernels import Rows, measured_sparsity, orpo_loss_from_rows, planning
+from orpo_kernels.schedules import sparse
 
 from ..batches import relative_error
-from .inputs import DTYPES, SCHEDULES, all_of_a_call, packed
+from .inputs import DTYPES, SCHEDULES, SPARSE, all_of_a_call, packed
 
 SIZES = {
     "repeated positions": {"positions": 300, "rows": 1500, "size": 577, "vocab": 50257},
@@ -21,7 +22,7 @@ SIZES = {
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", [*SCHEDULES, *SPARSE])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bitwise_repeatable(dtype, schedule, sizes, device, backend):
     """The same call twice: every bit of the loss, the metrics and all gradients."""
@@ -30,7 +31,7 @@ def test_bitwise_repeatable(dtype, schedule, sizes, device, backend):
     assert (rows.position.unique().numel() < 0.5 * len(rows)) == (sizes == "repeated positions")
     first, second = (all_of_a_call(hidden, weight, rows, schedule, bias, backend=backend) for _ in range(2))
     assert first["loss"].isfinite()
-    assert len(first) == 7 + {"evaluation": 0, "single_pass": 1, "resident": 3, "recompute": 3}[schedule]
+    assert len(first) == 7 + {"evaluation": 0, "single_pass": 1, "sparse, frozen": 1}.get(schedule, 3)
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
 
@@ -68,6 +69,33 @@ def test_nothing_waits_for_the_host(dtype, schedule, softcap, denominators, devi
     all_of_a_call(hidden, weight, rows, schedule, bias, **options)  # compiles and loads the kernels
     with no_host_reads():
         all_of_a_call(hidden, weight, rows, schedule, bias, **options)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("schedule", SPARSE)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_sparse_pass_waits_once_a_chunk(dtype, schedule, softcap, device, backend, monkeypatch):
+    """Where it reads how many columns are active; and, forward and backward, nowhere else."""
+    hidden, weight, rows = packed(dtype, device, positions=200, rows=600, size=64, vocab=20000)
+    bias = torch.zeros(20000, device=device, dtype=dtype)
+    monkeypatch.setitem(planning.CHUNK_ROWS, "other", 300)
+    monkeypatch.setattr(planning, "LEAST_ROWS", 300)
+    reads, counted = [], sparse.counted
+
+    def allowed(ranks: torch.Tensor, slices: list[slice]) -> tuple[torch.Tensor, ...]:
+        reads.append(len(ranks))
+        torch.cuda.set_sync_debug_mode("default")
+        found = counted(ranks, slices)
+        torch.cuda.set_sync_debug_mode("error")
+        return found
+
+    options = {"logit_softcap": softcap, "backend": backend}
+    all_of_a_call(hidden, weight, rows, schedule, bias, **options)  # compiles and loads the kernels
+    monkeypatch.setattr(sparse, "counted", allowed)
+    with no_host_reads(), measured_sparsity() as measured:
+        all_of_a_call(hidden, weight, rows, schedule, bias, **options)
+    assert reads == [3, 3]
+    assert max(measured.shares) < 0.5
 
 
 def test_a_host_read_would_be_noticed(device):

@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 
 from benchmarks import peers
 from benchmarks.confidence import GAPS, SIDES, confident, exact_results, results
-from orpo_kernels import ORPOOutput, orpo_loss, reference
+from orpo_kernels import ORPOOutput, measured_sparsity, orpo_loss, reference
+from orpo_kernels.ops import why_not
 
 from ..batches import IGNORE, batches, plain_loss, relative_error
 from ..test_loss import assert_as_good_as_plain, serves, share_fixtures
-from .inputs import DTYPES, on, realistic
+from ..test_sparse import assert_as_good_as_exact, confident_head, keep_sparse
+from .inputs import DTYPES, SPARSE, all_of_a_call, on, packed, realistic
 
 ALL_SCHEDULES = ("auto", "single_pass", "resident", "recompute")
 TRAINING = ("single_pass", "resident", "recompute")
@@ -64,6 +66,34 @@ def test_error_is_at_most_twice_plains(dtype, schedule, sizes, device, backend):
         ours, plain = relative_error(grads[name], true), relative_error(plain_grads[name], true)
         assert ours <= 2 * plain + tiny, (name, ours, plain)
         assert grads[name].dtype == dtype
+
+
+@pytest.mark.parametrize("softcap", [None, 8.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_error_of_a_sparse_backward_pass(dtype, softcap, device, backend, monkeypatch):
+    """Three blocks, an odd vocabulary: beside the definition of what is left out, as in `test_sparse`."""
+    keep_sparse(monkeypatch)
+    head = confident_head(rows=300, vocab=5003)
+    head = replace(head, logit_softcap=softcap, bias=torch.linspace(-1, 1, 5003, dtype=torch.float64))
+    tensors = ("hidden", "weight", "bias", "target", "upstream")
+    head = replace(head, **{name: getattr(head, name).to(device) for name in tensors})
+    assert_as_good_as_exact(head, dtype, backend, [100, 100, 100])
+
+
+@pytest.mark.parametrize("schedule", SPARSE)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sparse_kernels_beside_eager_torch(dtype, schedule, device):
+    """The same call through our kernels and through their mirror."""
+    if reason := why_not("triton", device):
+        pytest.skip(reason)
+    hidden, weight, rows = packed(dtype, device, positions=500, rows=700, size=577, vocab=50257)
+    with measured_sparsity() as measured:
+        ours = all_of_a_call(hidden, weight, rows, schedule, backend="triton")
+    torchs = all_of_a_call(hidden, weight, rows, schedule, backend="torch")
+    assert max(measured.shares) < 0.5
+    for name in ("loss", "hidden.grad", "weight.grad"):
+        if name in ours:
+            assert relative_error(ours[name], torchs[name]) <= 4 * max(torch.finfo(dtype).eps, 1e-6), name
 
 
 @pytest.mark.parametrize("sizes", SIZES)

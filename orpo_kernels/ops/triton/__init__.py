@@ -1,5 +1,7 @@
 """The operations of `torch_ops` as Triton kernels, one a file with its host wrapper beneath. fp32, fp16 and bf16."""
 
+from .column_statistics import column_statistics
+from .gather_columns import gather_columns
 from .gather_rows import gather_rows
 from .odds_ratio import odds_ratio
 from .project_log_odds import project_log_odds
@@ -11,6 +13,8 @@ from .sequence_sums import sequence_sums
 from .statistics import statistics
 
 __all__ = [
+    "column_statistics",
+    "gather_columns",
     "gather_rows",
     "odds_ratio",
     "project_log_odds",
