@@ -339,7 +339,7 @@ def _sized(work: Work, name: str, reason: str, group_rows: int | None, budget: i
         row_chunk = min(FUSED_ROWS, _fit(most_bytes, work.fused_row_bytes))
     else:
         most_rows = CHUNK_ROWS[kind]
-        if kind == "cpu" and work.gemm_dtype.itemsize < 4:
+        if kind == "cpu" and work.backend != "triton" and work.gemm_dtype.itemsize < 4:  # no emulated GPU
             most_rows = min(most_rows, NARROW_CHUNK_ROWS)
         row_chunk = min(most_rows, _fit(chunk_bytes, work.vocab_size * work.logit_bytes))
         if work.has_fused_products:
