@@ -32,6 +32,7 @@ from benchmarks.report import Sheet
 from benchmarks.workloads import Workload
 from orpo_kernels.gemm import even_chunks
 from orpo_kernels.ops import native
+from orpo_kernels.schedules.sparse import LEAST_WEIGHT
 
 BLOCK_ROWS = 512
 Scout = Callable[[Tensor, Tensor], Tensor]  # logits (R, V) in bf16 of hidden states (R, H) and weight (V, H)
@@ -95,7 +96,7 @@ def scouted_forward(
         logit = z.gather(1, target[rows, None]).squeeze(1).double()
         log_odds = native.residual_(z, target[rows], 1.0, None)
         lse_others = logit - log_odds
-        peak, _ = native.column_statistics(z, torch.sigmoid(-log_odds).clamp(min=2.0**-4).float())
+        peak, _ = native.column_statistics(z, torch.sigmoid(-log_odds).clamp(min=LEAST_WEIGHT).float())
         is_active = peak > eps
         is_active[target[rows]] = True
         columns = is_active.nonzero().squeeze(1)

@@ -7,7 +7,7 @@ In a padded batch the prompt runs through the model twice and the shorter answer
 
 a token sees its own segment and its pair's prompt, never the other answer nor another pair. So every hidden state is
 that of the sequence alone, in any model whose layers mix tokens by attention only and know places by `position_ids`
-only. (`probe.refuses_shared_prompt` tells which do.)
+only. (`sharing.refuses_shared_prompt` tells which do.)
 
 What is shared is what the two sequences have in common from their beginning: the prompt; less of it where a token
 straddles its end or truncation cut the sides apart; more where the answers begin alike.

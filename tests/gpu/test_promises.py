@@ -80,6 +80,7 @@ def test_a_sparse_pass_waits_once_a_chunk(dtype, schedule, softcap, device, back
     bias = torch.zeros(20000, device=device, dtype=dtype)
     monkeypatch.setitem(planning.CHUNK_ROWS, "other", 300)
     monkeypatch.setattr(planning, "LEAST_ROWS", 300)
+    monkeypatch.setattr(sparse, "SPARSE_BLOCK_ROWS", 128)
     reads, counted = [], sparse.counted
 
     def allowed(ranks: torch.Tensor, slices: list[slice]) -> tuple[torch.Tensor, ...]:

@@ -73,6 +73,7 @@ def test_error_is_at_most_twice_plains(dtype, schedule, sizes, device, backend):
 def test_error_of_a_sparse_backward_pass(dtype, softcap, device, backend, monkeypatch):
     """Three blocks, an odd vocabulary: beside the definition of what is left out, as in `test_sparse`."""
     keep_sparse(monkeypatch)
+    monkeypatch.setattr("orpo_kernels.schedules.sparse.SPARSE_BLOCK_ROWS", 128)
     head = confident_head(rows=300, vocab=5003)
     head = replace(head, logit_softcap=softcap, bias=torch.linspace(-1, 1, 5003, dtype=torch.float64))
     tensors = ("hidden", "weight", "bias", "target", "upstream")
