@@ -120,10 +120,9 @@ def _dense(rows: int, vocabulary: int) -> Workload:
 def _models(settings: Settings) -> Iterator[Case]:
     """The heads of known models: on a GPU in batches of 8 x 1024 tokens, on a CPU of 2 x 64, half of which matter."""
     names = settings.models or (list(SHAPES) if settings.full else ())
-    few = replace(settings, rounds=min(settings.rounds, 2)) if settings.device == "cpu" else settings
     for name in names:
         work = functools.partial(_of_model, named(name), settings.device)
-        yield from _contests(f"contest/{name}", work, settings.narrow, settings.heads, few)
+        yield from _contests(f"contest/{name}", work, settings.narrow, settings.heads, settings)
 
 
 def _of_model(shape: ModelShape, device: str) -> Workload:

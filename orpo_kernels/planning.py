@@ -25,11 +25,12 @@ SCHEDULES = ("auto", "single_pass", "resident", "recompute")
 # Chunks of logits: large enough that a GEMM runs at full speed, small enough that nothing else notices them.
 # CPU: forward + backward over GEMMs on all rows at once, two cores, fp32, head frozen: 1.16 with 512 rows a chunk, 1.13
 # with 1024, 1.4 with 128 (H = 576, V = 49152); 1.12, 1.05 and 1.5 (H = 1024, V = 32768). Memory binds before that at
-# larger V. In bf16 the fresh pages of a chunk weigh more, its products less: 1.08 with 512, 1.13 with 1024.
+# larger V. In bf16 the fresh pages of a chunk weigh more, its products less: 1.08 with 512, 1.13 with 1024,
+# yet 1.12 and 1.10 where the weight is trained and its residual, which has to be held, is where the logits were.
 # GPU: not measured by us. Published measurements ask for 1k to 4k rows, which kernels that work in place can afford
 # (2 bytes a bf16 logit), while eager row-wise work (6 bytes) has to keep to the peak memory that we promise.
 CHUNK_ROWS = {"cpu": 1024, "other": 4096}
-NARROW_CHUNK_ROWS = 512  # on a CPU in 16 bits
+NARROW_CHUNK_ROWS = 512  # on a CPU in 16 bits, where the residual is not held
 CHUNK_BYTES = {"cpu": 192 * 2**20, "other": 256 * 2**20}
 LEAST_ROWS = 1024  # of a chunk on a GPU, where the budget has room for them and the kernels work in place
 STARVED_ROWS = 256  # of a chunk: with fewer, two GEMMs through the library cost more than three inside kernels
@@ -339,7 +340,8 @@ def _sized(work: Work, name: str, reason: str, group_rows: int | None, budget: i
         row_chunk = min(FUSED_ROWS, _fit(most_bytes, work.fused_row_bytes))
     else:
         most_rows = CHUNK_ROWS[kind]
-        if kind == "cpu" and work.backend != "triton" and work.gemm_dtype.itemsize < 4:  # no emulated GPU
+        is_narrow = work.gemm_dtype.itemsize < 4 and name != "resident"
+        if kind == "cpu" and work.backend != "triton" and is_narrow:  # no emulated GPU
             most_rows = min(most_rows, NARROW_CHUNK_ROWS)
         row_chunk = min(most_rows, _fit(chunk_bytes, work.vocab_size * work.logit_bytes))
         if work.has_fused_products:

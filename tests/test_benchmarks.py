@@ -296,6 +296,16 @@ def test_the_verdict_names_who_is_ahead(other: dict[str, Any], says: str) -> Non
     assert ("Nobody" in verdict) == ("Nobody" in says)
 
 
+def test_a_reason_that_several_share_is_given_once() -> None:
+    better = {"forward": [2.0] * 4, "gradient_errors": {"hidden": 5e-7}}
+    (line,) = report.verdict(record(CCE=better, plain=better))
+    assert line.startswith("CCE's gradient") and "; plain's gradient" in line
+    assert line.count("(we round") == 1 and line.endswith(")")
+    sizes = {"ours": {"frozen": 200 * 2**20}, "torch native": {"frozen": 100 * 2**20}}
+    (line,) = report.leaner_processes({"bytes": sizes})
+    assert line.startswith("torch native is leaner, head frozen: 100 MiB to our 200 (logits of ")
+
+
 def test_rankings_of_two_runs() -> None:
     def run(a: list[float], b: list[float]) -> dict[str, dict[str, Any]]:
         return {"contest/x": record(plain={"forward": a}, CCE={"forward": b})}
