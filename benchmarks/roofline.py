@@ -286,8 +286,6 @@ def _as_on(gpu: GPU) -> Iterator[Recorder]:
         stack.enter_context(mock.patch("orpo_kernels.projection.select", return_value=recorder.ops))
         stack.enter_context(mock.patch("orpo_kernels.planning.resolve", return_value="triton"))
         stack.enter_context(mock.patch("orpo_kernels.planning.default_budget", return_value=gpu.memory // 16))
-        for sizes in (planning.CHUNK_ROWS, planning.CHUNK_BYTES):
-            stack.enter_context(mock.patch.dict(sizes, {"cpu": sizes["other"]}))
         yield recorder
 
 

@@ -31,7 +31,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from orpo_kernels import ops, planning
+from orpo_kernels import ops
 
 KIB = 1024
 
@@ -221,10 +221,8 @@ def stub_gpu(name: str, compile: bool = True) -> Iterator[StubGPU]:
     before = driver._active
     driver.set_active(gpu)
     with contextlib.ExitStack() as patches:
-        # CPU tensors are this GPU's, planned for as a GPU's are.
+        # CPU tensors are this GPU's.
         patches.enter_context(mock.patch.object(ops, "GPUS", ("cpu", *ops.GPUS)))
-        for sizes in (planning.CHUNK_ROWS, planning.CHUNK_BYTES):
-            patches.enter_context(mock.patch.dict(sizes, cpu=sizes["other"]))
         # A fake tensor has no address, only the alignment of its place in its storage.
         patches.enter_context(mock.patch.object(FakeTensor, "data_ptr", _fake_address))
         if not compile:

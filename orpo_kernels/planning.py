@@ -131,6 +131,11 @@ class Work:
         return gemm_dtype(self.dtype, self.device, self.backend)
 
     @property
+    def on_cpu(self) -> bool:
+        """Whether a CPU does the work. Where Triton's kernels are given CPU tensors it stands for a GPU."""
+        return self.device.type == "cpu" and self.backend != "triton"
+
+    @property
     def in_place(self) -> bool:
         """Whether row-wise work needs no memory of its own."""
         return self.backend in ("native", "triton")
@@ -329,7 +334,7 @@ def _check_sparse(work: Work, schedule: str) -> None:
 
 def _sized(work: Work, name: str, reason: str, group_rows: int | None, budget: int) -> Plan:
     """Chunk sizes, and what they add up to."""
-    kind = "cpu" if work.device.type == "cpu" else "other"
+    kind = "cpu" if work.on_cpu else "other"
     most_bytes = _most_bytes(budget)
     chunk_bytes = min(CHUNK_BYTES[kind], most_bytes)
     if work.casts:
@@ -340,8 +345,7 @@ def _sized(work: Work, name: str, reason: str, group_rows: int | None, budget: i
         row_chunk = min(FUSED_ROWS, _fit(most_bytes, work.fused_row_bytes))
     else:
         most_rows = CHUNK_ROWS[kind]
-        is_narrow = work.gemm_dtype.itemsize < 4 and name != "resident"
-        if kind == "cpu" and work.backend != "triton" and is_narrow:  # no emulated GPU
+        if work.on_cpu and work.gemm_dtype.itemsize < 4 and name != "resident":
             most_rows = min(most_rows, NARROW_CHUNK_ROWS)
         row_chunk = min(most_rows, _fit(chunk_bytes, work.vocab_size * work.logit_bytes))
         if work.has_fused_products:

@@ -62,9 +62,8 @@ def small_chunks(monkeypatch):
 
 @pytest.fixture
 def fake_gpu(monkeypatch):
-    """An H100 of fake CPU tensors: Triton wrappers whose launches do nothing, a GPU's chunks, tiles and GEMMs."""
+    """An H100 of fake CPU tensors: Triton wrappers whose launches do nothing, a GPU's tiles and GEMMs."""
     pytest.importorskip("triton")
-    from orpo_kernels import planning
     from orpo_kernels.ops.triton.launch import Target
 
     monkeypatch.setattr("triton.runtime.interpreter.InterpretedFunction.run", lambda self, *args, **options: None)
@@ -72,5 +71,3 @@ def fake_gpu(monkeypatch):
     monkeypatch.setattr("orpo_kernels.ops.GPUS", ("cpu",))
     monkeypatch.setattr("torch._subclasses.FakeTensor.data_ptr", lambda tensor: tensor.storage_offset())
     monkeypatch.setattr("torch._subclasses.FakeTensor.is_cuda", True)  # where GEMMs widen their result
-    for sizes in (planning.CHUNK_ROWS, planning.CHUNK_BYTES):
-        monkeypatch.setitem(sizes, "cpu", sizes["other"])

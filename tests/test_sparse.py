@@ -36,8 +36,8 @@ def nan_in_new_memory():
 @pytest.fixture
 def small_blocks(small_chunks, monkeypatch):
     """Chunks of seven rows in blocks of at most three."""
-    monkeypatch.setattr("orpo_kernels.planning.CHUNK_ROWS", {"cpu": 7})
-    monkeypatch.setattr("orpo_kernels.planning.CHUNK_BYTES", {"cpu": 1 << 20})
+    monkeypatch.setattr("orpo_kernels.planning.CHUNK_ROWS", {"cpu": 7, "other": 7})
+    monkeypatch.setattr("orpo_kernels.planning.CHUNK_BYTES", {"cpu": 1 << 20, "other": 1 << 20})
     monkeypatch.setattr("orpo_kernels.schedules.sparse.SPARSE_BLOCK_ROWS", 3)
     monkeypatch.setattr("orpo_kernels.schedules.sparse.FACTOR_SLICE", 16)
     if "triton" in BACKENDS:  # interpreted, a tile of these tests' whole rows takes no longer than one of 32 columns
