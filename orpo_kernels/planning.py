@@ -37,6 +37,7 @@ STARVED_ROWS = 256  # of a chunk: with fewer, two GEMMs through the library cost
 FUSED_ROWS = 16384  # of a chunk that has no logits, only its hidden states and partial statistics
 COLUMNS_PER_SPLIT = 4096  # of the vocabulary, whose statistics a fused forward pass takes apart: 12 bytes a row
 FACTOR_SLICE = 8192  # rows of dW that exist in fp32 at one time, where it is summed there
+SPARSE_SLICE = 4096  # the same in the sparse schedule, which goes over them several times: they stay in a CPU's cache
 SPARSE_BLOCK_ROWS = 256  # that share their active columns: fewer rows have fewer of them, but gather more often
 DENSE_SHARE = 0.5  # of active columns, from which on a chunk of the sparse schedule goes dense
 MIN_SLICE = 512  # columns; a narrower slice of the vocabulary starves the GEMM
@@ -438,7 +439,7 @@ def _sparse_memory(work: Work, budget: int, row_chunk: int, weight_slice: int) -
     forward = held + logits + of_chunk + of_block
     if not work.needs_head:
         return held, forward, held
-    columns = min(FACTOR_SLICE, work.vocab_size)
+    columns = min(SPARSE_SLICE, work.vocab_size)
     of_slice = columns * (work.hidden_size * (2 * wide + itemsize) + chunk_rows * work.logit_bytes)
     backward = held + profiles + 2 * work.rows * work.weight_row_bytes + of_slice + 8 * work.vocab_size
     return held, forward, backward

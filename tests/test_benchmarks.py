@@ -541,6 +541,7 @@ def results_of_every_kind() -> dict[str, Any]:
                 "contestants": [{"name": "ours", "steps": steps, "peak_bytes": None}],
             },
             "contest/Phi-2/float32/trained": alike,
+            "kept pages/llmbar/float32/trained": alike,
             "estimate": {
                 "label": "ESTIMATE",
                 "estimates": [ratio | {"schedule": s} for s in ("evaluation", "single_pass", "resident", "recompute")],

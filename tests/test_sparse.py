@@ -39,7 +39,7 @@ def small_blocks(small_chunks, monkeypatch):
     monkeypatch.setattr("orpo_kernels.planning.CHUNK_ROWS", {"cpu": 7, "other": 7})
     monkeypatch.setattr("orpo_kernels.planning.CHUNK_BYTES", {"cpu": 1 << 20, "other": 1 << 20})
     monkeypatch.setattr("orpo_kernels.schedules.sparse.SPARSE_BLOCK_ROWS", 3)
-    monkeypatch.setattr("orpo_kernels.schedules.sparse.FACTOR_SLICE", 16)
+    monkeypatch.setattr("orpo_kernels.schedules.sparse.SPARSE_SLICE", 16)
     if "triton" in BACKENDS:  # interpreted, a tile of these tests' whole rows takes no longer than one of 32 columns
         tile = SimpleNamespace(columns=1024, warps=4)
         monkeypatch.setattr("orpo_kernels.ops.triton.residual.row_tile", lambda *_: tile)
@@ -176,7 +176,7 @@ def test_without_a_threshold_it_is_exact(batch, share, budget, small_blocks, mon
 @pytest.mark.parametrize("softcap", [None, 8.0])
 def test_error_of_low_precision(backend, dtype, softcap, small_blocks, monkeypatch):
     keep_sparse(monkeypatch)
-    monkeypatch.setattr("orpo_kernels.schedules.sparse.FACTOR_SLICE", 128)  # fewer launches to interpret
+    monkeypatch.setattr("orpo_kernels.schedules.sparse.SPARSE_SLICE", 128)  # fewer launches to interpret
     head = confident_head(rows=20, vocab=300)
     head = replace(head, logit_softcap=softcap, bias=torch.linspace(-1, 1, 300, dtype=torch.float64))
     assert_as_good_as_exact(head, dtype, backend, block_sizes(len(head.target)))

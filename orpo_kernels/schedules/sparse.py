@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..gemm import COLUMN_MULTIPLE, WeightSlices, even_chunks, matmul_into, matmul_long
-from ..planning import DENSE_SHARE, FACTOR_SLICE, SPARSE_BLOCK_ROWS
+from ..planning import DENSE_SHARE, SPARSE_BLOCK_ROWS, SPARSE_SLICE
 from ..projection import Projection
 from ..sparsity import record_block
 from .resident import bias_gradient
@@ -186,7 +186,7 @@ def counted(ranks: Tensor, slices: list[slice]) -> tuple[Tensor, ...]:
 
 def vocabulary_slices(p: Projection) -> list[slice]:
     """What the gradient of the weight is taken in."""
-    return list(even_chunks(p.vocab_size, FACTOR_SLICE, COLUMN_MULTIPLE))
+    return list(even_chunks(p.vocab_size, SPARSE_SLICE, COLUMN_MULTIPLE))
 
 
 def block_of(p: Projection, residual: Tensor, log_odds: Tensor, columns: Tensor, bounds: Tensor, mass: Tensor) -> Block:
@@ -244,7 +244,7 @@ class WeightSum:
         self.tail_states = tails.row_sums(self.x)
         self.workspace: Tensor | None = None  # one for all slices: fresh pages would cost more than the sums
         if out.dtype != p.sum_dtype or accumulate:
-            self.workspace = out.new_empty(min(FACTOR_SLICE, len(out)), out.shape[1], dtype=p.sum_dtype)
+            self.workspace = out.new_empty(min(SPARSE_SLICE, len(out)), out.shape[1], dtype=p.sum_dtype)
 
     def begin(self, columns: slice, profiles: Tensor) -> None:
         self.slice = self.out[columns]
