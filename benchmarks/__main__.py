@@ -1,7 +1,7 @@
 """One command that measures the loss and everyone else's on the same inputs, in the same process.
 
     python -m benchmarks                     # --quick: about two minutes
-    python -m benchmarks --full              # everything; an hour on two cores. Interrupted, it goes on
+    python -m benchmarks --full              # everything; 70 minutes on two cores. Interrupted, it goes on
     python -m benchmarks --full --write-docs # and writes docs/benchmarks.md, its pictures, and the README's figures
     python -m benchmarks --list
     python -m benchmarks --case 'contest/llmbar/*' --peer plain CCE --dtype bfloat16

@@ -47,7 +47,7 @@ class Sheet:
     def rich(self) -> Table:
         shown = Table(title=self.title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), caption="\n".join(self.notes) or None)
         for i, column in enumerate(self.columns):
-            shown.add_column(column, justify="right" if i else "left", no_wrap=True)
+            shown.add_column(column, justify="right" if i else "left", no_wrap=not i)
         for row in self.rows:
             shown.add_row(*row, style="bold" if is_ours(row[0]) else "dim" if row[0] in FLOORS else "")
         return shown
@@ -298,7 +298,7 @@ SHEETS = {
 
 
 def ranking_sheet(first: dict[str, dict[str, Any]], second: dict[str, dict[str, Any]]) -> Sheet:
-    """Contests that both runs have: whether they rank everyone the same way, and who changed places."""
+    """Contests that both runs have: whether they rank everyone the same way, and whose ratio crossed 1."""
     rows = []
     for key in (key for key in first if key in second and "measurements" in first[key]):
         one, other = (
@@ -309,8 +309,9 @@ def ranking_sheet(first: dict[str, dict[str, Any]], second: dict[str, dict[str, 
         swapped: list[str] = []
         drawn: list[str] = []
         for a, b in itertools.combinations(names, 2):
-            if (one[a].median < one[b].median) != (other[a].median < other[b].median):
-                pair = f"{a} and {b}"
+            before, after = one[a].median / one[b].median, other[a].median / other[b].median
+            if (before < 1) != (after < 1):
+                pair = f"{a} / {b} {before:.2f} and {after:.2f}"
                 (drawn if is_draw(one[a], one[b]) or is_draw(other[a], other[b]) else swapped).append(pair)
         says = f"differs: {', '.join(swapped)}" if swapped else "the same"
         rows.append([key, str(len(names)), says, ", ".join(drawn)])

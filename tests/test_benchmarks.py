@@ -329,9 +329,9 @@ def test_rankings_of_two_runs() -> None:
     cells = report.ranking_sheet(first, run([2.0, 2.0, 2.0], [4.0, 4.0, 4.0])).rows[0]
     assert cells == ["contest/x", "3", "the same", ""]
     cells = report.ranking_sheet(first, run([4.0, 4.0, 4.0], [2.0, 2.0, 2.0])).rows[0]
-    assert cells[2:] == ["differs: plain and CCE", ""]
+    assert cells[2:] == ["differs: plain / CCE 0.68 and 2.00", ""]
     cells = report.ranking_sheet(first, run([3.0, 4.0, 2.0], [2.9, 2.8, 2.9])).rows[0]
-    assert cells[2:] == ["the same", "plain and CCE"]
+    assert cells[2:] == ["the same", "plain / CCE 0.68 and 1.03"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
