@@ -451,6 +451,7 @@ def test_kept_pages_are_not_faulted_in_again() -> None:
     assert inside < 10
 
 
+@pytest.mark.skipif(not malloc.available(), reason="another libc than glibc")
 @pytest.mark.usefixtures("small")
 def test_a_contest_with_kept_pages_is_one_like_the_others(tmp_path: Path) -> None:
     cases = run(tmp_path, "--full", "--peer", "plain", "--dtype", "float32", "--case", "kept pages/*")
