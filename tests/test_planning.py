@@ -178,3 +178,10 @@ def test_the_forward_pass_is_fused_where_nothing_else_needs_the_logits(schedule,
     assert evaluation.fused
     assert "inside a kernel" in evaluation.explain()
     assert evaluation.peak_bytes < 2**27
+
+
+@pytest.mark.parametrize(("trained", "rows"), [(False, 500), (True, 1000)])
+def test_16_bits_on_a_cpu_come_in_narrow_chunks_but_where_the_residual_is_held(trained, rows, monkeypatch):
+    monkeypatch.setattr("orpo_kernels.planning._cpu_has_bf16", lambda: True)
+    sizes = {"dtype": torch.bfloat16, "backend": "torch", "memory_budget": 2**30}
+    assert plan(1000, 64, 2000, needs_weight=trained, **sizes).row_chunk == rows
