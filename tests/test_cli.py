@@ -34,7 +34,7 @@ from orpo_kernels.cli import main
 from orpo_kernels.finetuning.folder import COMPLETE, JsonLines, RunFolder, mark_complete, whole_folder, write_whole
 from orpo_kernels.finetuning.progress import Recorder
 from orpo_kernels.finetuning.scoring import METRICS, Scores, intervals
-from orpo_kernels.finetuning.search import Point, winner
+from orpo_kernels.finetuning.search import side_by_side, winner
 from orpo_kernels.transformers import PreferenceCollator
 
 from .training import chat_examples, tiny, tokenizer
@@ -453,8 +453,15 @@ def test_sweep_finds_the_lambda(run, model, data, tmp_path, monkeypatch):
     points = record["points"]
     assert [(point["beta"], point["lr"]) for point in points] == [(0, 1e-3), (0, 2e-3), (0.5, 1e-3), (0.5, 2e-3)]
     for point in points:
-        assert point["accuracy"] == records(Path(point["output"]), "evaluations")[-1]["accuracy"]
+        evaluation = records(Path(point["output"]), "evaluations")[-1]
+        assert point["accuracy"] == evaluation["accuracy"]
+        assert point["log_odds"] == pytest.approx(evaluation["log_odds"], rel=1e-4)
         assert not (Path(point["output"]) / "model").exists()
+    # Differences are to the run with lambda 0 and the same learning rate.
+    assert [point["difference"] is None for point in points] == [True, True, False, False]
+    for base, point in zip(points[:2], points[2:], strict=True):
+        for name in ("accuracy", "log_odds", "nll"):
+            assert point["difference"][name]["value"] == pytest.approx(point[name] - base[name])
     # Before the first step all are the same model, and what it prefers does not depend on lambda.
     starts = [records(Path(point["output"]), "evaluations")[0] for point in points]
     assert {(start["accuracy"], start["nll_loss"]) for start in starts} == {
@@ -484,14 +491,42 @@ def test_a_killed_sweep_goes_on(run, model, data, tmp_path):
         assert {**ours, "seconds": 0, "output": 0} == {**theirs, "seconds": 0, "output": 0}
 
 
-def test_the_winner_is_the_cheapest_of_those_that_are_as_good():
-    def point(beta: float, accuracy: float, nll_loss: float, held_out: int = 100) -> Point:
-        return Point(beta, 1e-5, accuracy, nll_loss, 0.0, held_out, 1.0, "")
+def run_of_a_sweep(beta: float, preferred: np.ndarray, nll: float, lr: float = 1e-5) -> tuple[dict, Scores]:
+    """(summary, scores) of pairs of which so many are `preferred`, with answers of so much NLL."""
+    ones, margins = np.ones(len(preferred)), np.where(preferred, 0.1, -0.1)
+    scores = Scores(-nll * ones, -nll * ones - margins, margins, 5 * ones, 7 * ones)
+    return {"beta": beta, "lr": lr, "seconds": 1.0, "output": f"beta-{beta:g}"}, scores
 
-    points = [point(0, 0.5, 1.0), point(0.1, 0.69, 1.1), point(1, 0.7, 1.5)]
+
+def first(count: int, pairs: int = 100) -> np.ndarray:
+    return np.arange(pairs) < count
+
+
+def test_the_winner_is_the_cheapest_of_those_that_are_as_good():
+    points = side_by_side(
+        [run_of_a_sweep(0, first(50), 1.0), run_of_a_sweep(0.1, first(69), 1.1), run_of_a_sweep(1, first(70), 1.5)]
+    )
+    assert [point.as_good for point in points] == [False, True, True]
     assert winner(points) is points[1]
-    assert winner([points[0], points[2]]) is points[2]
-    assert 0 < point(0, 1.0, 1.0, 10).accuracy_error < 0.2
+    # Seven pairs lost and none won is not as good; 28 lost and 21 won, of the same accuracy, may be chance.
+    best, indices = run_of_a_sweep(1, first(70), 1.5), np.arange(100)
+    lost, exchanged = indices < 63, (indices < 42) | ((indices >= 70) & (indices < 91))
+    assert lost.sum() == exchanged.sum() == 63
+    assert not side_by_side([run_of_a_sweep(0, lost, 1.0), best])[0].as_good
+    assert side_by_side([run_of_a_sweep(0, exchanged, 1.0), best])[0].as_good
+    perfect = side_by_side([run_of_a_sweep(0, first(10, 10), 1.0), run_of_a_sweep(1, first(9, 10), 0.5)])
+    assert winner(perfect) is perfect[1]  # one pair of ten is no evidence
+
+
+def test_differences_are_to_the_least_lambda_of_the_learning_rate():
+    low = [run_of_a_sweep(beta, first(50 + int(20 * beta)), 1 + beta) for beta in (0.5, 0)]
+    high = [run_of_a_sweep(beta, first(80), 2 + beta, lr=1e-3) for beta in (0.5, 1)]
+    points = side_by_side([*low, *high])
+    assert [point.difference is None for point in points] == [False, True, True, False]
+    assert points[0].difference["accuracy"]["value"] == pytest.approx(0.1)
+    assert 0 < points[0].difference["accuracy"]["low"] < 0.1 < points[0].difference["accuracy"]["high"]
+    assert points[0].difference["nll"]["value"] == pytest.approx(0.5)
+    assert points[3].difference["accuracy"] == {"value": 0, "low": 0, "high": 0}
 
 
 # --- flags and errors ----------------------------------------------------------------------------------------------

@@ -13,6 +13,12 @@ from .flags import command
 if TYPE_CHECKING:
     from ..finetuning.search import Point
 
+SHOWN = {
+    "accuracy": ("accuracy", "{:.1%}", "{:+.1%}"),
+    "log_odds": ("log-odds", "{:+.3f}", "{:+.3f}"),
+    "nll": ("NLL", "{:.3f}", "{:+.3f}"),
+}
+
 
 @command(SweepSettings)
 def sweep(settings: SweepSettings, output: Output) -> None:
@@ -37,16 +43,18 @@ def sweep(settings: SweepSettings, output: Output) -> None:
 
 
 def _table(points: list[Point], best: Point) -> Any:
-    columns = ("lambda", "learning rate", "accuracy", "NLL", "log-odds", "seconds")
-    shown = table(f"{best.held_out} held-out pairs, after training", *columns)
+    title = f"{best.held_out} held-out pairs, after training (differences to the least lambda, with 95 % intervals)"
+    shown = table(title, "lambda", "learning rate", *(title for title, _, _ in SHOWN.values()), "seconds")
     for point in points:
-        shown.add_row(
-            f"{point.beta:g}",
-            f"{point.lr:g}",
-            f"{point.accuracy:.1%} ± {point.accuracy_error:.1%}",
-            f"{point.nll_loss:.3f}",
-            f"{point.log_odds:+.3f}",
-            f"{point.seconds:.0f}",
-            style="bold" if point is best else "",
-        )
+        cells = [_cell(point, name, form, signed) for name, (_, form, signed) in SHOWN.items()]
+        style = "bold" if point is best else ""
+        shown.add_row(f"{point.beta:g}", f"{point.lr:g}", *cells, f"{point.seconds:.0f}", style=style)
     return shown
+
+
+def _cell(point: Point, name: str, form: str, signed: str) -> str:
+    value = form.format(getattr(point, name))
+    if point.difference is None:
+        return value
+    of = point.difference[name]
+    return f"{value}\n{signed.format(of['value'])} ({signed.format(of['low'])} to {signed.format(of['high'])})"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
-import math
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -120,8 +119,7 @@ def _evaluated(
         seed=settings.seed,
     )
     gc.collect()
-    nll = {end: math.log(value) for end, value in found["chosen_perplexity"].items()}
-    return Outcome(method=name, accuracy=found["accuracy"], log_odds=found["log_odds"], nll=nll, **costs)
+    return Outcome(method=name, accuracy=found["accuracy"], log_odds=found["log_odds"], nll=found["nll"], **costs)
 
 
 def _write(outcomes: list[Outcome], held_out: int, folder: Path) -> None:

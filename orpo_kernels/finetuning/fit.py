@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from transformers.integrations import TensorBoardCallback, is_tensorboard_availa
 
 from ..errors import UserError
 from ..methods import method_named
-from ..transformers import PreferenceCollator
+from ..transformers import PreferenceCollator, TokenizedPair
 from ..transformers.trainer import PreferenceTrainer
 from . import plots
 from .folder import RunFolder, step_of, whole_folder, write_whole
@@ -32,10 +34,34 @@ KEPT_CHECKPOINTS = 2  # so that one is complete while another is written
 MAY_CHANGE = ("output", "resume", "save_every")  # when a run goes on
 
 
-def fit(settings: TrainSettings, console: Console, *, save_model: bool = True) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Trained:
+    """A model at the end of its training, and what belongs to it."""
+
+    model: Any
+    tokenizer: Any
+    held_out: list[TokenizedPair]
+    folder: RunFolder
+    settings: TrainSettings
+
+
+def save_model(trained: Trained) -> None:
+    """Into the run folder: weights or adapters, merged if asked, and the tokenizer."""
+    folder, model = trained.folder, trained.model
+    results = {folder.model: lambda: model}
+    if trained.settings.merge:
+        results[folder.merged] = lambda: model.merge_and_unload()
+    for place, result in results.items():
+        with whole_folder(place) as scratch:
+            result().save_pretrained(scratch)
+            trained.tokenizer.save_pretrained(scratch)
+
+
+def fit(settings: TrainSettings, console: Console, keep: Callable[[Trained], None] = save_model) -> dict[str, Any]:
     """Train as the settings say, into `settings.output`; with `resume`, from where a run there was stopped.
 
-    The result does not depend on how often the run was stopped. What was recognised, and a bar, go to `console`.
+    The result does not depend on how often the run was stopped. What was recognised, and a bar, go to `console`. `keep`
+    writes what is to be kept of the model, before the run counts as finished.
 
     Returns:
         The summary, which `summary.json` has too: what was trained on what, steps, seconds of training, tokens a
@@ -69,8 +95,7 @@ def fit(settings: TrainSettings, console: Console, *, save_model: bool = True) -
     with ProgressBar(console, recorder, trainer.args.max_steps) as bar:
         trainer.add_callback(bar)
         _run(trainer, folder, checkpoint)
-    if save_model:
-        _save(trainer.model, tokenizer, folder, settings.merge)
+    keep(Trained(trainer.model, tokenizer, held_out, folder, settings))
     plots.curves(folder.metrics.read(), folder.evaluations.read(), folder.curves)
     counts = {"pairs": len(training), "held_out": len(held_out), "problems": len(problems)}
     summary = _summary(settings, folder, counts) | {"reference_seconds": round(trainer.reference_seconds, 3)}
@@ -108,14 +133,6 @@ def _plain(settings: TrainSettings) -> dict[str, Any]:
         for name, value in values.items()
         if value is not None and name != "resume"
     }
-
-
-def _save(model: Any, tokenizer: Any, folder: RunFolder, merge: bool) -> None:
-    results = {folder.model: lambda: model} | ({folder.merged: lambda: model.merge_and_unload()} if merge else {})
-    for place, result in results.items():
-        with whole_folder(place) as scratch:
-            result().save_pretrained(scratch)
-            tokenizer.save_pretrained(scratch)
 
 
 def _summary(settings: TrainSettings, folder: RunFolder, counts: dict[str, int]) -> dict[str, Any]:

@@ -6,6 +6,7 @@
     evaluations.jsonl   a line per evaluation on the held-out pairs
     checkpoints/        the latest two, each with the file `complete` once it is
     model/, merged/     the result
+    scores.json         of a run of a sweep, in place of a model: how it rates each held-out pair
     curves.png, summary.json, tensorboard/
 
 A file or folder is written under another name, flushed to the disk, and renamed. Lines are appended: a last one without
@@ -37,6 +38,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.model = path / "model"
         self.merged = path / "merged"
+        self.scores = path / "scores.json"
         self.curves = path / "curves.png"
         self.summary = path / "summary.json"
         self.tensorboard = path / "tensorboard"

@@ -57,23 +57,38 @@ def margins(scores: Mapping[str, Scores], path: Path) -> None:
 
 
 def sweep(points: Sequence[Point], path: Path) -> None:
-    """Accuracy (with its standard error) and NLL on the held-out pairs against lambda, a line for a learning rate."""
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    smallest = min((point.beta for point in points if point.beta > 0), default=1.0)
-    for lr in sorted({point.lr for point in points}):
-        of_lr = sorted((point for point in points if point.lr == lr), key=lambda point: point.beta)
-        betas, label = [point.beta for point in of_lr], f"learning rate {lr:g}"
-        accuracies, errors = [point.accuracy for point in of_lr], [point.accuracy_error for point in of_lr]
-        left.errorbar(betas, accuracies, yerr=errors, marker="o", capsize=3, label=label)
-        right.plot(betas, [point.nll_loss for point in of_lr], "o-", label=label)
-    for axis, title in ((left, "preference accuracy, held out"), (right, "NLL, held out")):
-        axis.set_xscale("symlog", linthresh=smallest)  # has a place for 0
+    """Accuracy, log-odds and NLL on the held-out pairs against lambda, a line for a learning rate.
+
+    The bars are the 95 % intervals of the differences to the least lambda: one that stays clear of the dashed line is
+    more than chance.
+    """
+    figure = Figure(figsize=(12, 4.3), layout="constrained")
+    panels = {"accuracy": "preference accuracy", "log_odds": "log-odds", "nll": "NLL of the chosen answers"}
+    axes = figure.subplots(1, len(panels))
+    lambdas = sorted({point.beta for point in points})  # evenly spaced, as powers would be, but with a place for 0
+    for axis, (name, title) in zip(axes, panels.items(), strict=True):
+        for number, lr in enumerate(sorted({point.lr for point in points})):
+            of_lr = sorted((point for point in points if point.lr == lr), key=lambda point: point.beta)
+            at, values = [lambdas.index(point.beta) for point in of_lr], [getattr(point, name) for point in of_lr]
+            bars = list(zip(*(_bar(point, name) for point in of_lr), strict=True))
+            label, color = f"learning rate {lr:g}", f"C{number}"
+            axis.errorbar(at, values, yerr=bars, marker="o", capsize=3, color=color, label=label)
+            axis.axhline(values[0], color=color, linestyle="--", linewidth=1)
+        axis.set_xticks(range(len(lambdas)), [f"{beta:g}" for beta in lambdas])
         axis.set_xlabel("lambda")
         axis.set_title(title)
         axis.grid(alpha=0.3)
-    right.legend()
+    axes[0].legend()
+    figure.suptitle("Held-out pairs. Bars: 95 % interval of the difference to the least lambda", fontsize="medium")
     save(figure, path)
+
+
+def _bar(point: Point, name: str) -> tuple[float, float]:
+    """How far below and above the point its bar ends."""
+    if point.difference is None:
+        return 0.0, 0.0
+    of = point.difference[name]
+    return of["value"] - of["low"], of["high"] - of["value"]
 
 
 def comparison(outcomes: Sequence[Outcome], path: Path) -> None:
@@ -87,13 +102,13 @@ def comparison(outcomes: Sequence[Outcome], path: Path) -> None:
         for number, outcome in enumerate(methods):
             of = getattr(outcome, name)
             spread = [[of["value"] - of["low"]], [of["high"] - of["value"]]]
-            axis.errorbar(outcome.seconds_per_step, of["value"], yerr=spread, fmt="o", capsize=3, color=f"C{number}")
-            axis.annotate(outcome.method, (outcome.seconds_per_step, of["value"]), (6, 4), textcoords="offset points")
-        axis.set_xlim(0, 1.2 * max(outcome.seconds_per_step for outcome in methods))  # room for the names
+            at, color = outcome.seconds_per_step, f"C{number}"
+            axis.errorbar(at, of["value"], yerr=spread, fmt="o", capsize=3, color=color, label=outcome.method)
+        axis.set_xlim(0, 1.1 * max(outcome.seconds_per_step for outcome in methods))
         axis.set_xlabel("seconds a step")
         axis.set_title(title)
         axis.grid(alpha=0.3)
-        axis.legend()
+    axes[0].legend()
     save(figure, path)
 
 

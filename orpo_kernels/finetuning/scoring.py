@@ -14,7 +14,7 @@ from ..transformers.packing import IGNORE_INDEX
 
 RESAMPLES = 2000
 COVERED = 0.95
-METRICS = ("accuracy", "margin", "log_odds", "chosen_perplexity", "rejected_perplexity")
+METRICS = ("accuracy", "margin", "log_odds", "nll", "chosen_perplexity", "rejected_perplexity")
 
 
 @dataclass(frozen=True)
@@ -40,20 +40,22 @@ class Scores:
 
         accuracy: the share of pairs whose chosen answer has the higher mean log-probability.
         margin, log_odds: means over pairs.
-        perplexities: of all tokens of one side's answers together.
+        nll, chosen_perplexity: of all tokens of the chosen answers together; rejected_perplexity likewise.
         """
         take = np.arange(len(self.log_odds)) if which is None else which
+        nll = _nll(self.chosen_logps[take], self.chosen_tokens[take])
         return {
             "accuracy": (self.margins > 0)[take].mean(-1),
             "margin": self.margins[take].mean(-1),
             "log_odds": self.log_odds[take].mean(-1),
-            "chosen_perplexity": _perplexity(self.chosen_logps[take], self.chosen_tokens[take]),
-            "rejected_perplexity": _perplexity(self.rejected_logps[take], self.rejected_tokens[take]),
+            "nll": nll,
+            "chosen_perplexity": np.exp(nll),
+            "rejected_perplexity": np.exp(_nll(self.rejected_logps[take], self.rejected_tokens[take])),
         }
 
 
-def _perplexity(logps: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    return np.exp(-(logps * tokens).sum(-1) / tokens.sum(-1))
+def _nll(logps: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    return -(logps * tokens).sum(-1) / tokens.sum(-1)
 
 
 @torch.no_grad()

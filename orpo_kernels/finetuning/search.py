@@ -7,37 +7,49 @@ import gc
 import itertools
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from rich.console import Console
 
 from ..errors import UserError
 from . import plots
-from .fit import fit
-from .folder import write_whole
+from .fit import Trained, fit
+from .folder import RunFolder, write_whole
+from .scoring import Scores, intervals, score
 from .settings import SweepSettings, TrainSettings, train_arguments
+from .setup import compute_dtype
+
+COMPARED = ("accuracy", "log_odds", "nll")
 
 
 @dataclass(frozen=True)
 class Point:
-    """One run of a sweep, and its last evaluation on the held-out pairs."""
+    """One run of a sweep, and what became of the held-out pairs.
+
+    Attributes:
+        accuracy: the share of pairs whose chosen answer has the higher mean log-probability.
+        log_odds: mean over pairs.
+        nll: nats a token of the chosen answers.
+        difference: those three minus those of the run with the least lambda at the same learning rate, each with the
+            low and high end of its 95 % interval; None for that run itself.
+        as_good: whether the accuracy is within one standard error of the best run's.
+    """
 
     beta: float
     lr: float
     accuracy: float
-    nll_loss: float
     log_odds: float
+    nll: float
+    difference: dict[str, dict[str, float]] | None
+    as_good: bool
     held_out: int
     seconds: float
     output: str
-
-    @property
-    def accuracy_error(self) -> float:
-        """Standard error of the accuracy, of one success and one failure more, so that it is never 0."""
-        share = (self.accuracy * self.held_out + 1) / (self.held_out + 2)
-        return math.sqrt(share * (1 - share) / (self.held_out + 2))
 
 
 def sweep(settings: SweepSettings, console: Console) -> list[Point]:
@@ -49,31 +61,71 @@ def sweep(settings: SweepSettings, console: Console) -> list[Point]:
     Raises `UserError` as `fit` does, and if nothing is held out.
     """
     grid = list(itertools.product(settings.beta_values(), settings.lr_values()))
+    runs: list[tuple[dict[str, Any], Scores]] = []
     points: list[Point] = []
     for number, (beta, lr) in enumerate(grid, start=1):
         console.print(f"Run {number} of {len(grid)}: lambda {beta:g}, learning rate {lr:g}")
         output = settings.output / f"beta-{beta:g}_lr-{lr:g}"
-        summary = fit(dataclasses.replace(settings, beta=beta, lr=lr, output=output), console, save_model=False)
-        points.append(_point(summary))
+        summary = fit(dataclasses.replace(settings, beta=beta, lr=lr, output=output), console, keep=_rate)
         gc.collect()  # the model, before the next one is loaded
+        runs.append((summary, _scores(RunFolder(output))))
+        points = side_by_side(runs, settings.seed)
         _write(points, settings.output)
     return points
 
 
-def _point(summary: dict[str, Any]) -> Point:
-    after = summary["after"]
-    if after is None or after["accuracy"] is None:
-        raise UserError(f"No held-out pair of {summary['data']} could be rated: give a larger --eval-split.")
-    return Point(
-        beta=summary["beta"],
-        lr=summary["lr"],
-        accuracy=after["accuracy"],
-        nll_loss=after["nll_loss"],
-        log_odds=after["log_odds"],
-        held_out=summary["held_out"],
-        seconds=summary["seconds"],
-        output=summary["output"],
-    )
+def _rate(trained: Trained) -> None:
+    """Keep how the model rates each held-out pair: runs are compared pair by pair."""
+    if not trained.held_out:
+        raise UserError(f"No pair of {trained.settings.data} is held out: give a larger --eval-split.")
+    dtype, device = compute_dtype(trained.settings.dtype), trained.model.device.type
+    with torch.autocast(device, dtype, enabled=dtype is not torch.float32):
+        scores = score(trained.model, trained.tokenizer, trained.held_out, trained.settings.batch_size)
+    columns = {name: values.tolist() for name, values in vars(scores).items()}
+    write_whole(trained.folder.scores, json.dumps(columns) + "\n")
+
+
+def _scores(folder: RunFolder) -> Scores:
+    if not folder.scores.exists():
+        raise UserError(f"The run in {folder.path} is none of a sweep: it has no {folder.scores.name}. Move it away.")
+    columns = json.loads(folder.scores.read_text(encoding="utf-8"))
+    return Scores(**{name: np.array(values) for name, values in columns.items()})
+
+
+def side_by_side(runs: Sequence[tuple[dict[str, Any], Scores]], seed: int = 0) -> list[Point]:
+    """The runs (summary, scores of the same held-out pairs) as points."""
+    best = max((scores for _, scores in runs), key=lambda scores: scores.metrics()["accuracy"])
+    points = []
+    for summary, scores in runs:
+        least, base = min((run for run in runs if run[0]["lr"] == summary["lr"]), key=lambda run: run[0]["beta"])
+        values: dict[str, Any] = {name: float(scores.metrics()[name]) for name in COMPARED}
+        point = Point(
+            **values,
+            **{name: summary[name] for name in ("beta", "lr", "seconds", "output")},
+            difference=None if least is summary else _difference(scores, base, seed),
+            as_good=_within_one_error(scores, best),
+            held_out=len(scores.log_odds),
+        )
+        points.append(point)
+    return points
+
+
+def _difference(scores: Scores, base: Scores, seed: int) -> dict[str, dict[str, float]]:
+    found = intervals(scores, base, seed)
+    return {name: found[name] for name in COMPARED}
+
+
+def _within_one_error(scores: Scores, best: Scores) -> bool:
+    """Whether the accuracy falls short of the best by no more than one standard error of that difference.
+
+    Of paired shares, with one pair more for either side, so that the error is never 0 (Bonett and Price 2012, Adjusted
+    Wald confidence interval for a difference of binomial proportions based on paired data).
+    """
+    ours, theirs = scores.margins > 0, best.margins > 0
+    lost, won, pairs = (theirs & ~ours).sum() + 1, (ours & ~theirs).sum() + 1, len(ours) + 2
+    difference = (lost - won) / pairs
+    error = math.sqrt(((lost + won) / pairs - difference**2) / pairs)
+    return bool(difference <= error)
 
 
 def _write(points: list[Point], folder: Path) -> None:
@@ -83,14 +135,12 @@ def _write(points: list[Point], folder: Path) -> None:
 
 
 def winner(points: list[Point]) -> Point:
-    """Of the runs whose accuracy is within one standard error of the best, the one with the lowest NLL.
+    """Of the runs that are as good as the best, the one with the lowest NLL.
 
     (The one-standard-error rule of Breiman et al. 1984: what the held-out pairs cannot tell apart is told apart by what
     a large lambda costs.)
     """
-    best = max(points, key=lambda point: point.accuracy)
-    as_good = [point for point in points if point.accuracy >= best.accuracy - best.accuracy_error]
-    return min(as_good, key=lambda point: point.nll_loss)
+    return min((point for point in points if point.as_good), key=lambda point: point.nll)
 
 
 def command_line(settings: TrainSettings, best: Point) -> list[str]:
