@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .autograd import TokenLogOdds
-from .checks import check_head, check_options, check_same_device, check_targets
-from .parallel import Groups, VocabShard, local_head
+from .checks import check_targets
+from .head import Head
+from .parallel import Groups
 from .planning import accumulation_dtype
 from .projection import HeadOptions, facts_of
 
@@ -58,10 +58,8 @@ def token_logps(
     """
     groups = Groups.of(vocab_group=vocab_group)
 
-    def prepare() -> tuple[Tensor, Tensor | None, Tensor, Tensor, HeadOptions]:
-        head, head_bias = (local_head(tensor, groups.vocab) for tensor in (weight, bias))
-        assert head is not None
-        shard = VocabShard.of(groups.vocab, head) if groups.vocab is not None else None
+    def prepare() -> tuple[Head, Tensor, Tensor, HeadOptions]:
+        head = Head.local(weight, bias, None, groups)  # the ranks exchange: before what one of them may refuse
         if targets.shape != hidden.shape[:-1]:
             raise ValueError(
                 f"targets has shape {tuple(targets.shape)}, but hidden {tuple(hidden.shape)} "
@@ -69,30 +67,25 @@ def token_logps(
             )
         if targets.dtype != torch.int64:
             raise TypeError(f"targets is {targets.dtype}, it must be torch.int64")
-        check_head(hidden, head, head_bias)
-        check_options(logit_scale, logit_softcap, sparse_eps)
-        check_same_device("hidden", hidden, "targets", targets)
+        head.check(hidden, targets, "targets")
         flat = targets.flatten()
         position = (flat != ignore_index).nonzero().squeeze(1)
         target = flat[position]
-        check_targets("targets", target, shard.vocab_size if shard else head.shape[0])
-        options = HeadOptions.planned(
+        check_targets("targets", target, head.vocab_size)
+        options = head.planned(
             hidden,
-            head,
-            head_bias,
-            num_rows=target.shape[0],
+            len(target),
             logit_scale=logit_scale,
             logit_softcap=logit_softcap,
             schedule=schedule,
             memory_budget=memory_budget,
             backend=backend,
             sparse_eps=sparse_eps,
-            shard=shard,
         )
-        return head, head_bias, position, target - shard.start if shard else target, options
+        return head, position, target - head.shard.start if head.shard else target, options
 
-    weight, bias, position, target, options = groups.together(prepare, weight.device)
-    groups.agree(facts_of(weight, len(target), options), weight.device)
-    log_odds = TokenLogOdds.apply(hidden.reshape(-1, hidden.shape[-1]), weight, bias, position, target, options, None)
+    head, position, target, options = groups.together(prepare, weight.device)
+    groups.agree(facts_of(head.weight, len(target), options), weight.device)
+    log_odds = head.token_log_odds(hidden.reshape(-1, hidden.shape[-1]), position, target, options)
     logps = F.logsigmoid(log_odds).to(accumulation_dtype(hidden.dtype))
     return logps.new_zeros(targets.numel()).index_put((position,), logps).view(targets.shape)

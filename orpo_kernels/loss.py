@@ -10,20 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .autograd import GroupedLoss, PairLossFunction, TokenLogOdds
-from .checks import (
-    check_denominator,
-    check_head,
-    check_options,
-    check_positions,
-    check_same_device,
-    check_targets,
-)
+from .autograd import GroupedLoss, PairLossFunction
+from .checks import check_denominator, check_options, check_same_device
 from .graph import loss_in_a_graph
+from .head import Head
 from .objective import NO_GROUPS, denominators
-from .parallel import Groups, VocabShard, local_head
+from .parallel import Groups
 from .planning import accumulation_dtype
-from .projection import HeadOptions, facts_of, needs_grad
+from .projection import HeadOptions, facts_of
 from .rows import Rows, averaged_over_sequences, check_reduction, padded_rows
 
 
@@ -247,89 +241,48 @@ def _loss(
 
     head_options: logit_scale, logit_softcap, memory_budget, backend, sparse_eps.
     """
-    if torch.compiler.is_compiling():
-        hidden, rows = inputs()
-        if low_rank is not None:
-            weight, _ = extended(weight, low_rank)
-        _check(hidden, weight, bias, rows, nll_denominator, pair_denominator, head_options)
-        names = ("logit_scale", "logit_softcap", "schedule", "memory_budget", "backend", "sparse_eps")
-        head = [{"schedule": schedule, **head_options}[name] for name in names]
-        counts = (nll_denominator, pair_denominator)
-        return ORPOOutput(*loss_in_a_graph(hidden, weight, bias, rows, *counts, alpha, beta, *head))
 
-    def prepare() -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Rows, HeadOptions]:
-        # What the ranks exchange here comes before anything that one of them may refuse.
-        head, head_bias, columns = (local_head(tensor, groups.vocab) for tensor in (weight, bias, low_rank))
-        assert head is not None
-        shard = VocabShard.of(groups.vocab, head) if groups.vocab is not None else None
-        hidden, rows = inputs()
-        if columns is not None:
-            head, columns = extended(head, columns)
-        _check(hidden, head, head_bias, rows, nll_denominator, pair_denominator, head_options)
+    def checked_inputs() -> tuple[Tensor, Rows]:
+        check_denominator("nll_denominator", nll_denominator)
+        check_denominator("pair_denominator", pair_denominator)
+        return inputs()
+
+    if torch.compiler.is_compiling():
+        hidden, rows = checked_inputs()
+        head = Head.local(weight, bias, low_rank, groups)
+        head.check(hidden, rows.position, "rows")
+        check_options(*(head_options[name] for name in ("logit_scale", "logit_softcap", "sparse_eps")))
+        names = ("logit_scale", "logit_softcap", "schedule", "memory_budget", "backend", "sparse_eps")
+        in_order = [{"schedule": schedule, **head_options}[name] for name in names]
+        counts = (nll_denominator, pair_denominator)
+        return ORPOOutput(*loss_in_a_graph(hidden, head.weight, bias, rows, *counts, alpha, beta, *in_order))
+
+    def prepare() -> tuple[Tensor, Head, Rows, HeadOptions]:
+        head = Head.local(weight, bias, low_rank, groups)  # the ranks exchange: before what one of them may refuse
+        hidden, rows = checked_inputs()
+        head.check(hidden, rows.position, "rows")
         rows = rows.live()
-        check_targets("labels", rows.target, shard.vocab_size if shard else head.shape[0])
-        check_positions(rows.position, hidden.shape[0])
-        plan_with = partial(
-            HeadOptions.planned,
-            hidden,
-            head,
-            head_bias,
-            num_rows=len(rows),
-            largest_pair=rows.largest_pair,
-            needs=needs_grad(hidden, head if columns is None else columns, head_bias),
-            shard=shard,
-            **head_options,
-        )
+        head.check_values(hidden, rows.position, rows.target, "labels")
+        plan_with = partial(head.planned, hidden, len(rows), largest_pair=rows.largest_pair, **head_options)
         options = plan_with(schedule=schedule)
         # Groups of pairs would accumulate the gradient of the whole weight, and other ranks have other groups.
-        if options.plan.group_rows and (columns is not None or groups.sequence is not None):
+        if options.plan.group_rows and (head.columns is not None or groups.sequence is not None):
             options = plan_with(schedule="recompute")
-        return hidden, head, head_bias, columns, rows, options
+        return hidden, head, rows, options
 
-    hidden, weight, bias, columns, rows, options = groups.together(prepare, weight.device)
-    groups.agree({"num_pairs": rows.num_pairs, **facts_of(weight, len(rows), options)}, weight.device)
+    hidden, head, rows, options = groups.together(prepare, weight.device)
+    groups.agree({"num_pairs": rows.num_pairs, **facts_of(head.weight, len(rows), options)}, weight.device)
     if average_sequences:
         rows = averaged_over_sequences(rows, groups)
     counts = denominators(rows, nll_denominator, pair_denominator, groups)
     rows = rows.of_shard(options.shard)
     if options.plan.group_rows:
-        outputs = GroupedLoss.apply(hidden, weight, bias, rows, options, alpha, beta, counts)
+        outputs = GroupedLoss.apply(hidden, head.weight, head.bias, rows, options, alpha, beta, counts)
     else:
-        token_log_odds = TokenLogOdds.apply(hidden, weight, bias, rows.position, rows.target, options, columns)
+        token_log_odds = head.token_log_odds(hidden, rows.position, rows.target, options)
         dtype = accumulation_dtype(hidden.dtype)
         outputs = PairLossFunction.apply(token_log_odds, rows, alpha, beta, counts, options.ops, dtype, groups.sequence)
     return ORPOOutput(*outputs)
-
-
-def _check(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    rows: Rows,
-    nll_denominator: int | Tensor | None,
-    pair_denominator: int | Tensor | None,
-    head_options: dict[str, Any],
-) -> None:
-    check_head(hidden, weight, bias)
-    check_options(*(head_options[name] for name in ("logit_scale", "logit_softcap", "sparse_eps")))
-    check_denominator("nll_denominator", nll_denominator)
-    check_denominator("pair_denominator", pair_denominator)
-    check_same_device("hidden", hidden, "rows", rows.position)
-
-
-def extended(weight: Tensor, low_rank: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The weight with the columns of `low_rank`, and those again if they alone are to get a gradient."""
-    if low_rank.dim() != 2 or low_rank.shape[0] != weight.shape[0]:
-        raise ValueError(
-            f"low_rank has shape {tuple(low_rank.shape)}, but weight {tuple(weight.shape)} asks for "
-            f"({weight.shape[0]}, r)"
-        )
-    check_same_device("weight", weight, "low_rank", low_rank)
-    columns = low_rank.to(weight.dtype)
-    extended = torch.cat((weight, columns), dim=1)
-    if weight.requires_grad or torch.compiler.is_compiling():
-        return extended, None
-    return extended.detach(), columns
 
 
 class ORPOLoss(nn.Module):

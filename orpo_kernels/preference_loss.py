@@ -8,13 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .autograd import TokenLogOdds
-from .checks import check_denominator, check_head, check_options, check_positions, check_same_device, check_targets
-from .loss import extended, orpo_loss_from_rows
+from .checks import check_denominator
+from .head import Head
+from .loss import orpo_loss_from_rows
 from .methods import ORPO, Answers, Method
-from .objective import denominators, reciprocal, segment_sum
+from .objective import NO_GROUPS, denominators, reciprocal, segment_sum
 from .planning import accumulation_dtype
-from .projection import HeadOptions, needs_grad
 from .rows import Rows
 
 
@@ -149,28 +148,20 @@ def row_logps(
     """(R,) float64 log-probabilities of live rows, differentiable. Arguments as in `orpo_loss_from_rows`."""
     if hidden.dim() != 2:
         raise ValueError(f"hidden has shape {tuple(hidden.shape)}, it must be (N, H)")
-    columns = None
-    if low_rank is not None:
-        weight, columns = extended(weight, low_rank)
-    check_head(hidden, weight, bias)
-    check_options(logit_scale, logit_softcap, sparse_eps)
-    check_same_device("hidden", hidden, "rows", rows.position)
-    check_targets("labels", rows.target, weight.shape[0])
-    check_positions(rows.position, hidden.shape[0])
-    planned = HeadOptions.planned(
+    head = Head.local(weight, bias, low_rank, NO_GROUPS)
+    head.check(hidden, rows.position, "rows")
+    head.check_values(hidden, rows.position, rows.target, "labels")
+    options = head.planned(
         hidden,
-        weight,
-        bias,
-        num_rows=len(rows),
+        len(rows),
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
         schedule=schedule,
         memory_budget=memory_budget,
         backend=backend,
         sparse_eps=sparse_eps,
-        needs=needs_grad(hidden, weight if columns is None else columns, bias),
     )
-    return F.logsigmoid(TokenLogOdds.apply(hidden, weight, bias, rows.position, rows.target, planned, columns))
+    return F.logsigmoid(head.token_log_odds(hidden, rows.position, rows.target, options))
 
 
 def answers_of(logps: Tensor, rows: Rows) -> Answers:

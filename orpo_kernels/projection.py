@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from .checks import check_options
 from .gemm import WeightSlices, even_chunks, project
 from .ops import select
 from .parallel import Combination, Pending, VocabShard, combine, nearest
@@ -59,7 +60,10 @@ class HeadOptions:
 
         dtype, needs: `operand_dtype` and `needs_grad` of the tensors, unless they were asked before.
         shard: all ranks plan for the largest shard, and so take the same chunks.
+
+        Raises `ValueError` for options that make no sense, and as `plan`.
         """
+        check_options(logit_scale, logit_softcap, sparse_eps)
         dtype = dtype or operand_dtype(hidden)
         needs_hidden, needs_weight, needs_bias = needs or needs_grad(hidden, weight, bias)
         call = plan(

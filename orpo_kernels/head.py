@@ -1,0 +1,90 @@
+"""The lm-head of one call, as this process holds it: what every loss here begins with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .autograd import TokenLogOdds
+from .checks import check_head, check_positions, check_same_device, check_targets
+from .parallel import Groups, VocabShard, local_head
+from .projection import HeadOptions, needs_grad
+
+
+@dataclass(frozen=True)
+class Head:
+    """
+    Attributes:
+        weight: (V, H), of a shard its rows alone; with the columns of `low_rank` behind its own, if there are any.
+        bias: (V,) or None.
+        columns: (V, r) those of `low_rank` again, where they alone are to get a gradient; else None.
+        shard: which rows of the whole lm-head these are, where other ranks hold the rest; else None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    columns: Tensor | None
+    shard: VocabShard | None
+
+    @classmethod
+    def local(cls, weight: Tensor, bias: Tensor | None, low_rank: Tensor | None, groups: Groups) -> Head:
+        """The head of a call's arguments. The ranks exchange here: before anything that one of them may refuse."""
+        local, bias, columns = (local_head(tensor, groups.vocab) for tensor in (weight, bias, low_rank))
+        assert local is not None
+        shard = VocabShard.of(groups.vocab, local) if groups.vocab is not None else None
+        if columns is not None:
+            local, columns = _extended(local, columns)
+        return cls(local, bias, columns, shard)
+
+    @property
+    def vocab_size(self) -> int:
+        """Of the whole lm-head."""
+        return self.shard.vocab_size if self.shard else self.weight.shape[0]
+
+    def check(self, hidden: Tensor, position: Tensor, name: str) -> None:
+        """What shapes, dtypes and devices tell. `name` is what errors call the rows' tensors."""
+        check_head(hidden, self.weight, self.bias)
+        check_same_device("hidden", hidden, name, position)
+
+    def check_values(self, hidden: Tensor, position: Tensor, target: Tensor, name: str) -> None:
+        """hidden (N, H), position and target (R,). `name` is what errors call the targets."""
+        check_targets(name, target, self.vocab_size)
+        check_positions(position, hidden.shape[0])
+
+    def planned(
+        self, hidden: Tensor, num_rows: int, largest_pair: Callable[[], int] | None = None, **options: Any
+    ) -> HeadOptions:
+        """How to compute so many rows. options: logit_scale, logit_softcap, schedule, memory_budget, backend, ..."""
+        return HeadOptions.planned(
+            hidden,
+            self.weight,
+            self.bias,
+            num_rows=num_rows,
+            largest_pair=largest_pair,
+            needs=needs_grad(hidden, self.weight if self.columns is None else self.columns, self.bias),
+            shard=self.shard,
+            **options,
+        )
+
+    def token_log_odds(self, hidden: Tensor, position: Tensor, target: Tensor, options: HeadOptions) -> Tensor:
+        """(R,) float64 log-odds of the targets, differentiable; of a shard, targets minus its start."""
+        return TokenLogOdds.apply(hidden, self.weight, self.bias, position, target, options, self.columns)
+
+
+def _extended(weight: Tensor, low_rank: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The weight with the columns of `low_rank`, and those again if they alone are to get a gradient."""
+    if low_rank.dim() != 2 or low_rank.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"low_rank has shape {tuple(low_rank.shape)}, but weight {tuple(weight.shape)} asks for "
+            f"({weight.shape[0]}, r)"
+        )
+    check_same_device("weight", weight, "low_rank", low_rank)
+    columns = low_rank.to(weight.dtype)
+    extended = torch.cat((weight, columns), dim=1)
+    if weight.requires_grad or torch.compiler.is_compiling():
+        return extended, None
+    return extended.detach(), columns
