@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 DEFAULTS = {M_MMAP_MAX: 65536, M_TRIM_THRESHOLD: 128 * 1024}
+ONLY_GLIBC = "only glibc's malloc can be told to keep its pages, and this process runs on another libc"
 
 
 def available() -> bool:
@@ -29,7 +30,7 @@ def kept_pages() -> Iterator[None]:
         RuntimeError: another libc than glibc.
     """
     if not available():
-        raise RuntimeError("only glibc's malloc can be told to keep its pages, and this process runs on another libc")
+        raise RuntimeError(ONLY_GLIBC)
     libc = ctypes.CDLL(None)
     libc.mallopt(M_MMAP_MAX, 0)  # large blocks come from the heap, like small ones,
     libc.mallopt(M_TRIM_THRESHOLD, -1)  # whose end is never cut off

@@ -21,17 +21,20 @@ TITLES = {"evaluation": "no gradient", "frozen": "head frozen", "trained": "head
 SAME_PROCESS = 0.98  # of our resident bytes: more is the same
 MORE_ACCURATE = 0.95  # a gradient error below this times ours: less is the order of the sums
 
+# Why somebody is ahead of us, where somebody is.
+SAME_PRODUCTS = "given the rows that matter alone, it has the same products as we, and they are most of the time"
+SMALLER_CHUNKS = (
+    f"logits of {NATIVE_ROWS} rows at a time; ours of up to {CHUNK_ROWS['cpu']} on a CPU in fp32, which is faster"
+)
+ROUNDED_TWICE = (
+    "we round the residual's product with the weight, and again once the row's coefficient is in it, which is known "
+    "only when both answers of a pair are; theirs is in the gradient of the logits"
+)
 ANYBODY = ""
-# Why somebody is ahead of us, where somebody is: (in what, who).
-REASONS = {
-    ("time", "CCE"): "given the rows that matter alone, it has the same products as we, and they are most of the time",
-    ("memory", "torch native"): f"logits of {NATIVE_ROWS} rows at a time; ours of up to {CHUNK_ROWS['cpu']} on a CPU "
-    "in fp32, which is faster",
-    (
-        "accuracy of the hidden",
-        ANYBODY,
-    ): "we round the residual's product with the weight, and again once the row's coefficient is "
-    "in it, which is known only when both answers of a pair are; theirs is in the gradient of the logits",
+REASONS = {  # (in what, who): why
+    ("time", "CCE"): SAME_PRODUCTS,
+    ("memory", "torch native"): SMALLER_CHUNKS,
+    ("accuracy of the hidden", ANYBODY): ROUNDED_TWICE,
 }
 
 

