@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from contextlib import nullcontext
 from typing import Any
 
@@ -20,7 +21,7 @@ def table(title: str, *columns: str) -> Table:
 
 
 class Output:
-    """Where a command says things: to people, or (`--json`) to a machine.
+    """Where a command says things: to people, or (`--json`) to a machine. Of several processes the first one speaks.
 
     Attributes:
         as_json: whether stdout is for one JSON object alone.
@@ -29,7 +30,8 @@ class Output:
 
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
-        self.console = Console(stderr=as_json, highlight=False)
+        self.is_first = int(os.environ.get("RANK", "0")) == 0
+        self.console = Console(stderr=as_json, highlight=False, quiet=not self.is_first)
 
     def waiting(self, for_what: str) -> Any:
         """A spinner while the block runs."""
@@ -37,14 +39,14 @@ class Output:
 
     def result(self, record: dict[str, Any], *renderables: Any) -> None:
         """The outcome: `record` as JSON, or else `renderables` (rich's, or text)."""
-        if self.as_json:
+        if self.as_json and self.is_first:
             print(json.dumps(record, ensure_ascii=False, allow_nan=False, default=str), flush=True)
-        else:
+        elif not self.as_json:
             for renderable in renderables:
                 self.console.print(renderable, soft_wrap=isinstance(renderable, str), markup=False)
 
     def error(self, message: str) -> None:
         """A sentence for stderr; for a machine also an object with the key "error"."""
-        if self.as_json:
+        if self.as_json and self.is_first:
             print(json.dumps({"error": message}, ensure_ascii=False), flush=True)
         Console(stderr=True, highlight=False).print(f"[bold red]Error:[/] {escape(message)}", soft_wrap=True)

@@ -30,6 +30,7 @@ def sweep(settings: SweepSettings, output: Output) -> None:
     """
     with output.waiting("Loading torch and transformers …"):
         from ..finetuning import search
+        from ..finetuning.processes import part
     points = search.sweep(settings, output.console)
     best = search.winner(points)
     again = shlex.join(search.command_line(settings, best))
@@ -40,6 +41,7 @@ def sweep(settings: SweepSettings, output: Output) -> None:
         "plot": str(settings.output / "sweep.png"),
     }
     output.result(record, _table(points, best), f"The winner's command line:\n{again}\nPlot: {record['plot']}")
+    part()
 
 
 def _table(points: list[Point], best: Point) -> Any:

@@ -23,12 +23,14 @@ def train(settings: TrainSettings, output: Output) -> None:
     """
     with output.waiting("Loading torch and transformers …"):
         from ..finetuning.fit import fit
+        from ..finetuning.processes import part
     try:
         summary = fit(settings, output.console)
     except KeyboardInterrupt:
         output.console.print(f"Interrupted. {_how_to_go_on(settings)}", markup=False, soft_wrap=True)
         raise
     output.result(summary, *_told(summary))
+    part()
 
 
 def _how_to_go_on(settings: TrainSettings) -> str:

@@ -21,6 +21,7 @@ from ..methods import METHODS
 from ..transformers import TokenizedPair
 from . import plots
 from .folder import RunFolder, write_whole
+from .processes import check_alone
 from .scoring import intervals, score
 from .settings import CompareSettings, TrainSettings, train_arguments
 from .setup import compute_dtype, load_model, load_split, load_tokenizer
@@ -63,6 +64,7 @@ def compare(settings: CompareSettings, console: Console) -> list[Outcome]:
 
     Raises `UserError` as `fit` does, and if nothing is held out.
     """
+    check_alone("compare")
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     tokenizer = load_tokenizer(settings.model)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -18,12 +17,14 @@ from rich.console import Console
 from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback, is_tensorboard_available
 
+from ..data import Problem
 from ..errors import UserError
 from ..methods import method_named
 from ..transformers import PreferenceCollator, TokenizedPair
 from ..transformers.trainer import PreferenceTrainer
 from . import plots
-from .folder import RunFolder, step_of, whole_folder, write_whole
+from .folder import RunFolder, processes_of, step_of, whole_folder, write_whole
+from .processes import processes
 from .progress import ProgressBar, Recorder
 from .settings import TrainSettings
 from .setup import compute_dtype, load_model, load_split, load_tokenizer, with_adapters
@@ -69,38 +70,38 @@ def fit(settings: TrainSettings, console: Console, keep: Callable[[Trained], Non
 
     Raises `UserError` for what cannot be trained, and for a folder that holds another run.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("This trains in one process, on one GPU; start it without torchrun or accelerate launch.")
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    state = processes()
     folder = RunFolder(settings.output)
     _check_is_ours(folder, settings)
+    state.wait_for_everyone()  # until all have looked, before anybody writes
     if (summary := folder.finished()) is not None:
         console.print(f"The run in {settings.output} is finished already.", markup=False)
         folder.clean()
         return summary
 
-    checkpoint = folder.latest_checkpoint()
-    folder.rewind(step_of(checkpoint) if checkpoint else -1)
+    with state.main_process_first():
+        checkpoint = _checkpoint_to_go_on_from(folder)
     if checkpoint:
         console.print(f"Going on behind step {step_of(checkpoint)}.")
     tokenizer = load_tokenizer(settings.model)
     pairs, training, held_out = load_split(settings, tokenizer, console)
     recorder = Recorder(folder)
     trainer = _trainer(settings, folder, tokenizer, training, held_out, [recorder, *_tensorboard(folder)])
-    # From here on the folder holds a run. (What cannot even begin does not stand in the way of the next try.)
-    write_whole(folder.settings, yaml.safe_dump(_plain(settings), sort_keys=False, allow_unicode=True))
-    problems = pairs.preferences.problems
-    write_whole(folder.problems, "".join(json.dumps(dataclasses.asdict(problem)) + "\n" for problem in problems))
+    if state.is_main_process:
+        _begin(folder, settings, pairs.preferences.problems)
     with ProgressBar(console, recorder, trainer.args.max_steps) as bar:
         trainer.add_callback(bar)
         _run(trainer, folder, checkpoint)
-    keep(Trained(trainer.model, tokenizer, held_out, folder, settings))
-    plots.curves(folder.metrics.read(), folder.evaluations.read(), folder.curves)
-    counts = {"pairs": len(training), "held_out": len(held_out), "problems": len(problems)}
-    summary = _summary(settings, folder, counts) | {"reference_seconds": round(trainer.reference_seconds, 3)}
-    write_whole(folder.summary, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    if state.is_main_process:
+        keep(Trained(trainer.model, tokenizer, held_out, folder, settings))
+        counts = {"pairs": len(training), "held_out": len(held_out), "problems": len(pairs.preferences.problems)}
+        _end(folder, settings, counts, trainer.reference_seconds)
+    state.wait_for_everyone()
     folder.clean()
+    summary = folder.finished()
+    assert summary is not None
     return summary
 
 
@@ -125,6 +126,33 @@ def _check_is_ours(folder: RunFolder, settings: TrainSettings) -> None:
             )
 
 
+def _checkpoint_to_go_on_from(folder: RunFolder) -> Path | None:
+    """The latest one; what was logged behind it is forgotten."""
+    state, checkpoint = processes(), folder.latest_checkpoint()
+    if state.is_main_process:
+        folder.rewind(step_of(checkpoint) if checkpoint else -1)
+    if checkpoint is not None and (count := processes_of(checkpoint)) != state.num_processes:
+        raise UserError(
+            f"The run in {folder.path} was started with {count} processes and would go on with {state.num_processes}, "
+            f"whose steps are others: launch {count}, or choose another --output."
+        )
+    return checkpoint
+
+
+def _begin(folder: RunFolder, settings: TrainSettings, problems: Sequence[Problem]) -> None:
+    """From here on the folder holds a run. (What cannot even begin does not stand in the way of the next try.)"""
+    write_whole(folder.settings, yaml.safe_dump(_plain(settings), sort_keys=False, allow_unicode=True))
+    lines = (json.dumps(dataclasses.asdict(problem)) + "\n" for problem in problems)
+    write_whole(folder.problems, "".join(lines))
+
+
+def _end(folder: RunFolder, settings: TrainSettings, counts: dict[str, int], reference_seconds: float) -> None:
+    """With its summary the run is finished."""
+    plots.curves(folder.metrics.read(), folder.evaluations.read(), folder.curves)
+    summary = {**_summary(settings, folder, counts), "reference_seconds": round(reference_seconds, 3)}
+    write_whole(folder.summary, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+
+
 def _plain(settings: TrainSettings) -> dict[str, Any]:
     """What a configuration file takes."""
     values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(TrainSettings)}
@@ -145,6 +173,7 @@ def _summary(settings: TrainSettings, folder: RunFolder, counts: dict[str, int])
         "beta": method_named(settings.method, beta=settings.beta).beta,
         "lr": settings.peak_lr,
         **counts,
+        "processes": processes().num_processes,
         "steps": len(steps),
         "seconds": round(seconds, 3),
         "tokens_per_second": round(tokens / seconds, 1),
@@ -191,7 +220,8 @@ def _trainer(
 def _arguments(settings: TrainSettings, folder: RunFolder, pairs: int, has_held_out: bool) -> TrainingArguments:
     # transformers means to rename it, and warns whenever it is given.
     checkpointing = {"gradient_checkpointing": True} if settings.gradient_checkpointing else {}
-    steps = settings.max_steps or settings.epochs * ceil(ceil(pairs / settings.batch_size) / settings.grad_accum)
+    batches = ceil(pairs / (settings.batch_size * processes().num_processes))  # of each process
+    steps = settings.max_steps or settings.epochs * ceil(batches / settings.grad_accum)
     return TrainingArguments(
         output_dir=str(folder.checkpoints),
         max_steps=steps,
@@ -221,7 +251,7 @@ def _arguments(settings: TrainSettings, folder: RunFolder, pairs: int, has_held_
 
 
 def _tensorboard(folder: RunFolder) -> list[Any]:
-    if not is_tensorboard_available():
+    if not is_tensorboard_available() or not processes().is_main_process:
         return []
     from torch.utils.tensorboard import SummaryWriter
 
@@ -239,6 +269,7 @@ def _run(trainer: PreferenceTrainer, folder: RunFolder, checkpoint: Path | None)
             trainer.state.global_step = trainer.args.max_steps
         else:
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        processes().wait_for_everyone()  # until the first one has logged
         if evaluates and folder.evaluations.read()[-1]["step"] < trainer.state.global_step:
             trainer.evaluate()
     except torch.OutOfMemoryError as error:

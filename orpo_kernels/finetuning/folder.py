@@ -4,7 +4,7 @@
     problems.jsonl      rows of the data that could not be used, and why
     metrics.jsonl       a line per optimizer step
     evaluations.jsonl   a line per evaluation on the held-out pairs
-    checkpoints/        the latest two, each with the file `complete` once it is
+    checkpoints/        the latest two, each with the file `complete` (by how many processes) once it is
     model/, merged/     the result
     scores.json         of a run of a sweep, in place of a model: how it rates each held-out pair
     curves.png, summary.json, tensorboard/
@@ -78,10 +78,15 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def mark_complete(checkpoint: Path) -> None:
-    """To be called when all of a checkpoint is written."""
+def mark_complete(checkpoint: Path, processes: int = 1) -> None:
+    """To be called when all of a checkpoint is written, by so many processes."""
     _sync_tree(checkpoint)
-    write_whole(checkpoint / COMPLETE, "")
+    write_whole(checkpoint / COMPLETE, str(processes))
+
+
+def processes_of(checkpoint: Path) -> int:
+    """By how many processes a complete checkpoint was written."""
+    return int((checkpoint / COMPLETE).read_text())
 
 
 class JsonLines:

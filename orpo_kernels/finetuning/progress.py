@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 
 from ..errors import UserError
 from .folder import RunFolder, mark_complete
+from .processes import processes
 
 SHOWN_OVER = 10  # steps; one batch's accuracy is a handful of coin flips
 # Our names of what the trainer logs; or_loss is the negative of what it logs.
@@ -35,9 +36,12 @@ LOGGED = {
 class Recorder(TrainerCallback):
     """Appends a record to the metrics for each step, and one to the evaluations for each of those; marks checkpoints.
 
+    Of several processes the first one writes.
+
     A step's record: step, epoch, loss, nll_loss, or_loss, log_odds, accuracy, chosen_logps, rejected_logps (means over
     the step's pairs, None where no pair has both answers), grad_norm, lr, seconds, tokens (that ran through the model,
-    padding included), tokens_per_second, memory_bytes (the peak so far: of the GPU, or of the process).
+    padding included, in all processes), tokens_per_second, memory_bytes (the peak so far: of the GPU, or of the
+    process).
     """
 
     def __init__(self, folder: RunFolder) -> None:
@@ -57,12 +61,15 @@ class Recorder(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         if "loss" in logs:
             self.latest = self._step(state, logs)
-            self.folder.metrics.append(self.latest)
-        elif "eval_loss" in logs:
+            if state.is_world_process_zero:
+                self.folder.metrics.append(self.latest)
+        elif "eval_loss" in logs and state.is_world_process_zero:
             self.folder.evaluations.append({"step": state.global_step, **renamed(logs, "eval_")})
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        mark_complete(self.folder.checkpoints / f"checkpoint-{state.global_step}")
+        processes().wait_for_everyone()  # each writes the state of its random numbers
+        if state.is_world_process_zero:
+            mark_complete(self.folder.checkpoints / f"checkpoint-{state.global_step}", processes().num_processes)
 
     def _step(self, state: Any, logs: dict[str, float]) -> dict[str, Any]:
         if not math.isfinite(logs["loss"]):

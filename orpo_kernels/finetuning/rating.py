@@ -16,6 +16,7 @@ from ..errors import UserError
 from ..transformers import TokenizedPair
 from . import plots
 from .folder import write_whole
+from .processes import check_alone
 from .scoring import Scores, intervals, score
 from .settings import EvaluateSettings
 from .setup import compute_dtype, load_model, load_pairs, load_tokenizer
@@ -30,7 +31,10 @@ def rate(settings: EvaluateSettings, console: Console) -> dict[str, Any]:
     Returns:
         The number of pairs; `models`, the metrics of each by its name; `difference`, those of the model minus those of
         `against`, or None. Each metric is a value with the low and high end of its 95 % interval.
+
+    Raises `UserError` for what cannot be evaluated.
     """
+    check_alone("evaluate")
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     names = list(dict.fromkeys(filter(None, (settings.model, settings.against))))

@@ -20,6 +20,7 @@ from ..errors import UserError
 from . import plots
 from .fit import Trained, fit
 from .folder import RunFolder, write_whole
+from .processes import processes
 from .scoring import Scores, intervals, score
 from .settings import SweepSettings, TrainSettings, train_arguments
 from .setup import compute_dtype
@@ -70,7 +71,8 @@ def sweep(settings: SweepSettings, console: Console) -> list[Point]:
         gc.collect()  # the model, before the next one is loaded
         runs.append((summary, _scores(RunFolder(output))))
         points = side_by_side(runs, settings.seed)
-        _write(points, settings.output)
+        if processes().is_main_process:
+            _write(points, settings.output)
     return points
 
 

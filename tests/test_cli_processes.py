@@ -1,0 +1,106 @@
+"""`orpo-kernels` under torchrun: two processes on the CPU, which meet by gloo."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+pytest.importorskip("typer")
+pytest.importorskip("matplotlib")
+
+from orpo_kernels.finetuning.folder import COMPLETE
+
+from .test_cli import assert_same_run, records
+from .training import chat_examples, tiny, tokenizer
+
+ALONE = (sys.executable, "-m", "orpo_kernels")
+TWO = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "orpo_kernels")
+FAST = ("--lr", "1e-3", "--eval-split", "4", "--max-length", "64")
+PATIENCE = 120  # seconds until a process that waits for another for ever is given up
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> tuple[str, str]:
+    """A model without dropout, whose random numbers are each process's own, and twenty pairs."""
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny(initializer_range=0.02).save_pretrained(folder / "model")
+    tokenizer().save_pretrained(folder / "model")
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chat_examples(20)))
+    return str(folder / "model"), str(folder / "pairs.jsonl")
+
+
+def start(launcher: tuple[str, ...], *arguments: Any) -> subprocess.Popen:
+    command = [*launcher, *map(str, arguments), "--json"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    root, pipe = Path(__file__).parents[1], subprocess.PIPE
+    return subprocess.Popen(
+        command, cwd=root, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    )
+
+
+def run(launcher: tuple[str, ...], *arguments: Any, fails: bool = False) -> dict[str, Any]:
+    """The one JSON object on stdout, whatever number of processes there is."""
+    process = start(launcher, *arguments)
+    try:
+        out, err = process.communicate(timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert (process.returncode != 0) == fails, err
+    return json.loads(out)
+
+
+def test_two_processes_are_one_with_batches_twice_as_large(inputs, tmp_path):
+    """Eight steps: what each says of itself, and the model that is left."""
+    alone = run(ALONE, "train", *inputs, *FAST, "--epochs", 2, "--batch-size", 4, "--output", tmp_path / "alone")
+    two = run(TWO, "train", *inputs, *FAST, "--epochs", 2, "--batch-size", 2, "--output", tmp_path / "two")
+    assert (alone["processes"], two["processes"]) == (1, 2)
+    assert alone["steps"] == two["steps"] == 8
+    for name in ("accuracy", "log_odds"):
+        assert two["after"][name] == pytest.approx(alone["after"][name], rel=1e-4)
+    for ours, theirs in zip(records(tmp_path / "two"), records(tmp_path / "alone"), strict=True):
+        for name in ("loss", "nll_loss", "or_loss", "log_odds", "accuracy", "grad_norm", "lr"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), (ours["step"], name)
+
+
+@pytest.mark.slow
+def test_two_killed_processes_go_on(inputs, tmp_path):
+    arguments = ("train", *inputs, *FAST, "--epochs", 4, "--batch-size", 2, "--save-every", 1)
+    run(TWO, *arguments, "--output", tmp_path / "whole")
+    folder = tmp_path / "killed"
+    process = start(TWO, *arguments, "--output", folder)
+    while process.poll() is None and len(list(folder.glob(f"checkpoints/*/{COMPLETE}"))) < 2:
+        time.sleep(0.01)
+    assert process.poll() is None, "it was finished before it could be killed"
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    said = run(ALONE, *arguments, "--output", folder, "--resume", fails=True)
+    assert "was started with 2 processes and would go on with 1" in said["error"]
+    run(TWO, *arguments, "--output", folder, "--resume")
+    assert_same_run(folder, tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_sweep_by_two_processes(inputs, tmp_path):
+    arguments = ("sweep", *inputs, *FAST, "--max-steps", 2, "--betas", "0,1", "--output")
+    alone = run(ALONE, *arguments, tmp_path / "alone", "--batch-size", 4)
+    two = run(TWO, *arguments, tmp_path / "two", "--batch-size", 2)
+    for ours, theirs in zip(two["points"], alone["points"], strict=True):
+        assert ours["nll"] == pytest.approx(theirs["nll"], rel=1e-5)
+    assert json.loads((tmp_path / "two" / "sweep.json").read_text())["points"] == two["points"]
+
+
+def test_what_runs_in_one_process_says_so(inputs, tmp_path):
+    for command in ("evaluate", "compare"):
+        said = run(TWO, command, *inputs, "--output", tmp_path, fails=True)
+        assert f"{command} runs in one process: start it without torchrun" in said["error"]
