@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 pytest.importorskip("typer")
 pytest.importorskip("matplotlib")
+psutil = pytest.importorskip("psutil")
 
 from orpo_kernels.finetuning.folder import COMPLETE
 
@@ -43,9 +43,14 @@ def start(launcher: tuple[str, ...], *arguments: Any) -> subprocess.Popen:
     command = [*launcher, *map(str, arguments), "--json"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     root, pipe = Path(__file__).parents[1], subprocess.PIPE
-    return subprocess.Popen(
-        command, cwd=root, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
-    )
+    return subprocess.Popen(command, cwd=root, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def kill(launcher: subprocess.Popen) -> None:
+    """The launcher and, which outlive it, those that it has launched."""
+    for process in (*psutil.Process(launcher.pid).children(recursive=True), launcher):
+        process.kill()
+    launcher.communicate()
 
 
 def run(launcher: tuple[str, ...], *arguments: Any, fails: bool = False) -> dict[str, Any]:
@@ -54,7 +59,7 @@ def run(launcher: tuple[str, ...], *arguments: Any, fails: bool = False) -> dict
     try:
         out, err = process.communicate(timeout=PATIENCE)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        kill(process)
         raise
     assert (process.returncode != 0) == fails, err
     return json.loads(out)
@@ -82,8 +87,7 @@ def test_two_killed_processes_go_on(inputs, tmp_path):
     while process.poll() is None and len(list(folder.glob(f"checkpoints/*/{COMPLETE}"))) < 2:
         time.sleep(0.01)
     assert process.poll() is None, "it was finished before it could be killed"
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    kill(process)
     said = run(ALONE, *arguments, "--output", folder, "--resume", fails=True)
     assert "was started with 2 processes and would go on with 1" in said["error"]
     run(TWO, *arguments, "--output", folder, "--resume")
