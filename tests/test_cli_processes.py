@@ -16,7 +16,9 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 pytest.importorskip("typer")
 pytest.importorskip("matplotlib")
-psutil = pytest.importorskip("psutil")
+pytest.importorskip("psutil")
+
+import psutil
 
 from orpo_kernels.finetuning.folder import COMPLETE
 
