@@ -20,6 +20,10 @@ def train(settings: TrainSettings, output: Output) -> None:
         orpo-kernels train HuggingFaceTB/SmolLM2-135M-Instruct pairs.jsonl --output runs/first
 
     Into the run folder go settings, metrics, curves and the model. A run that was stopped goes on with --resume.
+
+    On several GPUs:
+
+        torchrun --nproc-per-node 4 -m orpo_kernels train MODEL DATA
     """
     with output.waiting("Loading torch and transformers …"):
         from ..finetuning.fit import fit
