@@ -30,7 +30,7 @@ def sweep(settings: SweepSettings, output: Output) -> None:
     """
     with output.waiting("Loading torch and transformers …"):
         from ..finetuning import search
-        from ..finetuning.processes import part
+        from ..finetuning.processes import leave
     points = search.sweep(settings, output.console)
     best = search.winner(points)
     again = shlex.join(search.command_line(settings, best))
@@ -41,7 +41,7 @@ def sweep(settings: SweepSettings, output: Output) -> None:
         "plot": str(settings.output / "sweep.png"),
     }
     output.result(record, _table(points, best), f"The winner's command line:\n{again}\nPlot: {record['plot']}")
-    part()
+    leave()
 
 
 def _table(points: list[Point], best: Point) -> Any:

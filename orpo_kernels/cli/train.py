@@ -27,14 +27,14 @@ def train(settings: TrainSettings, output: Output) -> None:
     """
     with output.waiting("Loading torch and transformers …"):
         from ..finetuning.fit import fit
-        from ..finetuning.processes import part
+        from ..finetuning.processes import leave
     try:
         summary = fit(settings, output.console)
     except KeyboardInterrupt:
         output.console.print(f"Interrupted. {_how_to_go_on(settings)}", markup=False, soft_wrap=True)
         raise
     output.result(summary, *_told(summary))
-    part()
+    leave()
 
 
 def _how_to_go_on(settings: TrainSettings) -> str:

@@ -82,8 +82,11 @@ def fit(settings: TrainSettings, console: Console, keep: Callable[[Trained], Non
         return summary
 
     with state.main_process_first():
-        checkpoint = _checkpoint_to_go_on_from(folder)
+        checkpoint = folder.latest_checkpoint()
+        if state.is_main_process:
+            folder.rewind(step_of(checkpoint) if checkpoint else -1)
     if checkpoint:
+        _check_processes(folder, checkpoint)
         console.print(f"Going on behind step {step_of(checkpoint)}.")
     tokenizer = load_tokenizer(settings.model)
     pairs, training, held_out = load_split(settings, tokenizer, console)
@@ -126,17 +129,13 @@ def _check_is_ours(folder: RunFolder, settings: TrainSettings) -> None:
             )
 
 
-def _checkpoint_to_go_on_from(folder: RunFolder) -> Path | None:
-    """The latest one; what was logged behind it is forgotten."""
-    state, checkpoint = processes(), folder.latest_checkpoint()
-    if state.is_main_process:
-        folder.rewind(step_of(checkpoint) if checkpoint else -1)
-    if checkpoint is not None and (count := processes_of(checkpoint)) != state.num_processes:
+def _check_processes(folder: RunFolder, checkpoint: Path) -> None:
+    began, now = processes_of(checkpoint), processes().num_processes
+    if began != now:
         raise UserError(
-            f"The run in {folder.path} was started with {count} processes and would go on with {state.num_processes}, "
-            f"whose steps are others: launch {count}, or choose another --output."
+            f"The run in {folder.path} was started with {began} processes and would go on with {now}, whose steps are "
+            f"others: launch {began}, or choose another --output."
         )
-    return checkpoint
 
 
 def _begin(folder: RunFolder, settings: TrainSettings, problems: Sequence[Problem]) -> None:

@@ -27,7 +27,7 @@ def check_alone(command: str) -> None:
         raise UserError(f"{command} runs in one process: start it without torchrun or accelerate launch.")
 
 
-def part() -> None:
+def leave() -> None:
     """To be called at the end: one that leaves early makes the others fail."""
     state = processes()
     if state.num_processes > 1:
