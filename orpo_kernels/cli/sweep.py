@@ -45,12 +45,14 @@ def sweep(settings: SweepSettings, output: Output) -> None:
 
 
 def _table(points: list[Point], best: Point) -> Any:
-    title = f"{best.held_out} held-out pairs, after training (differences to the least lambda, with 95 % intervals)"
-    shown = table(title, "lambda", "learning rate", *(title for title, _, _ in SHOWN.values()), "seconds")
+    title = (
+        f"{best.held_out} held-out pairs, after training (and differences to the least lambda, 95 % intervals below)"
+    )
+    shown = table(title, "lambda", "lr", *(title for title, _, _ in SHOWN.values()))
+    shown.min_width = None  # a narrow table under a long title
     for point in points:
         cells = [_cell(point, name, form, signed) for name, (_, form, signed) in SHOWN.items()]
-        style = "bold" if point is best else ""
-        shown.add_row(f"{point.beta:g}", f"{point.lr:g}", *cells, f"{point.seconds:.0f}", style=style)
+        shown.add_row(f"{point.beta:g}", f"{point.lr:g}", *cells, style="bold" if point is best else "")
     return shown
 
 
@@ -58,5 +60,5 @@ def _cell(point: Point, name: str, form: str, signed: str) -> str:
     value = form.format(getattr(point, name))
     if point.difference is None:
         return value
-    of = point.difference[name]
-    return f"{value}\n{signed.format(of['value'])} ({signed.format(of['low'])} to {signed.format(of['high'])})"
+    of, low, high = (signed.format(point.difference[name][end]) for end in ("value", "low", "high"))
+    return f"{value} ({of})\n{low} to {high}"
