@@ -17,7 +17,8 @@ from .projection import HeadOptions, needs_grad
 
 @dataclass(frozen=True)
 class Head:
-    """
+    """What rows of hidden states are multiplied by.
+
     Attributes:
         weight: (V, H), of a shard its rows alone; with the columns of `low_rank` behind its own, if there are any.
         bias: (V,) or None.

@@ -68,7 +68,7 @@ def run(launcher: tuple[str, ...], *arguments: Any, fails: bool = False) -> dict
 
 
 def test_two_processes_are_one_with_batches_twice_as_large(inputs, tmp_path):
-    """Eight steps: what each says of itself, and the model that is left."""
+    """Eight steps, each with the same loss and metrics and the same norm of the gradient."""
     alone = run(ALONE, "train", *inputs, *FAST, "--epochs", 2, "--batch-size", 4, "--output", tmp_path / "alone")
     two = run(TWO, "train", *inputs, *FAST, "--epochs", 2, "--batch-size", 2, "--output", tmp_path / "two")
     assert (alone["processes"], two["processes"]) == (1, 2)

@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from ..finetuning.settings import CompareSettings
-from .console import Output
+from .console import Output, interval
 from .flags import command
 
 if TYPE_CHECKING:
@@ -46,9 +46,9 @@ def _table(outcomes: list[Outcome]) -> Any:
         table.add_column(column, justify="left" if column == "method" else "right")
     for outcome in outcomes:
         cells = [
-            _interval(outcome.accuracy, "{:.1%}"),
-            _interval(outcome.log_odds, "{:+.3f}"),
-            _interval(outcome.nll, "{:.3f}"),
+            interval(outcome.accuracy, "{:.1%}"),
+            interval(outcome.log_odds, "{:+.3f}"),
+            interval(outcome.nll, "{:.3f}"),
         ]
         if outcome.steps:
             cells += [
@@ -60,7 +60,3 @@ def _table(outcomes: list[Outcome]) -> Any:
             ]
         table.add_row(outcome.method, *cells)
     return table
-
-
-def _interval(value: dict[str, float], form: str) -> str:
-    return f"{form.format(value['value'])}\n({form.format(value['low'])} to {form.format(value['high'])})"

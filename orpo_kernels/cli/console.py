@@ -20,6 +20,11 @@ def table(title: str, *columns: str) -> Table:
     return made
 
 
+def interval(value: dict[str, float], form: str) -> str:
+    """A cell: a value, and below it the low and high end of its interval."""
+    return f"{form.format(value['value'])}\n({form.format(value['low'])} to {form.format(value['high'])})"
+
+
 class Output:
     """Where a command says things: to people, or (`--json`) to a machine. Of several processes the first one speaks.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..finetuning.settings import EvaluateSettings
-from .console import Output, table
+from .console import Output, interval, table
 from .flags import command
 
 TITLES = {
@@ -35,12 +35,8 @@ def _table(record: dict[str, Any]) -> Any:
     difference = ["difference"] if record["difference"] else []
     shown = table(f"{record['pairs']} pairs (with 95 % intervals)", "", *record["models"], *difference)
     for metric, (title, form, signed) in TITLES.items():
-        cells = [_cell(values[metric], form) for values in record["models"].values()]
+        cells = [interval(values[metric], form) for values in record["models"].values()]
         if record["difference"]:
-            cells.append(_cell(record["difference"][metric], signed))
+            cells.append(interval(record["difference"][metric], signed))
         shown.add_row(title, *cells)
     return shown
-
-
-def _cell(value: dict[str, float], form: str) -> str:
-    return f"{form.format(value['value'])}\n({form.format(value['low'])} to {form.format(value['high'])})"

@@ -45,11 +45,8 @@ def sweep(settings: SweepSettings, output: Output) -> None:
 
 
 def _table(points: list[Point], best: Point) -> Any:
-    title = (
-        f"{best.held_out} held-out pairs, after training (and differences to the least lambda, 95 % intervals below)"
-    )
+    title = f"{best.held_out} held-out pairs; differences to the least lambda, 95 % intervals"
     shown = table(title, "lambda", "lr", *(title for title, _, _ in SHOWN.values()))
-    shown.min_width = None  # a narrow table under a long title
     for point in points:
         cells = [_cell(point, name, form, signed) for name, (_, form, signed) in SHOWN.items()]
         shown.add_row(f"{point.beta:g}", f"{point.lr:g}", *cells, style="bold" if point is best else "")

@@ -86,7 +86,7 @@ def mark_complete(checkpoint: Path, processes: int = 1) -> None:
 
 def processes_of(checkpoint: Path) -> int:
     """By how many processes a complete checkpoint was written."""
-    return int((checkpoint / COMPLETE).read_text())
+    return int((checkpoint / COMPLETE).read_text() or 1)  # runs that began before there could be several wrote nothing
 
 
 class JsonLines:

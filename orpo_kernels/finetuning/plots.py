@@ -70,9 +70,11 @@ def sweep(points: Sequence[Point], path: Path) -> None:
         for number, lr in enumerate(sorted({point.lr for point in points})):
             of_lr = sorted((point for point in points if point.lr == lr), key=lambda point: point.beta)
             at, values = [lambdas.index(point.beta) for point in of_lr], [getattr(point, name) for point in of_lr]
-            bars = list(zip(*(_bar(point, name) for point in of_lr), strict=True))
+            spreads = [_spread(point.difference[name]) if point.difference else (0.0, 0.0) for point in of_lr]
             label, color = f"learning rate {lr:g}", f"C{number}"
-            axis.errorbar(at, values, yerr=bars, marker="o", capsize=3, color=color, label=label)
+            axis.errorbar(
+                at, values, yerr=list(zip(*spreads, strict=True)), marker="o", capsize=3, color=color, label=label
+            )
             axis.axhline(values[0], color=color, linestyle="--", linewidth=1)
         axis.set_xticks(range(len(lambdas)), [f"{beta:g}" for beta in lambdas])
         axis.set_xlabel("lambda")
@@ -83,11 +85,8 @@ def sweep(points: Sequence[Point], path: Path) -> None:
     save(figure, path)
 
 
-def _bar(point: Point, name: str) -> tuple[float, float]:
-    """How far below and above the point its bar ends."""
-    if point.difference is None:
-        return 0.0, 0.0
-    of = point.difference[name]
+def _spread(of: dict[str, float]) -> tuple[float, float]:
+    """How far below and above a value its interval ends."""
     return of["value"] - of["low"], of["high"] - of["value"]
 
 
@@ -101,9 +100,10 @@ def comparison(outcomes: Sequence[Outcome], path: Path) -> None:
         axis.axhline(getattr(before, name)["value"], color="gray", linestyle="--", label="before training")
         for number, outcome in enumerate(methods):
             of = getattr(outcome, name)
-            spread = [[of["value"] - of["low"]], [of["high"] - of["value"]]]
-            at, color = outcome.seconds_per_step, f"C{number}"
-            axis.errorbar(at, of["value"], yerr=spread, fmt="o", capsize=3, color=color, label=outcome.method)
+            at, color, (below, above) = outcome.seconds_per_step, f"C{number}", _spread(of)
+            axis.errorbar(
+                at, of["value"], yerr=[[below], [above]], fmt="o", capsize=3, color=color, label=outcome.method
+            )
         axis.set_xlim(0, 1.1 * max(outcome.seconds_per_step for outcome in methods))
         axis.set_xlabel("seconds a step")
         axis.set_title(title)

@@ -100,7 +100,8 @@ def side_by_side(runs: Sequence[tuple[dict[str, Any], Scores]], seed: int = 0) -
     points = []
     for summary, scores in runs:
         least, base = min((run for run in runs if run[0]["lr"] == summary["lr"]), key=lambda run: run[0]["beta"])
-        values: dict[str, Any] = {name: float(scores.metrics()[name]) for name in COMPARED}
+        metrics = scores.metrics()
+        values: dict[str, Any] = {name: float(metrics[name]) for name in COMPARED}
         point = Point(
             **values,
             **{name: summary[name] for name in ("beta", "lr", "seconds", "output")},

@@ -85,7 +85,7 @@ class TrainSettings(DataSettings):
     lr: float | None = setting(None, "Peak learning rate. By default 1e-5, with --lora 1e-4.", metavar="FLOAT")
     epochs: int = setting(1, "Passes over the training pairs.")
     max_steps: int | None = setting(None, "Stop after so many optimizer steps.", metavar="INTEGER")
-    batch_size: int = setting(8, "Pairs in a micro-batch.")
+    batch_size: int = setting(8, "Pairs in a micro-batch, in each process.")
     grad_accum: int = setting(1, "Micro-batches in an optimizer step.")
     eval_split: str = setting(
         "0.1", "What to hold out: a share, a number of pairs (0: none), another split of the data set, or a file."
