@@ -1,0 +1,217 @@
+"""The messages of a chat: as people write them, and as chat templates take them. Plain Python.
+
+A message is a mapping with `role` and `content`, or ShareGPT's `from` and `value`. `normalised` gives roles their
+usual names and makes contents strings; whatever else a message holds (tool_calls, reasoning_content, name, ...) stays,
+because the chat template may print it. `carries_text` tells what of a row or a message must not be left unread.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+ROLES = {
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "function": "tool",
+    "function_response": "tool",
+    "observation": "tool",
+    "tool_response": "tool",
+}
+REASONING = ("reasoning_content", "reasoning", "thinking")  # of an answer; templates leave it out of earlier turns
+# What of a message can be the whole answer when its content is empty.
+SPOKEN = ("tool_calls", *REASONING)
+# Columns and keys that belong to the conversation wherever they are, even if they hold a single word.
+CONVERSATION = (
+    "background",
+    "context",
+    "conversation",
+    "conversations",
+    "demonstrations",
+    "dialogue",
+    "document",
+    "documents",
+    "examples",
+    "function_call",
+    "functions",
+    "history",
+    "input",
+    "instruction",
+    "instructions",
+    "messages",
+    "passage",
+    "persona",
+    "query",
+    "question",
+    "system",
+    "system_prompt",
+    "tool_calls",
+    "tools",
+)
+# Names that say something *about* a pair: whatever they hold, nobody would say it to the model.
+_ABOUT = re.compile(
+    r"(^|[_\-. ])("
+    r"(id|idx|index|uuid|hash|url|uri|link|source|origin|dataset|subset|split|file|path|model|models|score|scores|rating|"
+    r"ratings|rationale|rank|ranks|label|labels|labelling|labeling|annotation|annotations|annotator|critique|feedback|"
+    r"reason|explanation|category|categories|topic|topics|type|task|tag|tags|lang|language|date|time|timestamp|created|"
+    r"updated|version|status|order|margin|reward|rewards|quality|difficulty|license|author|meta|metadata|info|"
+    r"generations|generation|raw|original|tokens|length|logps|comment|comments|notes|title)s?"
+    r")($|[_\-. ])",
+    re.IGNORECASE,
+)
+
+
+class BadMessages(ValueError):
+    """Messages that cannot be used. The message is the reason, a clause about "it"."""
+
+
+def normalised(name: str, value: Any) -> list[dict[str, Any]]:
+    """The messages of `value`, a list of messages or one message: roles by their usual names, contents as strings.
+
+    A content that is a list of text parts (`{"type": "text", "text": ...}`) is joined. ShareGPT's `function_call`
+    becomes a message with `tool_calls`; arguments of tool calls that are JSON become objects, as templates want them.
+    Keys that are null are left out, all others kept.
+
+    Raises `BadMessages`, naming `name`, where a message has no role, or nothing that it says, or says it in pictures.
+    """
+    messages = [value] if isinstance(value, Mapping) else value
+    if not isinstance(messages, list | tuple):
+        raise BadMessages(f"its {name} is a {kind(value)}, neither a string nor a list of messages")
+    if not messages:
+        raise BadMessages(f"its {name} has no message")
+    return [_message(name, message) for message in messages]
+
+
+def role_of(message: Any) -> str | None:
+    """The role of a message by its usual name; None if it has none."""
+    role = (message.get("role") or message.get("from")) if isinstance(message, Mapping) else None
+    if not isinstance(role, str):
+        return None
+    role = role.strip().lower()
+    return ROLES.get(role, role)
+
+
+def is_message(value: Any) -> bool:
+    """Whether a value is written like a message."""
+    return role_of(value) is not None and bool(value.keys() & {"content", "value", *SPOKEN})
+
+
+def says_something(message: Mapping[str, Any]) -> bool:
+    """Whether a normalised message has a content that is not blank, a tool call, or reasoning."""
+    return bool(message["content"].strip()) or any(message.get(key) for key in SPOKEN)
+
+
+def texts_of(messages: list[dict[str, Any]]) -> list[str]:
+    """All strings that normalised messages hold, but their roles."""
+    return [text for message in messages for key, value in message.items() if key != "role" for text in strings(value)]
+
+
+def strings(value: Any) -> list[str]:
+    """All strings in a value, however deep."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Mapping):
+        return [text for inner in value.values() for text in strings(inner)]
+    if isinstance(value, list | tuple):
+        return [text for inner in value for text in strings(inner)]
+    return []
+
+
+def carries_text(name: str, value: Any) -> bool:
+    """Whether a column of a row, or a key of a message, may be a part of the conversation, so that it must not be lost.
+
+    It may if it is named so (context, history, tools, ...) and not empty, or if it holds several words and its name
+    does not say that it is about the pair (scores, sources, rationales, ...).
+    """
+    texts = [text for text in strings(value) if text.strip()]
+    if name.lower() in CONVERSATION:
+        return bool(texts)
+    return not _ABOUT.search(name) and any(len(text.split()) > 1 for text in texts)
+
+
+def kind(value: Any) -> str:
+    """What a value is, in the words of JSON."""
+    names = {str: "string", list: "list", dict: "object", bool: "boolean", type(None): "null"}
+    return names.get(type(value), type(value).__name__)
+
+
+# --- one message ---------------------------------------------------------------------------------------------------
+
+
+def _message(name: str, message: Any) -> dict[str, Any]:
+    if isinstance(message, Mapping) and message.get("from", message.get("role")) == "function_call":
+        return _function_call(name, message)
+    role = role_of(message)
+    if role is None:
+        raise BadMessages(f"its {name} has a message without a role and a content that are strings: {_shown(message)}")
+    spoken = "content" if message.get("content") is not None else "value"
+    rest = {key: value for key, value in message.items() if value is not None and key not in ("role", "from", spoken)}
+    if "tool_calls" in rest:
+        rest["tool_calls"] = _tool_calls(name, rest["tool_calls"])
+    content = message.get(spoken)
+    if content is None and any(rest.get(key) for key in SPOKEN):
+        content = ""
+    return {"role": role, "content": _text(name, content, message), **rest}
+
+
+def _text(name: str, content: Any, message: Any) -> str:
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list | tuple):
+        return "".join(_part(name, part) for part in content)
+    raise BadMessages(f"its {name} has a message without a role and a content that are strings: {_shown(message)}")
+
+
+def _part(name: str, part: Any) -> str:
+    if isinstance(part, str):
+        return part
+    of = part.get("type", "text") if isinstance(part, Mapping) else kind(part)
+    if of != "text" or not isinstance(part.get("text"), str):
+        raise BadMessages(f"its {name} has a message with a part of type {of!r}, but only text is served")
+    return part["text"]
+
+
+def _function_call(name: str, message: Mapping[str, Any]) -> dict[str, Any]:
+    """ShareGPT's {"from": "function_call", "value": '{"name": ..., "arguments": ...}'}."""
+    content = message.get("value", message.get("content"))
+    calls = _parsed(content) if isinstance(content, str) else content
+    return {"role": "assistant", "content": "", "tool_calls": _tool_calls(name, calls)}
+
+
+def _tool_calls(name: str, calls: Any) -> list[dict[str, Any]]:
+    """Tool calls as templates take them: {"type": "function", "function": {"name": ..., "arguments": {...}}}."""
+    calls = _parsed(calls) if isinstance(calls, str) else calls
+    calls = [calls] if isinstance(calls, Mapping) else calls
+    if not isinstance(calls, list | tuple):
+        raise BadMessages(f"its {name} has tool calls that are a {kind(calls)}, not a list: {_shown(calls)}")
+    return [_tool_call(name, call) for call in calls]
+
+
+def _tool_call(name: str, call: Any) -> dict[str, Any]:
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise BadMessages(f"its {name} has a tool call without the name of a function: {_shown(call)}")
+    arguments = function.get("arguments", {})
+    arguments = _parsed(arguments) if isinstance(arguments, str) else arguments
+    own = {**function, "arguments": arguments}
+    if "function" not in call:
+        return {"type": "function", "function": own}
+    return {**{key: value for key, value in call.items() if value is not None}, "type": "function", "function": own}
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."
