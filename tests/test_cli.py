@@ -119,6 +119,7 @@ def test_train_leaves_a_model_and_all_about_it(run, model, data, tmp_path):
     assert left == {
         "settings.yaml",
         "problems.jsonl",
+        "split.json",
         "metrics.jsonl",
         "evaluations.jsonl",
         "model",

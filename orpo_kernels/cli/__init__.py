@@ -3,34 +3,53 @@
     app.py      the commands, one file each beside it
     flags.py    a dataclass of settings -> the flags of a command; `--config FILE` and `--json`
     console.py  what a command prints: tables and bars for people, one JSON object for machines
+    endings.py  what it says when it cannot go on
 
 A command's file holds what it says. What it does is imported when it runs, so that `--help` does not wait for it.
 
-Exit status: 0 done, 1 failed, 2 bad input (`errors.UserError`, or a flag), 130 interrupted.
+Exit status: 0 done, 1 failed, 2 bad input (`errors.UserError`, a flag, what the machine refuses), 70 unforeseen (a
+report is written), 130 interrupted.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 
-BAD_INPUT = 2
+BAD_INPUT, UNFORESEEN, INTERRUPTED = 2, 70, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line (by default the process's own); returns the exit status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _run(words or ["--help"])
+    except KeyboardInterrupt:  # before there is a command
+        return INTERRUPTED
+
+
+def _run(words: list[str]) -> int:
+    as_json = "--json" in words
     try:
         from .app import app
+        from .console import Output
+        from .endings import end, leave
     except ModuleNotFoundError as missing:
         if missing.name not in ("typer", "rich", "yaml"):
             raise
-        print(
-            f"orpo-kernels: {missing.name} is not installed; run: pip install 'orpo-kernels[cli]'",
-            file=sys.stderr,
-        )
+        message = f"{missing.name} is not installed; run: pip install 'orpo-kernels[cli]'"
+        print(f"orpo-kernels: {message}", file=sys.stderr)
+        if as_json:
+            print(json.dumps({"error": message}))
         return BAD_INPUT
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # what the encoding lacks is escaped, not an error
+            stream.reconfigure(errors="backslashreplace")
     try:
-        app(arguments, prog_name="orpo-kernels")
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
-    return 0
+        status = app(words, prog_name="orpo-kernels", standalone_mode=False)
+    except SystemExit as stop:  # of `--help`, of completion
+        status = stop.code
+    except Exception as error:  # of the flags: a command's own errors end in it
+        status = end(error, Output(as_json))
+    return leave(status if isinstance(status, int) else int(status is not None))

@@ -2,14 +2,52 @@
 
 from __future__ import annotations
 
-import json
 import os
+import sys
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TextIO
 
-from rich.console import Console
-from rich.markup import escape
+import rich.console
 from rich.table import Table
+from rich.text import Text
+
+from ..finetuning.records import to_json
+
+
+class Console(rich.console.Console):
+    """Rich's, for text that comes from users: names are shown as they are, escaped where the encoding lacks them.
+
+    (Brackets are no markup, `:cat:` is no picture.) Who closes the pipe is told no more, and the work goes on.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, highlight=False, markup=False, emoji=False)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Also called for every cell of a table, before its width is measured."""
+        return super().render_str(text.encode(self.encoding, "backslashreplace").decode(self.encoding), **options)
+
+    def on_broken_pipe(self) -> None:
+        discard(self.file)
+
+
+def discard(stream: Any) -> None:
+    """Let all that is written to the stream from now on, or waits in its buffer, go nowhere."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    except (AttributeError, OSError, ValueError):  # no file behind it
+        pass
+
+
+def flush(stream: TextIO | None) -> bool:
+    """Write out what waits in the buffer, while there is still somebody to tell if it cannot be; whether it could."""
+    try:
+        if stream is not None:
+            stream.flush()
+    except OSError:
+        discard(stream)
+        return False
+    return True
 
 
 def table(title: str, *columns: str) -> Table:
@@ -36,7 +74,7 @@ class Output:
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
         self.is_first = int(os.environ.get("RANK", "0")) == 0
-        self.console = Console(stderr=as_json, highlight=False, quiet=not self.is_first)
+        self.console = Console(stderr=as_json, quiet=not self.is_first)
 
     def waiting(self, for_what: str) -> Any:
         """A spinner while the block runs."""
@@ -45,13 +83,28 @@ class Output:
     def result(self, record: dict[str, Any], *renderables: Any) -> None:
         """The outcome: `record` as JSON, or else `renderables` (rich's, or text)."""
         if self.as_json and self.is_first:
-            print(json.dumps(record, ensure_ascii=False, allow_nan=False, default=str), flush=True)
+            self._print_json(record)
         elif not self.as_json:
             for renderable in renderables:
-                self.console.print(renderable, soft_wrap=isinstance(renderable, str), markup=False)
+                self.console.print(renderable, soft_wrap=isinstance(renderable, str))
 
     def error(self, message: str) -> None:
         """A sentence for stderr; for a machine also an object with the key "error"."""
+        message = " ".join(message.split())
+        if self.as_json and self.is_first and flush(sys.stdout):
+            self._print_json({"error": message})
+        Console(stderr=True).print(Text.assemble(("Error:", "bold red"), f" {message}"), soft_wrap=True)
+
+    def interrupted(self, how_to_go_on: str) -> None:
+        """What to do next, said to people and to a machine."""
+        message = " ".join(["Interrupted.", *filter(None, [how_to_go_on])])
         if self.as_json and self.is_first:
-            print(json.dumps({"error": message}, ensure_ascii=False), flush=True)
-        Console(stderr=True, highlight=False).print(f"[bold red]Error:[/] {escape(message)}", soft_wrap=True)
+            self._print_json({"error": message})
+        self.console.print(message, soft_wrap=True)
+
+    def _print_json(self, record: dict[str, Any]) -> None:
+        """One line of ASCII, which every encoding has."""
+        try:
+            print(to_json(record, ascii_only=True), flush=True)
+        except BrokenPipeError:
+            discard(sys.stdout)

@@ -21,9 +21,8 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 import typer
 import yaml
 
-from ..errors import UserError
-from . import BAD_INPUT
 from .console import Output
+from .endings import end
 
 Settings = TypeVar("Settings")
 
@@ -32,23 +31,33 @@ def command(kind: type[Settings]) -> Callable[[Callable[[Settings, Output], None
     """Make a function of settings and output the function that typer takes for a command."""
 
     def decorate(function: Callable[[Settings, Output], None]) -> Callable[..., None]:
-        def run(config: Path | None, json: bool, **values: Any) -> None:
+        def run(context: typer.Context, config: Path | None, json: bool, **values: Any) -> None:
             output = Output(json)
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", FutureWarning)  # of the libraries, for their callers' authors
-                    function(kind(**values), output)
-            except UserError as error:
-                output.error(str(error))
-                raise typer.Exit(BAD_INPUT) from error
+                    function(_settings(kind, context, values), output)
+            except typer.Exit:
+                raise
+            except (Exception, KeyboardInterrupt) as error:
+                raise typer.Exit(end(error, output, values.get("output"))) from error
 
-        parameters = [*_parameters(kind), *_COMMON]
+        parameters = [_CONTEXT, *_parameters(kind), *_COMMON]
         run.__name__, run.__doc__ = function.__name__, inspect.getdoc(function)
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return run
 
     return decorate
+
+
+def _settings(kind: type[Settings], context: typer.Context, values: dict[str, Any]) -> Settings:
+    """The settings; a flag that was typed has to have an effect, even if it says what is the default."""
+    settings = kind(**values)
+    typed = {name for name in values if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"}
+    if hasattr(settings, "check_company"):
+        settings.check_company(typed)
+    return settings
 
 
 def _parameters(kind: type) -> list[inspect.Parameter]:
@@ -78,7 +87,7 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
         return path
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except Exception as error:  # of many kinds: of the file, of its bytes, of YAML, of a date that is none
         raise typer.BadParameter(f"{path} cannot be read as YAML or JSON: {error}") from error
     known = {parameter.name for parameter in context.command.params} - {"config", "help"}
     if not isinstance(values, dict):
@@ -94,6 +103,7 @@ def _text(value: Any) -> Any:
     return ",".join(map(str, value)) if isinstance(value, list) else value
 
 
+_CONTEXT = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
 _COMMON = [
     _parameter(
         "config",

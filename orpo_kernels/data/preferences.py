@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import random
+import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from ..errors import UserError
-from .layouts import ALIASES, BadRow, Layout, read_pair
+from ..messages import BadMessages
+from .columns import ALIASES, BadRow
+from .layouts import Layout, read_row
 from .reading import Row, Unreadable, read_rows
 
 SHOWN_PROBLEMS = 3
@@ -18,7 +19,12 @@ SHOWN_PROBLEMS = 3
 
 @dataclass(frozen=True)
 class Problem:
-    """A row that cannot be used: its number, from 1 (of JSON Lines, that of the line), and why, a clause about "it"."""
+    """A row, or one of its pairs, that cannot be used.
+
+    Attributes:
+        row: its number, from 1; of JSON Lines, that of the line.
+        reason: why, a clause about "it".
+    """
 
     row: int
     reason: str
@@ -33,10 +39,13 @@ class Preferences:
 
     Attributes:
         source: the file, or the name of the data set.
-        pairs: prompt, chosen and rejected of each, text or chat messages, as `PreferenceCollator` takes them.
-        rows: the number of the row that each came from.
+        pairs: prompt, chosen and rejected of each, text or chat messages, as `PreferenceCollator` takes them; and
+            tools, chat_template_kwargs and weight, where the row has them.
+        rows: the number of the row that each came from. A row with several answers has several pairs.
         problems: the rows that could not be used.
         layouts: how each was written.
+        ignored: columns, and keys of messages ("messages' score"), that are no part of the conversation and were not
+            read, sorted.
     """
 
     source: str
@@ -44,11 +53,14 @@ class Preferences:
     rows: list[int] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     layouts: list[Layout] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
 
     def describe(self) -> str:
-        """A sentence on what was recognised, and one on what was not."""
+        """A sentence on what was recognised, one on what was not read, and one on what cannot be used."""
         recognised = ", ".join(f"{count} as {layout}" for layout, count in Counter(self.layouts).most_common())
         text = f"{self.source}: {_count(len(self.pairs), 'pair')} ({recognised})."
+        if self.ignored:
+            text += f" Not read: {', '.join(self.ignored)}."
         if not self.problems:
             return text
         shown = "; ".join(map(str, self.problems[:SHOWN_PROBLEMS]))
@@ -60,12 +72,12 @@ class Preferences:
         """What is left when the pairs at some indices are refused, each for a reason."""
         kept = [i for i in range(len(self.pairs)) if i not in refused]
         problems = [*self.problems, *(Problem(self.rows[i], reason) for i, reason in refused.items())]
-        return Preferences(
-            self.source,
-            [self.pairs[i] for i in kept],
-            [self.rows[i] for i in kept],
-            sorted(problems, key=lambda problem: problem.row),
-            [self.layouts[i] for i in kept],
+        return replace(
+            self,
+            pairs=[self.pairs[i] for i in kept],
+            rows=[self.rows[i] for i in kept],
+            problems=sorted(problems, key=lambda problem: problem.row),
+            layouts=[self.layouts[i] for i in kept],
         )
 
 
@@ -75,6 +87,7 @@ def load_preferences(
     split: str = "train",
     layout: Layout | Literal["auto"] = "auto",
     columns: Mapping[str, str] | None = None,
+    ignore_columns: Collection[str] = (),
 ) -> Preferences:
     """All pairs of a file (`reading.FORMATS`) or of a data set of `datasets`; nothing is dropped silently.
 
@@ -83,7 +96,10 @@ def load_preferences(
         split: of a data set; a file has none.
         layout: "auto" recognises it for every row (`layouts.py`). Another one is what every row has to be; "chat" makes
             a message of a prompt that is a string.
-        columns: which column has the prompt, chosen, rejected or system, where the names are not the usual ones.
+        columns: which column has a field (`columns.ALIASES`: prompt, chosen, rejected, system, ...), where the names
+            are not the usual ones.
+        ignore_columns: columns to leave unread. A row with another column whose text is in no part of its pairs is a
+            problem.
 
     Raises `UserError` where nothing can be read, or no row is a pair.
     """
@@ -94,25 +110,35 @@ def load_preferences(
         )
     if layout != "auto" and layout not in get_args(Layout):
         raise UserError(f"There is no layout {layout!r}; the layouts are auto, {', '.join(get_args(Layout))}.")
-    preferences = _collect(source, read_rows(source, split), None if layout == "auto" else layout, columns)
-    if not preferences.pairs:
+    rows = _without(ignore_columns, read_rows(source, split))
+    preferences = _collect(source, rows, None if layout == "auto" else layout, columns)
+    if not preferences.pairs:    if not preferences.pairs:
         raise UserError(f"{source} holds no usable pair. {_why_none(preferences)}")
     return preferences
 
 
+def _without(columns: Collection[str], rows: Iterable[Row]) -> Iterator[Row]:
+    for number, row in rows:
+        yield number, {k: v for k, v in row.items() if k not in columns} if isinstance(row, Mapping) else row
+
+
 def _collect(source: str, rows: Iterable[Row], layout: Layout | None, columns: Mapping[str, str]) -> Preferences:
-    preferences = Preferences(source)
+    preferences, ignored = Preferences(source), set()
     for number, row in rows:
         try:
             if isinstance(row, Unreadable):
                 raise BadRow(str(row))
-            found, pair = read_pair(row, layout, columns)
-        except BadRow as bad:
+            reading = read_row(row, layout, columns)
+        except BadMessages as bad:
             preferences.problems.append(Problem(number, str(bad)))
             continue
-        preferences.layouts.append(found)
-        preferences.pairs.append(pair)
-        preferences.rows.append(number)
+        preferences.problems += [Problem(number, reason) for reason in reading.refused]
+        ignored |= reading.ignored
+        for found, pair in reading.pairs:
+            preferences.layouts.append(found)
+            preferences.pairs.append(pair)
+            preferences.rows.append(number)
+    preferences.ignored = sorted(ignored)
     return preferences
 
 
@@ -120,32 +146,14 @@ def _why_none(preferences: Preferences) -> str:
     if not preferences.problems:
         return "It has no rows."
     first = preferences.problems[0]
-    return (
-        f"Of row {first.row}: {first.reason}. Other columns can be told: --columns prompt=...,chosen=...,rejected=..."
-    )
+    remedy = "" if "--" in first.reason else " Other columns can be told: --columns prompt=...,chosen=...,rejected=..."
+    return f"Of row {first.row}: {first.reason}.{remedy}"
 
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def split_pairs(pairs: Sequence[dict[str, Any]], held_out: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices of the pairs (to train on, held out), in a random order that `seed` decides.
-
-    `held_out` is a share below 1, or a number of pairs. Pairs of one prompt stay together: none is trained on whose
-    question is held out. So the number is met as nearly as the prompts allow.
-    """
-    groups: dict[str, list[int]] = {}
-    for index, pair in enumerate(pairs):
-        groups.setdefault(json.dumps(pair["prompt"]), []).append(index)
-    order = list(groups.values())
-    random.Random(seed).shuffle(order)
-    wanted = round(held_out * len(pairs)) if held_out < 1 else int(held_out)
-    if held_out:
-        wanted = max(1, wanted)
-    training: list[int] = []
-    evaluation: list[int] = []
-    for group in order:
-        side = evaluation if len(evaluation) + len(group) <= wanted else training
-        side.extend(group)
-    return training, evaluation
+def prompt_key(pair: Mapping[str, Any]) -> str:
+    """What stands for a pair's prompt: a hash of it alone."""
+    return hashlib.blake2b(json.dumps(pair["prompt"], sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -68,7 +68,7 @@ def compare(settings: CompareSettings, console: Console) -> list[Outcome]:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     tokenizer = load_tokenizer(settings.model)
-    _, _, held_out = load_split(settings, tokenizer, console)
+    held_out = load_split(settings, tokenizer, console).held_out
     if not held_out:
         raise UserError(
             "Methods are compared by the held-out pairs, but none are held out: give --eval-split 0.1 or so."

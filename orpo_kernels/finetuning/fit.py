@@ -24,6 +24,7 @@ from ..transformers import PreferenceCollator, TokenizedPair
 from ..transformers.trainer import PreferenceTrainer
 from . import plots
 from .folder import RunFolder, processes_of, step_of, whole_folder, write_whole
+from .held_out import Record
 from .processes import processes
 from .progress import ProgressBar, Recorder
 from .settings import TrainSettings
@@ -89,11 +90,11 @@ def fit(settings: TrainSettings, console: Console, keep: Callable[[Trained], Non
         _check_processes(folder, checkpoint)
         console.print(f"Going on behind step {step_of(checkpoint)}.")
     tokenizer = load_tokenizer(settings.model)
-    pairs, training, held_out = load_split(settings, tokenizer, console)
+    pairs, training, held_out, record = load_split(settings, tokenizer, console)
     recorder = Recorder(folder)
     trainer = _trainer(settings, folder, tokenizer, training, held_out, [recorder, *_tensorboard(folder)])
     if state.is_main_process:
-        _begin(folder, settings, pairs.preferences.problems)
+        _begin(folder, settings, pairs.preferences.problems, record)
     with ProgressBar(console, recorder, trainer.args.max_steps) as bar:
         trainer.add_callback(bar)
         _run(trainer, folder, checkpoint)
@@ -138,11 +139,12 @@ def _check_processes(folder: RunFolder, checkpoint: Path) -> None:
         )
 
 
-def _begin(folder: RunFolder, settings: TrainSettings, problems: Sequence[Problem]) -> None:
+def _begin(folder: RunFolder, settings: TrainSettings, problems: Sequence[Problem], record: Record) -> None:
     """From here on the folder holds a run. (What cannot even begin does not stand in the way of the next try.)"""
     write_whole(folder.settings, yaml.safe_dump(_plain(settings), sort_keys=False, allow_unicode=True))
     lines = (json.dumps(dataclasses.asdict(problem)) + "\n" for problem in problems)
     write_whole(folder.problems, "".join(lines))
+    record.write(folder.path)
 
 
 def _end(folder: RunFolder, settings: TrainSettings, counts: dict[str, int], reference_seconds: float) -> None:

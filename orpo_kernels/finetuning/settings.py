@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -13,6 +15,9 @@ Method = Literal["orpo", "sft", "dpo", "simpo", "cpo"]
 DType = Literal["auto", "float32", "fp32", "bfloat16", "bf16"]
 Packing = Literal["auto", "shared", "padded"]
 DataLayout = Literal["auto", "text", "chat", "conversation", "transcript"]
+
+LARGEST_COUNT = 2**31 - 1
+LARGEST_SEED = 2**32 - 1  # NumPy's
 
 
 def setting(default: Any = dataclasses.MISSING, help: str = "", **options: Any) -> Any:
@@ -45,8 +50,21 @@ class DataSettings:
     dtype: DType = setting("auto", "Of the computation. auto: bfloat16 on a GPU that has it, else float32.")
 
     def __post_init__(self) -> None:
-        _at_least(self, 2, "max_length")
+        _check_counts(self, 2, "max_length")
         self.column_names()
+        flags = [field for field in dataclasses.fields(self) if field.metadata]
+        self.check_company({field.name for field in flags if getattr(self, field.name) != field.default})
+
+    def check_company(self, given: Collection[str]) -> None:
+        """Refuse what has no effect beside the other settings, if it is among the names `given`."""
+        for name, why in self._idle():
+            if name in given:
+                raise UserError(f"--{name.replace('_', '-')} {why}.")
+
+    def _idle(self) -> Iterator[tuple[str, str]]:
+        """Settings that have no effect beside the others, each with the end of a sentence that begins with its name."""
+        if Path(self.data).is_file():
+            yield "split", f"is for data sets, but {self.data} is a file; leave it out"
 
     def column_names(self) -> dict[str, str]:
         """`columns` as a mapping of field to column."""
@@ -103,26 +121,43 @@ class TrainSettings(DataSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(self, 1, "epochs", "max_steps", "batch_size", "grad_accum", "eval_every", "save_every", "lora_rank")
-        _at_least(self, 0, "beta", "seed")
-        if self.lr is not None and not self.lr > 0:
-            raise UserError(f"--lr is {self.lr}, but has to be above 0.")
+        _check_counts(
+            self, 1, "epochs", "max_steps", "batch_size", "grad_accum", "eval_every", "save_every", "lora_rank"
+        )
+        _check_seed(self)
+        if self.beta is not None and not 0 <= self.beta < math.inf:
+            raise UserError(f"--beta is {self.beta}, but has to be at least 0 and finite.")
+        if self.gamma is not None and not math.isfinite(self.gamma):
+            raise UserError(f"--gamma is {self.gamma}, but has to be finite.")
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise UserError(f"--lr is {self.lr}, but has to be above 0 and finite.")
         if self.sparse_eps is not None and not 0 < self.sparse_eps < 1:
             raise UserError(f"--sparse-eps is {self.sparse_eps}, but has to be between 0 and 1, like 2e-4.")
-        if self.merge and not self.lora:
-            raise UserError("--merge is for adapters; give --lora as well, or leave it out.")
+        held_out_number(self.eval_split)
 
-        self.method_options()
+    def _idle(self) -> Iterator[tuple[str, str]]:
+        yield from super()._idle()
+        if not self.lora:
+            for name in ("merge", "lora_rank"):
+                yield name, "is for adapters; give --lora as well, or leave it out"
+        if self.method != "simpo":
+            yield "gamma", f"is SimPO's, but the method is {self.method}; leave it out, or give --method simpo"
+        if self.method == "sft":
+            yield "beta", "is the strength of a preference, which sft does not look at; leave it out"
+        if self.method in ("dpo", "simpo"):
+            yield "prompt_nll", f"is for losses with an NLL, which {self.method} has not; leave it out"
+        if held_out_number(self.eval_split) == 0:
+            yield (
+                "eval_every",
+                f"is for held-out pairs, but --eval-split {self.eval_split} holds out none; leave it out",
+            )
+        if self.max_steps is not None:
+            yield "epochs", "and --max-steps both say how long to train; give one of them"
 
     def method_options(self) -> dict[str, float | bool]:
         """What is set of the method's own options, beside beta."""
         options = {"gamma": self.gamma, "prompt_nll": self.prompt_nll}
-        given = {name: value for name, value in options.items() if value is not None}
-        if "gamma" in given and self.method != "simpo":
-            raise UserError(
-                f"--gamma is SimPO's, but the method is {self.method}; leave it out, or give --method simpo."
-            )
-        return given
+        return {name: value for name, value in options.items() if value is not None}
 
     @property
     def peak_lr(self) -> float:
@@ -135,7 +170,10 @@ class EvaluateSettings(DataSettings):
 
     against: str = setting("", "Another model, such as the one before training, to be compared with.", metavar="MODEL")
     eval_split: str = setting(
-        "", "Only the pairs that `train` holds out with this --eval-split and --seed. By default, all.", metavar="TEXT"
+        "",
+        "Only held-out pairs: of a run, those that it has held out; else those that `train` would hold out with this "
+        "--eval-split and --seed. By default, all.",
+        metavar="SHARE|NUMBER",
     )
     seed: int = setting(0, "Of the split, and of the intervals.")
     batch_size: int = setting(8, "Pairs in a batch.")
@@ -143,8 +181,12 @@ class EvaluateSettings(DataSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(self, 1, "batch_size")
-        _at_least(self, 0, "seed")
+        _check_counts(self, 1, "batch_size")
+        _check_seed(self)
+        if self.against == self.model:
+            raise UserError(f"--against is {self.against}, the very model to be evaluated; give another one.")
+        if self.eval_split and held_out_number(self.eval_split) is None:
+            raise UserError(f"--eval-split is {self.eval_split!r}; give the share or number of `train`.")
 
 
 @dataclass(frozen=True)
@@ -160,8 +202,14 @@ class SweepSettings(TrainSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.beta_values(), self.lr_values()
-        if self.eval_split.strip("0.") == "":
-            raise UserError("Runs are compared by the held-out pairs, but --eval-split holds out none: give 0.1 or so.")
+        if self.method == "sft":
+            raise UserError("--method is sft, which has no lambda to be swept; choose another method.")
+        _check_holds_out(self)
+
+    def _idle(self) -> Iterator[tuple[str, str]]:
+        yield from super()._idle()
+        if self.lrs:
+            yield "lr", "and --lrs both give learning rates; leave one of them out"
 
     def beta_values(self) -> list[float]:
         return _numbers("--betas", self.betas, least=0)
@@ -185,6 +233,7 @@ class CompareSettings(TrainSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.method_names()
+        _check_holds_out(self)
 
     def method_names(self) -> list[Method]:
         names = [name.strip() for name in self.methods.split(",")]
@@ -195,14 +244,40 @@ class CompareSettings(TrainSettings):
 
 def train_arguments(settings: TrainSettings) -> list[str]:
     """What to type behind `orpo-kernels` to train so."""
-    words = ["train", settings.model, settings.data]
-    for field in dataclasses.fields(TrainSettings):
+    return ["train", *_words(settings, TrainSettings)]
+
+
+def resuming_command(command: str, settings: TrainSettings) -> list[str]:
+    """What to type to go on with a `command` that was stopped."""
+    return ["orpo-kernels", command, *_words(dataclasses.replace(settings, resume=True), type(settings))]
+
+
+def _words(settings: TrainSettings, kind: type[TrainSettings]) -> list[str]:
+    """The arguments, the flags of `kind` that are not at its defaults, and the output."""
+    words = [settings.model, settings.data]
+    for field in dataclasses.fields(kind):
         value = getattr(settings, field.name)
-        if field.name in ("model", "data", "output") or value == field.default:
+        if not field.metadata or field.name in ("model", "data", "output") or value == field.default:
             continue
         flag = f"--{field.name.replace('_', '-')}"
         words += ([flag] if value else [f"--no-{flag[2:]}"]) if isinstance(value, bool) else [flag, f"{value}"]
     return [*words, "--output", f"{settings.output}"]
+
+
+def held_out_number(text: str) -> float | None:
+    """The share (below 1) or number of pairs that an `eval_split` means; None if it is no number but a name.
+
+    Raises `UserError` for a number that is neither.
+    """
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    if not (0 <= number < 1 or (1 <= number < math.inf and number == int(number))):  # NaN is neither
+        raise UserError(
+            f"--eval-split is {text}, but has to be a share, at least 0 and below 1, or a whole number of pairs."
+        )
+    return number
 
 
 def _numbers(flag: str, text: str, least: float) -> list[float]:
@@ -210,13 +285,24 @@ def _numbers(flag: str, text: str, least: float) -> list[float]:
         values = [float(part) for part in text.split(",")]
     except ValueError:
         values = []
-    if not values or not all(least <= value < float("inf") for value in values):
+    if not values or not all(least <= value < math.inf for value in values):
         raise UserError(f"{flag} is {text!r}; write numbers of at least {least:g} with commas, like 0.05,0.1,0.3.")
     return list(dict.fromkeys(values))
 
 
-def _at_least(settings: Any, least: float, *names: str) -> None:
+def _check_counts(settings: Any, least: int, *names: str) -> None:
     for name in names:
         value = getattr(settings, name)
-        if value is not None and not value >= least:  # NaN is not
-            raise UserError(f"--{name.replace('_', '-')} is {value}, but has to be at least {least}.")
+        if value is not None and not least <= value <= LARGEST_COUNT:
+            bound = f"at most {LARGEST_COUNT}" if value > least else f"at least {least}"
+            raise UserError(f"--{name.replace('_', '-')} is {value}, but has to be {bound}.")
+
+
+def _check_seed(settings: Any) -> None:
+    if not 0 <= settings.seed <= LARGEST_SEED:
+        raise UserError(f"--seed is {settings.seed}, but has to be from 0 to {LARGEST_SEED}.")
+
+
+def _check_holds_out(settings: TrainSettings) -> None:
+    if held_out_number(settings.eval_split) == 0:
+        raise UserError("Runs are compared by the held-out pairs, but --eval-split holds out none: give 0.1 or so.")

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 from rich.progress import track
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..data import Preferences, load_preferences, split_pairs
+from ..data import Preferences, load_preferences
 from ..errors import UserError
 from ..transformers import TokenizedPair, UnusablePair, tokenize_pair
-from .settings import DataSettings, TrainSettings
+from .held_out import Record, held_out_prompts, keys, record_of
+from .settings import DataSettings, TrainSettings, held_out_number
 
 DTYPES = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
 
@@ -80,10 +81,23 @@ def with_adapters(model: Any, rank: int) -> Any:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Preferences, and what the tokenizer made of each."""
+    """Preferences, and what the tokenizer made of each.
+
+    Attributes:
+        preferences: the pairs that the tokenizer takes.
+        tokenized: each of them as tokens.
+        offered: all pairs of the source, of which the tokenizer has refused some.
+        taken: the index in `offered` of each that it takes.
+    """
 
     preferences: Preferences
     tokenized: list[TokenizedPair]
+    offered: Preferences
+    taken: list[int]
+
+    def by_prompt(self) -> list[tuple[str, TokenizedPair]]:
+        """The key of each one's prompt (`data.prompt_key`), and its tokens."""
+        return list(zip(keys(self.preferences.pairs), self.tokenized, strict=True))
 
 
 def load_pairs(settings: DataSettings, tokenizer: Any, console: Console, source: str = "", split: str = "") -> Pairs:
@@ -103,7 +117,8 @@ def load_pairs(settings: DataSettings, tokenizer: Any, console: Console, source:
             refused[index] = str(unusable)
         except (ValueError, TypeError) as error:  # of the tokenizer: no offsets, no EOS, no template
             raise UserError(f"{settings.model} has no tokenizer for these pairs. {error}") from error
-    pairs = Pairs(preferences.without(refused), tokenized)
+    taken = [index for index in range(len(preferences.pairs)) if index not in refused]
+    pairs = Pairs(preferences.without(refused), tokenized, preferences, taken)
     console.print(pairs.preferences.describe(), markup=False, soft_wrap=True)
     if not tokenized:
         raise UserError(f"{settings.data} has no pair that the tokenizer of {settings.model} can take.")
@@ -112,24 +127,50 @@ def load_pairs(settings: DataSettings, tokenizer: Any, console: Console, source:
     return pairs
 
 
-def load_split(settings: TrainSettings, tokenizer: Any, console: Console) -> tuple[Pairs, list, list]:
-    """(all pairs, those to train on, those held out), the latter two tokenised."""
+class Split(NamedTuple):
+    """All pairs that the tokenizer takes; those to train on and those held out, tokenised; and which those are."""
+
+    pairs: Pairs
+    training: list[TokenizedPair]
+    held_out: list[TokenizedPair]
+    record: Record
+
+
+def load_split(settings: TrainSettings, tokenizer: Any, console: Console) -> Split:
+    """The data's two sides. Held out is nothing that the model was trained on before, as far as its folder tells."""
+    before = _trained_before(settings.model, console)
     pairs = load_pairs(settings, tokenizer, console)
-    try:
-        held_out = float(settings.eval_split)
-    except ValueError:
-        return pairs, pairs.tokenized, _elsewhere(settings, tokenizer, console).tokenized
-    if not 0 <= held_out < len(pairs.tokenized):
-        raise UserError(
-            f"--eval-split {settings.eval_split} cannot be held out of {len(pairs.tokenized)} pairs: give a share "
-            "below 1, a smaller number, a split of the data set, or a file."
-        )
-    training, evaluation = split_pairs(pairs.preferences.pairs, held_out, settings.seed)
+    number = held_out_number(settings.eval_split)
+    if number is None:
+        elsewhere = _elsewhere(settings, tokenizer, console)
+        prompts = frozenset(keys(elsewhere.offered.pairs))
+        training, held_out = pairs.by_prompt(), elsewhere.by_prompt()
+    else:
+        prompts = held_out_prompts(pairs.offered.pairs, number, settings.seed, settings.data)
+        training = [(key, pair) for key, pair in pairs.by_prompt() if key not in prompts]
+        held_out = [(key, pair) for key, pair in pairs.by_prompt() if key in prompts]
     if not training:
         raise UserError(
             f"--eval-split {settings.eval_split} leaves no pair of {settings.data} to train on: give a smaller one."
         )
-    return pairs, [pairs.tokenized[i] for i in training], [pairs.tokenized[i] for i in evaluation]
+    fresh = [(key, pair) for key, pair in held_out if key not in before]
+    if old := len(held_out) - len(fresh):
+        console.print(f"{old} held-out pairs are left out: {settings.model} was trained on their prompts.")
+    trained = before.union(key for key, _ in training)
+    if both := sum(key in trained for key, _ in fresh):
+        console.print(f"The prompts of {both} held-out pairs are trained on as well: both files have them.")
+    record = Record(trained, prompts - trained)
+    return Split(pairs, [pair for _, pair in training], [pair for _, pair in fresh], record)
+
+
+def _trained_before(model: str, console: Console) -> frozenset[str]:
+    """The prompts that the model was trained on by an earlier run."""
+    try:
+        record = record_of(model)
+    except UserError as unknown:
+        console.print(str(unknown), markup=False, soft_wrap=True)
+        return frozenset()
+    return record.trained if record else frozenset()
 
 
 def _elsewhere(settings: TrainSettings, tokenizer: Any, console: Console) -> Pairs:

@@ -1,0 +1,85 @@
+"""What a run has trained on and what it has held out: held out means never trained on.
+
+The sides are decided by the prompts of all pairs of the data, before any tokenizer or length refuses some of them, and
+kept in the run's folder as `split.json`, which stands above any rule when the run is evaluated.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..data import prompt_key, split_pairs
+from ..errors import UserError
+from .folder import RunFolder, write_whole
+
+NAME = "split.json"
+
+
+@dataclass(frozen=True)
+class Record:
+    """Keys of prompts (`data.prompt_key`): those that a run, or the model that it began with, has been trained on, and
+    those that it has held out. No prompt is both."""
+
+    trained: frozenset[str]
+    held_out: frozenset[str]
+
+    def write(self, folder: Path) -> None:
+        record = {"held_out": sorted(self.held_out), "trained": sorted(self.trained)}
+        write_whole(folder / NAME, json.dumps(record, indent=0) + "\n")
+
+
+def keys(pairs: Iterable[dict[str, Any]]) -> list[str]:
+    return [prompt_key(pair) for pair in pairs]
+
+
+def held_out_prompts(pairs: Sequence[dict[str, Any]], held_out: float, seed: int, source: str) -> frozenset[str]:
+    """The keys of the prompts that are held out of all `pairs` of a source.
+
+    Raises `UserError` where so many cannot be held out.
+    """
+    if not 0 <= held_out < len(pairs):
+        raise UserError(
+            f"--eval-split {held_out:g} cannot be held out of {len(pairs)} pairs of {source}: give a share below 1, a "
+            f"number up to {len(pairs) - 1}, or (to train) a split of the data set or a file."
+        )
+    return frozenset(keys(pairs[i] for i in split_pairs(pairs, held_out, seed)[1]))
+
+
+def record_of(model: str) -> Record | None:
+    """Of the run whose folder `model` is, or whose model it is; None for a model that is no run's.
+
+    Raises `UserError` for a run that has kept no record, and for a damaged one.
+    """
+    folder = _run_of(Path(model).expanduser())
+    if folder is None:
+        return None
+    path = folder / NAME
+    if not path.exists():
+        raise UserError(
+            f"{folder} is a run without {NAME}, of an earlier version: what it was trained on is not known, so that no "
+            "pair can be called held out."
+        )
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return Record(frozenset(found["trained"]), frozenset(found["held_out"]))
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is damaged, so that no pair can be called held out.") from error
+
+
+def _run_of(model: Path) -> Path | None:
+    """The run folder that is `model`, or that the folder `model` (the result, or a checkpoint) lies in."""
+    if not model.is_dir():
+        return None
+    for folder in (model, model.resolve().parent, model.resolve().parent.parent):
+        run = RunFolder(folder)
+        if run.settings.exists() and model.resolve() in _models(run):
+            return folder
+    return None
+
+
+def _models(run: RunFolder) -> Collection[Path]:
+    return [path.resolve() for path in (run.path, run.model, run.merged, *run.checkpoints.glob("checkpoint-*"))]
