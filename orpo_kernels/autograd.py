@@ -191,7 +191,7 @@ def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def groups_of_pairs(rows: Rows, largest: int) -> list[Rows]:
     """Groups of whole pairs with at most `largest` rows each. Reads the rows on the host."""
-    order = (rows.sequence % rows.num_pairs).argsort(stable=True)
+    order = rows.pair.argsort(stable=True)
     counts, count = [], 0
     for size in rows.pair_sizes():
         if count and count + size > largest:

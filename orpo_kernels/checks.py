@@ -74,6 +74,21 @@ def check_positions(position: Tensor, num_positions: int) -> None:
         raise ValueError(f"rows.position runs from {int(low)} to {int(high)}, but hidden has {num_positions} positions")
 
 
+def check_pair_weight(weight: Tensor | None) -> None:
+    """Finite weights of at least 0. On a GPU the check is asynchronous."""
+    if weight is None or not weight.numel() or not is_readable(weight):
+        return
+    valid = ((weight >= 0) & (weight < torch.inf)).all()
+    if weight.device.type != "cpu":
+        torch._assert_async(valid, "pair_weight holds a weight that is negative or not finite")
+    elif not valid:
+        index = int(((weight >= 0) & (weight < torch.inf)).logical_not().nonzero()[0])
+        raise ValueError(
+            f"pair_weight is {float(weight[index])} for pair {index}: weights must be finite and at least 0 (0 leaves "
+            "the pair out)"
+        )
+
+
 def check_options(logit_scale: float, logit_softcap: float | None, sparse_eps: float | None = None) -> None:
     if not logit_scale > 0:
         raise ValueError(f"logit_scale is {logit_scale}, it must be positive")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .autograd import gradient_dtype, loss_and_gradients
-from .checks import check_positions, check_targets
+from .checks import check_pair_weight, check_positions, check_targets
 from .objective import as_scalar, denominators
 from .planning import accumulation_dtype
 from .projection import HeadOptions, needs_grad, operand_dtype
@@ -39,6 +39,7 @@ def orpo_loss_op(
     nll_weight: Tensor,
     num_pairs: int,
     padded: bool,
+    pair_weight: Tensor | None,
     nll_denominator: Tensor | None,
     pair_denominator: Tensor | None,
     alpha: float,
@@ -53,9 +54,10 @@ def orpo_loss_op(
     needs: list[bool],
 ) -> list[Tensor]:
     """Loss, metrics, and gradients (of no elements where not in `needs`)."""
-    rows = Rows(position, target, sequence, scored, nll_weight, num_pairs, padded).live()
+    rows = Rows(position, target, sequence, scored, nll_weight, num_pairs, padded, pair_weight).live()
     check_targets("labels", rows.target, weight.shape[0])
     check_positions(rows.position, hidden.shape[0])
+    check_pair_weight(rows.pair_weight)
     options = HeadOptions.planned(
         hidden,
         weight,
@@ -134,6 +136,7 @@ def loss_in_a_graph(
         rows.nll_weight,
         rows.num_pairs,
         rows.padded,
+        rows.pair_weight,
         *counts,
         *options,
         operand_dtype(hidden),

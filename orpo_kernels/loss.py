@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .autograd import GroupedLoss, PairLossFunction
-from .checks import check_denominator, check_options, check_same_device
+from .checks import check_denominator, check_options, check_pair_weight, check_same_device
 from .graph import loss_in_a_graph
 from .head import Head
 from .objective import NO_GROUPS, denominators
@@ -26,12 +26,14 @@ class ORPOOutput(NamedTuple):
 
     Attributes:
         loss: 0-d, alpha * nll_loss + beta * or_loss.
-        nll_loss: 0-d, nats; 0 where there is no NLL row.
-        or_loss: 0-d, the mean of -logsigmoid(log_odds) over the valid pairs; 0 where there is none.
+        nll_loss: 0-d, nats; 0 where there is no NLL row. With weights of the pairs, weighted: a part of `loss`.
+        or_loss: 0-d, the mean of -logsigmoid(log_odds) over the valid pairs; 0 where there is none. Weighted likewise.
         chosen_logps: (B,) length-averaged log-probability of the chosen answer, nats per token; 0 if it is empty.
         rejected_logps: (B,) the same of the rejected answer.
         log_odds: (B,) log odds ratio of chosen over rejected; 0 for a pair that is not valid.
         valid_pairs: (B,) bool, False for a pair with an empty answer, which leaves the odds-ratio term.
+
+    What is of a pair, (B,), is as it is without weights.
     """
 
     loss: Tensor
@@ -50,6 +52,7 @@ def orpo_loss(
     *,
     bias: Tensor | None = None,
     nll_labels: Tensor | None = None,
+    pair_weight: Tensor | None = None,
     beta: float = 0.1,
     alpha: float = 1.0,
     nll_reduction: str = "token",
@@ -75,6 +78,9 @@ def orpo_loss(
         labels: (2B, T) int64, the scored (odds-ratio) targets: the response's token ids, `ignore_index` elsewhere.
         bias: (V,) lm-head bias.
         nll_labels: (B, T) int64, the chosen sequences' NLL targets; `labels[:B]` by default.
+        pair_weight: (B,) float64, finite and at least 0: what each pair's loss is multiplied by, in the NLL and in the
+            odds ratio. The means are divided by the same counts as without weights, given or not: 2 is as if the pair
+            were summed twice, 0 leaves it without gradient, and ones everywhere change no bit.
         beta: weight of the odds ratio, the paper's lambda.
         alpha: weight of the NLL.
         nll_reduction: "token", the mean over all NLL rows, or "sequence", the mean over each sequence first.
@@ -101,11 +107,14 @@ def orpo_loss(
         sequence_group: its ranks hold some positions of every sequence, each with its labels. All get the same loss;
             gradients are to be averaged, as over data_group. Shift the labels before the sequences are split.
 
+    Ranks that hold the same pairs, those of vocab_group and sequence_group, are given the same pair_weight.
+
     A `weight` or `bias` that is a DTensor is gathered over all mesh dimensions but that of vocab_group, and its
     gradient averaged and scattered over them.
 
     Raises:
-        ValueError: shapes that do not fit, an odd batch, a label outside [0, V), a schedule that cannot serve.
+        ValueError: shapes that do not fit, an odd batch, a label outside [0, V), a schedule that cannot serve, a
+            pair_weight below 0 or not finite. (A GPU's labels and weights are looked at there: it reports them later.)
         TypeError: dtypes or devices that do not fit.
         RuntimeError: a backend that is not available; a second derivative; `parallel.PeerError` where another rank has
             failed.
@@ -130,7 +139,7 @@ def orpo_loss(
             )
         check_reduction(nll_reduction)
         reduction = nll_reduction if groups.sequence is None else "token"  # the mean is taken over all ranks, later
-        return hidden.flatten(0, 1), padded_rows(labels, nll_labels, shift, ignore_index, reduction)
+        return hidden.flatten(0, 1), padded_rows(labels, nll_labels, shift, ignore_index, reduction, pair_weight)
 
     return _loss(
         inputs,
@@ -176,7 +185,8 @@ def orpo_loss_from_rows(
 
     Args:
         hidden: (N, H) last hidden states of all positions.
-        rows: which positions predict which targets, in which sequence; see `Rows`, `rows_from_labels` and `dialects`.
+        rows: which positions predict which targets, in which sequence, and what each pair weighs; see `Rows`,
+            `rows_from_labels` and `dialects`.
         low_rank: (V, r), more columns of the weight in any dtype: LoRA's B, where hidden (N, H + r) goes on with what B
             multiplies. The weight is copied. If it is frozen, these columns alone get a gradient and alone cost one.
         nll_denominator: instead of the sum of `rows.nll_weight`.
@@ -263,6 +273,7 @@ def _loss(
         head.check(hidden, rows.position, "rows")
         rows = rows.live()
         head.check_values(hidden, rows.position, rows.target, "labels")
+        check_pair_weight(rows.pair_weight)
         plan_with = partial(head.planned, hidden, len(rows), largest_pair=rows.largest_pair, **head_options)
         options = plan_with(schedule=schedule)
         # Groups of pairs would accumulate the gradient of the whole weight, and other ranks have other groups.
@@ -335,6 +346,7 @@ class ORPOLoss(nn.Module):
         *,
         bias: Tensor | None = None,
         nll_labels: Tensor | None = None,
+        pair_weight: Tensor | None = None,
         nll_denominator: int | Tensor | None = None,
         pair_denominator: int | Tensor | None = None,
     ) -> ORPOOutput:
@@ -345,6 +357,7 @@ class ORPOLoss(nn.Module):
             labels,
             bias=bias,
             nll_labels=nll_labels,
+            pair_weight=pair_weight,
             nll_denominator=nll_denominator,
             pair_denominator=pair_denominator,
             **self._options(),

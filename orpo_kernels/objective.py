@@ -10,6 +10,9 @@ With m_t the log-odds of target t (`token_log_odds`), and s a sequence with scor
     NLL     = -sum_t u_t logp_t                             u_t the normalised NLL weights
     loss    = alpha * NLL + beta * OR
 
+With weights w_i of the pairs, the terms of a pair in both sums are multiplied by its w_i: those of OR, and its u_t. The
+denominators are counted without them.
+
 and by hand, with dlogp_t/dm_t = sigmoid(-m_t) and dzeta/da = 1 / (1 - exp(a)):
 
     dNLL/dm_t = -u_t sigmoid(-m_t)
@@ -21,6 +24,7 @@ in the logarithm, in float64, and nothing overflows. Only an a that rounds to 0 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
 from typing import NamedTuple
 
@@ -104,10 +108,12 @@ def pair_loss(
 ) -> PairLoss:
     """The loss of `rows` from their token log-odds (R,) float64; the rows may be those of a few whole pairs.
 
+    rows: what the NLL's rows weigh is multiplied by the weights of their pairs here, that is, for both operations.
     ops: the backend; `sequence_sums` and `odds_ratio` below are the eager ones.
     sequence_group: its ranks hold the sequences' other rows; they all get the same loss, and as many times the gradient
         of their own rows as there are ranks.
     """
+    rows = replace(rows, nll_weight=rows.weighted_nll())
     sums = ops.sequence_sums(token_log_odds, rows)
     if sequence_group is None:
         return ops.odds_ratio(token_log_odds, rows, sums, alpha, beta, counts)
@@ -137,7 +143,7 @@ def sequence_sums(token_log_odds: Tensor, rows: Rows) -> SequenceSums:
 def odds_ratio(
     token_log_odds: Tensor, rows: Rows, sums: SequenceSums, alpha: float, beta: float, counts: Denominators
 ) -> PairLoss:
-    """Loss, metrics and the gradient of every row."""
+    """Loss, metrics and the gradient of every row. `rows.nll_weight` holds its pair's weight already (`pair_loss`)."""
     mean_logps, scored_rows, nll = sums
     nll_share, pair_share = reciprocal(counts.nll), reciprocal(counts.pairs)
     nll_loss = nll.sum() * nll_share
@@ -148,13 +154,15 @@ def odds_ratio(
     chosen, rejected = (a - log1mexp).view(2, -1)
     d = chosen - rejected
     pair_weight = valid * pair_share
-    or_loss = -(pair_weight * F.logsigmoid(d)).sum()
+    if rows.pair_weight is not None:
+        pair_weight = pair_weight * rows.pair_weight
+    or_loss = torch.where(pair_weight != 0, -pair_weight * F.logsigmoid(d), 0).sum()  # weight 0 wins here too
 
     # d OR / d a_s without the 1 / (1 - exp(a_s)), which joins sigmoid(-m_t) below
     log_share = F.logsigmoid(-d).repeat(2) - log1mexp
-    sign = torch.cat((-pair_weight, pair_weight)) / scored_rows.clamp(min=1)
+    share = (torch.cat((-pair_weight, pair_weight)) / scored_rows.clamp(min=1))[rows.sequence]
     log_token = F.logsigmoid(-token_log_odds)
-    or_grad = torch.where(rows.scored, sign[rows.sequence] * torch.exp(log_share[rows.sequence] + log_token), 0)
+    or_grad = torch.where(rows.scored & (share != 0), share * torch.exp(log_share[rows.sequence] + log_token), 0)
     grad = beta * or_grad - alpha * nll_share * rows.nll_weight * log_token.exp()
 
     chosen_logps, rejected_logps = mean_logps.view(2, -1)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check_denominator
+from .checks import check_denominator, check_pair_weight
 from .head import Head
 from .loss import orpo_loss_from_rows
 from .methods import ORPO, Answers, Method
@@ -21,8 +21,9 @@ class PreferenceOutput(NamedTuple):
     """What `preference_loss_from_rows` returns. Only `loss` is differentiable. fp32, float64 for float64 inputs.
 
     Attributes:
-        loss: 0-d, alpha * nll_loss + the mean of the method's pair losses over the valid pairs.
-        nll_loss: 0-d, nats; 0 where there is no NLL row.
+        loss: 0-d, alpha * nll_loss + the mean of the method's pair losses over the valid pairs, weighted by
+            `rows.pair_weight`. What is of a pair, (B,), is as it is without weights.
+        nll_loss: 0-d, nats; 0 where there is no NLL row. Weighted as well: a part of `loss`.
         chosen_logps: (B,) log-probability of the chosen answer in nats: per token if the method is length-averaged,
             else of the whole answer; 0 if it is empty.
         rejected_logps: (B,) the same of the rejected answer.
@@ -101,16 +102,20 @@ def preference_loss_from_rows(
 
     check_denominator("nll_denominator", nll_denominator)
     check_denominator("pair_denominator", pair_denominator)
+    check_pair_weight(rows.pair_weight)
     rows = rows.live()
     reference = _checked_reference(reference_logps, method, rows)
     logps = row_logps(hidden, weight, rows, bias=bias, low_rank=low_rank, **options)
     answers = answers_of(logps, rows)
     counts = denominators(rows, nll_denominator, pair_denominator)
 
-    nll_rows = torch.where(rows.nll_weight != 0, -rows.nll_weight * logps, 0)  # weight 0 wins over an infinite logp
+    nll_weight = rows.weighted_nll()
+    nll_rows = torch.where(nll_weight != 0, -nll_weight * logps, 0)  # weight 0 wins over an infinite logp
     nll_loss = nll_rows.sum() * reciprocal(counts.nll)
     scores = method.scores(answers)
     pair_losses = torch.where(answers.valid_pairs, method.pair_losses(scores, reference), 0)
+    if rows.pair_weight is not None:
+        pair_losses = torch.where(rows.pair_weight != 0, rows.pair_weight * pair_losses, 0)
     loss = method.alpha * nll_loss + pair_losses.sum() * reciprocal(counts.pairs)
 
     dtype = accumulation_dtype(hidden.dtype)

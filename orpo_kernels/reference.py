@@ -38,6 +38,7 @@ def orpo_loss(
     *,
     bias: Tensor | None = None,
     nll_labels: Tensor | None = None,
+    pair_weight: Tensor | None = None,
     beta: float = 0.1,
     alpha: float = 1.0,
     nll_reduction: str = "token",
@@ -65,11 +66,13 @@ def orpo_loss(
     if nll_reduction == "sequence":
         nll_logps = nll_logps / wants_nll.sum(1, keepdim=True).clamp(min=1)
         wants_nll = wants_nll.any(1)
-    nll_loss = -nll_logps.sum() / (wants_nll.sum() if nll_denominator is None else nll_denominator)
+    weights = _pair_weights(pair_weight, pairs, logps)
+    nll_total = -(weights[:, None] * nll_logps).sum()
+    nll_loss = nll_total / (wants_nll.sum() if nll_denominator is None else nll_denominator)
     if nll_denominator is None and not wants_nll.any():
         nll_loss = logps.sum() * 0
     means = logps.sum(1) / scored.sum(1).clamp(min=1)
-    return _odds_ratio(means, scored.any(1), nll_loss, alpha, beta, pair_denominator)
+    return _odds_ratio(means, scored.any(1), nll_loss, weights, alpha, beta, pair_denominator)
 
 
 def orpo_loss_from_rows(
@@ -90,16 +93,23 @@ def orpo_loss_from_rows(
     logps = F.logsigmoid(token_log_odds(hidden[rows.position], weight, rows.target, bias, logit_scale, logit_softcap))
     nll_weight = rows.nll_weight.to(logps.dtype)
     total = nll_weight.sum() if nll_denominator is None else nll_denominator
-    nll_loss = -(nll_weight * logps).sum() / (total if total > 0 else 1)
+    weights = _pair_weights(rows.pair_weight, rows.num_pairs, logps)
+    nll_loss = -(weights.repeat(2)[rows.sequence] * nll_weight * logps).sum() / (total if total > 0 else 1)
     belongs = F.one_hot(rows.sequence, 2 * rows.num_pairs).T * rows.scored  # (2B, R)
     means = (belongs * logps).sum(1) / belongs.sum(1).clamp(min=1)
-    return _odds_ratio(means, belongs.sum(1) > 0, nll_loss, alpha, beta, pair_denominator)
+    return _odds_ratio(means, belongs.sum(1) > 0, nll_loss, weights, alpha, beta, pair_denominator)
+
+
+def _pair_weights(pair_weight: Tensor | None, pairs: int, logps: Tensor) -> Tensor:
+    """(B,) what each pair's terms of both sums are multiplied by; ones if nothing is given."""
+    return logps.new_ones(pairs) if pair_weight is None else pair_weight.to(logps.dtype)
 
 
 def _odds_ratio(
     means: Tensor,
     answered: Tensor,
     nll_loss: Tensor,
+    weights: Tensor,
     alpha: float,
     beta: float,
     pair_denominator: int | Tensor | None,
@@ -110,7 +120,7 @@ def _odds_ratio(
     zeta = a - torch.log(-torch.expm1(a))
     log_odds = zeta[: len(valid)] - zeta[len(valid) :]
     count = valid.sum() if pair_denominator is None else pair_denominator
-    or_loss = (-F.logsigmoid(log_odds) * valid).sum() / (count if count > 0 else 1)
+    or_loss = (-F.logsigmoid(log_odds) * valid * weights).sum() / (count if count > 0 else 1)
     chosen_logps, rejected_logps = means.detach().view(2, -1)
     return ORPOOutput(
         loss=alpha * nll_loss + beta * or_loss,

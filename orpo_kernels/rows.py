@@ -2,23 +2,32 @@
 
 A *row* is one (position, target) pair. Everything vocabulary-sized is computed for rows only, so padding, ignored
 labels and the prompts of rejected answers cost nothing. Every layout (padded, packed, padding-free, shared prompt) and
-every dialect of ORPO is a different way to fill in the same six fields.
+every dialect of ORPO is a different way to fill in the same few fields.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .parallel import Groups, VocabShard, summed
 
+DTYPES = {  # of the vectors that have a number for each row
+    "position": torch.int64,
+    "target": torch.int64,
+    "sequence": torch.int64,
+    "scored": torch.bool,
+    "nll_weight": torch.float64,
+}
+
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a batch of `num_pairs` preference pairs; all vectors have shape (R,) and live on one device.
+    """The rows of a batch of `num_pairs` preference pairs; vectors have shape (R,) and all live on one device.
 
     Attributes:
         position: int64, index into the flattened hidden states (N, H). May repeat: the last hidden state of a shared
@@ -29,10 +38,14 @@ class Rows:
         nll_weight: float64, the row's weight in the NLL, not yet normalised; 0 keeps it out.
         num_pairs: B.
         padded: whether there may be rows that count for nothing, neither scored nor weighted, with any target.
+        pair_weight: (B,) float64, finite and at least 0, or None: what each pair's loss is multiplied by, its part of
+            the NLL too. What the means are divided by is counted without it: a pair of weight 2 is summed twice and
+            counted once. No gradient is made for it. `dataclasses.replace(rows, pair_weight=...)` gives
+            weights to rows of any origin.
 
     Raises:
-        ValueError: vectors of different lengths.
-        TypeError: a vector of another dtype or device.
+        ValueError: vectors of different lengths, or not a weight for each pair.
+        TypeError: a vector of another dtype or device; a pair_weight that requires grad.
     """
 
     position: Tensor
@@ -42,16 +55,10 @@ class Rows:
     nll_weight: Tensor
     num_pairs: int
     padded: bool = False
+    pair_weight: Tensor | None = None
 
     def __post_init__(self) -> None:
-        dtypes = {
-            "position": torch.int64,
-            "target": torch.int64,
-            "sequence": torch.int64,
-            "scored": torch.bool,
-            "nll_weight": torch.float64,
-        }
-        for name, dtype in dtypes.items():
+        for name, dtype in DTYPES.items():
             vector = getattr(self, name)
             if vector.dim() != 1 or vector.shape != self.position.shape:
                 raise ValueError(
@@ -62,17 +69,34 @@ class Rows:
                 raise TypeError(f"Rows.{name} is {vector.dtype}, it must be {dtype}")
             if vector.device != self.position.device:
                 raise TypeError(f"Rows.{name} is on {vector.device}, but Rows.position is on {self.position.device}")
+        self._check_pair_weight()
+
+    def _check_pair_weight(self) -> None:
+        weight = self.pair_weight
+        if weight is None:
+            return
+        if weight.shape != (self.num_pairs,):
+            raise ValueError(
+                f"pair_weight has shape {tuple(weight.shape)}, but the batch has {self.num_pairs} pairs: it must be "
+                f"({self.num_pairs},), a weight for each pair"
+            )
+        if weight.dtype != torch.float64:
+            raise TypeError(f"pair_weight is {weight.dtype}, it must be torch.float64: pass pair_weight.double()")
+        if weight.device != self.position.device:
+            raise TypeError(f"pair_weight is on {weight.device}, but the rows are on {self.position.device}")
+        if weight.requires_grad:
+            raise TypeError("pair_weight requires grad, but the loss makes no gradient for it: pass its detach()")
 
     def __len__(self) -> int:
         return self.position.shape[0]
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Rows:
         """The same rows on another device. Built by a collator on the CPU they need no synchronisation on a GPU."""
-        return self._map(lambda vector: vector.to(device, non_blocking=non_blocking))
+        return self._moved(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Rows:
         """The same rows in page-locked memory, as a `DataLoader(pin_memory=True)` asks for."""
-        return self._map(lambda vector: vector.pin_memory())
+        return self._moved(lambda tensor: tensor.pin_memory())
 
     def select(self, index: Tensor) -> Rows:
         """The rows at `index` (int64 or bool), still numbered as pairs of the whole batch."""
@@ -89,22 +113,29 @@ class Rows:
         """With targets that count from the shard's first row of the lm-head: outside [0, size) on another rank."""
         return self if shard is None else replace(self, target=self.target - shard.start)
 
+    @property
+    def pair(self) -> Tensor:
+        """(R,) int64, the pair that each row belongs to."""
+        return self.sequence % max(self.num_pairs, 1)
+
+    def weighted_nll(self) -> Tensor:
+        """(R,) float64, `nll_weight` times the weight of the row's pair."""
+        return self.nll_weight if self.pair_weight is None else self.nll_weight * self.pair_weight[self.pair]
+
     def pair_sizes(self) -> list[int]:
         """The number of rows of each pair. Reads them on the host."""
-        return torch.bincount(self.sequence % max(self.num_pairs, 1), minlength=self.num_pairs).tolist()
+        return torch.bincount(self.pair, minlength=self.num_pairs).tolist()
 
     def largest_pair(self) -> int:
         return max(self.pair_sizes(), default=0)
 
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> Rows:
+        everything: dict[str, Any] = {name: move(getattr(self, name)) for name in DTYPES}
+        return replace(self, **everything, pair_weight=None if self.pair_weight is None else move(self.pair_weight))
+
     def _map(self, function: Callable[[Tensor], Tensor]) -> Rows:
-        return replace(
-            self,
-            position=function(self.position),
-            target=function(self.target),
-            sequence=function(self.sequence),
-            scored=function(self.scored),
-            nll_weight=function(self.nll_weight),
-        )
+        vectors: dict[str, Any] = {name: function(getattr(self, name)) for name in DTYPES}
+        return replace(self, **vectors)
 
 
 def rows_from_labels(
@@ -114,6 +145,7 @@ def rows_from_labels(
     shift: bool = False,
     ignore_index: int = -100,
     nll_reduction: str = "token",
+    pair_weight: Tensor | None = None,
 ) -> Rows:
     """The rows of a padded batch. Reading which labels are valid is the one host synchronisation of the loss.
 
@@ -123,15 +155,23 @@ def rows_from_labels(
             another NLL label than OR label it becomes two rows.
         shift: False if `labels[:, t]` is the target of position t, True if `labels[:, t + 1]` is.
         nll_reduction: "token": every NLL row weighs the same. "sequence": the mean over each sequence's rows first.
+        pair_weight: (B,) float64, what each pair's loss is multiplied by; see `Rows`.
 
     Raises:
         ValueError: odd batch, shapes that do not fit together, unknown reduction.
-        TypeError: labels that are not int64, or that are on different devices.
+        TypeError: labels that are not int64, weights that are not float64, or that are on different devices.
     """
-    return padded_rows(labels, nll_labels, shift, ignore_index, nll_reduction).live()
+    return padded_rows(labels, nll_labels, shift, ignore_index, nll_reduction, pair_weight).live()
 
 
-def padded_rows(labels: Tensor, nll_labels: Tensor | None, shift: bool, ignore_index: int, nll_reduction: str) -> Rows:
+def padded_rows(
+    labels: Tensor,
+    nll_labels: Tensor | None,
+    shift: bool,
+    ignore_index: int,
+    nll_reduction: str,
+    pair_weight: Tensor | None = None,
+) -> Rows:
     """`rows_from_labels` before the rows that count for nothing are dropped: as many as labels, whatever they hold."""
     check_labels(labels, nll_labels, nll_reduction)
     pairs, length = labels.shape[0] // 2, labels.shape[1]
@@ -155,7 +195,7 @@ def padded_rows(labels: Tensor, nll_labels: Tensor | None, shift: bool, ignore_i
         torch.cat([v.flatten() for v in vs]) for vs in zip(*planes, strict=True)
     )
     weight = nll_weight(is_nll, sequence, 2 * pairs, nll_reduction)
-    return Rows(position, target, sequence, scored, weight, pairs, padded=True)
+    return Rows(position, target, sequence, scored, weight, pairs, padded=True, pair_weight=pair_weight)
 
 
 def nll_weight(is_nll: Tensor, sequence: Tensor, num_sequences: int, reduction: str) -> Tensor:

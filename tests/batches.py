@@ -25,6 +25,7 @@ class Batch:
     labels: Tensor
     bias: Tensor | None = None
     nll_labels: Tensor | None = None
+    pair_weight: Tensor | None = None
     train_hidden: bool = True
     train_weight: bool = True
     train_bias: bool = True
@@ -51,6 +52,7 @@ class Batch:
             self.labels,
             bias=leaves["bias"],
             nll_labels=self.nll_labels,
+            pair_weight=self.pair_weight,
             **self.options,
             **options,
         )
@@ -60,6 +62,12 @@ class Batch:
         return out, grads
 
 
+def random_weights(generator: torch.Generator, pairs: int) -> Tensor:
+    """(B,) weights of pairs in [0, 2), about a third of them 0."""
+    weights = 2 * torch.rand(pairs, generator=generator, dtype=torch.float64)
+    return weights * (torch.rand(pairs, generator=generator) < 0.7)
+
+
 def random_labels(generator: torch.Generator, shape: tuple[int, int], vocab: int, keep: float) -> Tensor:
     labels = torch.randint(vocab, shape, generator=generator)
     return torch.where(torch.rand(shape, generator=generator) < keep, labels, IGNORE)
@@ -67,7 +75,7 @@ def random_labels(generator: torch.Generator, shape: tuple[int, int], vocab: int
 
 @st.composite
 def batches(draw: st.DrawFn) -> Batch:
-    """Ragged batches of every kind: masks with holes, empty sequences, odd vocabularies, options of every model."""
+    """Ragged batches of every kind: holes, empty sequences, odd vocabularies, weighted pairs, every model's options."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     pairs, length = draw(st.integers(1, 3)), draw(st.integers(1, 9))
     size, vocab = draw(st.integers(1, 17)), draw(st.integers(2, 71))
@@ -92,6 +100,7 @@ def batches(draw: st.DrawFn) -> Batch:
         labels=random_labels(generator, (2 * pairs, length), vocab, keep),
         bias=normal(vocab) if draw(st.booleans()) else None,
         nll_labels=random_labels(generator, (pairs, length), vocab, 0.7) if draw(st.booleans()) else None,
+        pair_weight=random_weights(generator, pairs) if draw(st.booleans()) else None,
         train_hidden=train_hidden,
         train_weight=train_weight,
         train_bias=train_weight or draw(st.booleans()),
@@ -106,6 +115,7 @@ def plain_loss(
     *,
     bias: Tensor | None,
     nll_labels: Tensor | None,
+    pair_weight: Tensor | None = None,
     beta: float,
     alpha: float,
     nll_reduction: str,
@@ -128,17 +138,18 @@ def plain_loss(
         logps = log_probs.gather(-1, torch.where(mask, labels, 0)[..., None]).squeeze(-1)
         return torch.where(mask, logps, 0), mask
 
+    weights = log_probs.new_ones(pairs) if pair_weight is None else pair_weight.to(log_probs.dtype)
     logps, scored = pick(log_probs, labels)
     nll_logps, wanted = pick(log_probs[:pairs], nll_labels)
     if nll_reduction == "sequence":
         nll_logps, wanted = nll_logps / wanted.sum(1, keepdim=True).clamp(min=1), wanted.any(1)
-    nll_loss = -nll_logps.sum() / wanted.sum().clamp(min=1)
+    nll_loss = -(weights[:, None] * nll_logps).sum() / wanted.sum().clamp(min=1)
     means = logps.sum(1) / scored.sum(1).clamp(min=1)
     valid = scored.any(1).view(2, -1).all(0)
     a = torch.where(valid.repeat(2), means, -1.0)
     odds = a - torch.log1p(-torch.exp(a))
     log_odds = odds[:pairs] - odds[pairs:]
-    or_loss = -(F.logsigmoid(log_odds) * valid).sum() / valid.sum().clamp(min=1)
+    or_loss = -(weights * F.logsigmoid(log_odds) * valid).sum() / valid.sum().clamp(min=1)
     loss = alpha * nll_loss + beta * or_loss
     return ORPOOutput(loss, nll_loss, or_loss, means[:pairs], means[pairs:], log_odds, valid)
 
@@ -149,8 +160,10 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
     return (value.double() - truth.double()).norm().item() / norm if norm else float(value.double().norm())
 
 
-def random_rows(generator: torch.Generator, num_positions: int, vocab: int, pairs: int, num_rows: int) -> Rows:
-    """Rows in any order, positions repeated, sequences empty, NLL on chosen rows only."""
+def random_rows(
+    generator: torch.Generator, num_positions: int, vocab: int, pairs: int, num_rows: int, weighted: bool = False
+) -> Rows:
+    """Rows in any order, positions repeated, sequences empty, NLL on chosen rows only; `weighted` pairs or not."""
 
     def integers(high: int) -> Tensor:
         return torch.randint(high, (num_rows,), generator=generator)
@@ -166,4 +179,5 @@ def random_rows(generator: torch.Generator, num_positions: int, vocab: int, pair
         scored=torch.rand(num_rows, generator=generator) < 0.7,
         nll_weight=weight * (sequence < pairs),
         num_pairs=pairs,
+        pair_weight=random_weights(generator, pairs) if weighted else None,
     )

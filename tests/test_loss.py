@@ -38,7 +38,9 @@ def magnitudes(batch: Batch) -> tuple[float, dict[str, float]]:
     exact = batch.to(torch.float64)
     z = F.linear(exact.hidden, exact.weight, exact.bias).requires_grad_()
     identity = torch.eye(z.shape[-1], dtype=z.dtype)
-    out = reference.orpo_loss(z, identity, batch.labels, nll_labels=batch.nll_labels, **batch.options)
+    out = reference.orpo_loss(
+        z, identity, batch.labels, nll_labels=batch.nll_labels, pair_weight=batch.pair_weight, **batch.options
+    )
     (dz,) = torch.autograd.grad(out.loss, z)
     dz = dz.abs().flatten(0, 1)
     return z.abs().max().item() * batch.options["logit_scale"], {

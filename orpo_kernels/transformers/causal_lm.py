@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -50,6 +51,7 @@ def causal_lm_orpo_loss(
     labels: Tensor | None = None,
     *,
     packed: PackedPairs | None = None,
+    pair_weights: Tensor | None = None,
     prompt_nll: bool = True,
     nll_reduction: str = "token",
     ignore_index: int = IGNORE_INDEX,
@@ -72,6 +74,8 @@ def causal_lm_orpo_loss(
         packed: where everything is in a batch of `PreferenceCollator(packing="shared")`, instead of attention_mask and
             labels. Loss and gradients are those of the padded batch, or the model is refused: the first call also
             compares a few shared tokens with the sequences alone (`refuses_shared_prompt`).
+        pair_weights: (B,) float64, finite and at least 0: what each pair's loss is multiplied by, `pair_weight` of
+            `orpo_loss`. The router loss, which is of tokens, is not weighted.
         prompt_nll: whether the NLL of the chosen side covers its prompt as well (TRL) or only its response (the paper).
         nll_reduction: as in `orpo_loss`.
         ignore_index: the label that is no target; a packed batch has none.
@@ -95,6 +99,7 @@ def causal_lm_orpo_loss(
         attention_mask,
         labels,
         packed=packed,
+        pair_weights=pair_weights,
         prompt_nll=prompt_nll,
         nll_reduction=nll_reduction,
         ignore_index=ignore_index,
@@ -118,6 +123,7 @@ def causal_lm_preference_loss(
     *,
     method: Method | str,
     packed: PackedPairs | None = None,
+    pair_weights: Tensor | None = None,
     reference_logps: Tensor | None = None,
     chosen_only: bool = False,
     ignore_index: int = IGNORE_INDEX,
@@ -127,7 +133,7 @@ def causal_lm_preference_loss(
     """The loss of any method on one batch, without its logits: `causal_lm_orpo_loss` for SFT, DPO, SimPO and CPO too.
 
     Args:
-        model, input_ids, attention_mask, labels, packed, ignore_index, router_aux_loss_coef: as in
+        model, input_ids, attention_mask, labels, packed, pair_weights, ignore_index, router_aux_loss_coef: as in
             `causal_lm_orpo_loss`.
         method: one of `orpo_kernels.methods`, or its name, for its defaults.
         reference_logps: (2B,) summed log-probabilities of the answers under the reference model, which DPO needs:
@@ -155,6 +161,7 @@ def causal_lm_preference_loss(
         attention_mask,
         labels,
         packed=packed,
+        pair_weights=pair_weights,
         prompt_nll=method.prompt_nll,
         nll_reduction=method.nll_reduction,
         chosen_only=chosen_only,
@@ -179,12 +186,14 @@ def causal_lm_answers(
     labels: Tensor | None = None,
     *,
     packed: PackedPairs | None = None,
+    pair_weights: Tensor | None = None,
     ignore_index: int = IGNORE_INDEX,
     **options: Any,
 ) -> Answers:
     """Log-probabilities and lengths of a batch's answers, without gradient; one GEMM of the head.
 
-    Arguments and errors as in `causal_lm_orpo_loss`; the options are schedule, memory_budget and backend.
+    Arguments and errors as in `causal_lm_orpo_loss`; the options are schedule, memory_budget and backend. The weights
+    of the pairs, which a batch may hold, change nothing here.
     """
     _check_options(options)
     rows = batch_rows(
@@ -268,6 +277,7 @@ def batch_rows(
     labels: Tensor | None = None,
     *,
     packed: PackedPairs | None = None,
+    pair_weights: Tensor | None = None,
     prompt_nll: bool = True,
     nll_reduction: str = "token",
     chosen_only: bool = False,
@@ -276,7 +286,7 @@ def batch_rows(
     """What the loss of a batch runs over, arguments and errors as in `causal_lm_preference_loss`. No host read."""
     if packed is not None:
         _check_packed(input_ids, attention_mask, labels, packed)
-        return packed.to(input_ids.device).rows(prompt_nll, nll_reduction)
+        return replace(packed.to(input_ids.device).rows(prompt_nll, nll_reduction), pair_weight=pair_weights)
     if labels is None:
         raise TypeError("labels are missing; a batch has labels and an attention_mask, or `packed`.")
     _check_batch(input_ids, attention_mask, labels, chosen_only)
@@ -292,6 +302,7 @@ def batch_rows(
         True,
         ignore_index,
         nll_reduction,
+        pair_weights,
     )
 
 

@@ -20,7 +20,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 def on(batch: Batch, device: torch.device) -> Batch:
     """The same batch on the device."""
-    tensors = {"labels": batch.labels, "nll_labels": batch.nll_labels} | batch.floats()
+    tensors = {name: getattr(batch, name) for name in ("labels", "nll_labels", "pair_weight")} | batch.floats()
     return replace(batch, **{name: None if t is None else t.to(device) for name, t in tensors.items()})
 
 

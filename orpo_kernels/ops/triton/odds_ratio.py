@@ -42,11 +42,21 @@ def pair_terms(MEAN_LOGPS, SCORED_ROWS, i_pair, mask, num_pairs):
     return valid, d, log1mexp_chosen, log1mexp_rejected
 
 
+@triton.jit
+def weights_of_pairs(PAIR_WEIGHT, i_pair, valid, mask):
+    """What the odds-ratio terms of the pairs at `i_pair` count: their weights, 0 for a pair that is not valid."""
+    weight = valid.to(tl.float64)
+    if PAIR_WEIGHT is not None:
+        weight = tl.where(valid, tl.load(PAIR_WEIGHT + i_pair, mask=mask, other=0.0), 0.0)
+    return weight
+
+
 VECTORS = [
     "LOG_ODDS",
     "SEQUENCE",
     "SCORED",
     "NLL_WEIGHT",
+    "PAIR_WEIGHT",
     "MEAN_LOGPS",
     "SCORED_ROWS",
     "NLL",
@@ -61,7 +71,8 @@ def odds_ratio_kernel(
     LOG_ODDS,  # (R,) float64, of tokens
     SEQUENCE,  # (R,) int64
     SCORED,  # (R,) bool
-    NLL_WEIGHT,  # (R,) float64
+    NLL_WEIGHT,  # (R,) float64, times the pair's weight
+    PAIR_WEIGHT,  # (B,) float64 or None
     MEAN_LOGPS,  # (2B,) float64
     SCORED_ROWS,  # (2B,) float64
     NLL,  # (2B,) float64
@@ -88,13 +99,14 @@ def odds_ratio_kernel(
     is_rejected = sequence >= num_pairs
     i_pair = tl.where(is_rejected, sequence - num_pairs, sequence)
     valid, d, log1mexp_chosen, log1mexp_rejected = pair_terms(MEAN_LOGPS, SCORED_ROWS, i_pair, m_r, num_pairs)
+    pair_weight = weights_of_pairs(PAIR_WEIGHT, i_pair, valid, m_r) * pair_share
     m = tl.load(LOG_ODDS + o_r, mask=m_r, other=0.0)
     scored = tl.load(SCORED + o_r, mask=m_r, other=0) != 0
     rows = tl.load(SCORED_ROWS + sequence, mask=m_r, other=1.0)
     log_token = logsigmoid(-m)
     log_share = logsigmoid(-d) - tl.where(is_rejected, log1mexp_rejected, log1mexp_chosen)
-    share = tl.where(is_rejected, pair_share, -pair_share) / tl.maximum(rows, 1.0)
-    or_grad = tl.where(scored & valid, share * tl.exp(log_share + log_token), 0.0)
+    share = tl.where(is_rejected, pair_weight, -pair_weight) / tl.maximum(rows, 1.0)
+    or_grad = tl.where(scored & (pair_weight != 0.0), share * tl.exp(log_share + log_token), 0.0)
     nll_weight = tl.load(NLL_WEIGHT + o_r, mask=m_r, other=0.0) * nll_share
     tl.store(GRAD + o_r, beta * or_grad - alpha * nll_weight * tl.exp(log_token), mask=m_r)
 
@@ -105,7 +117,8 @@ def odds_ratio_kernel(
             o_b = start + tl.arange(0, BLOCK)
             m_b = o_b < num_pairs
             pair_valid, pair_d, _, _ = pair_terms(MEAN_LOGPS, SCORED_ROWS, o_b, m_b, num_pairs)
-            or_sum -= tl.where(pair_valid, logsigmoid(pair_d), 0.0)
+            weight = weights_of_pairs(PAIR_WEIGHT, o_b, pair_valid, m_b)
+            or_sum -= tl.where(weight != 0.0, weight * logsigmoid(pair_d), 0.0)  # weight 0 wins over an infinite d
             nll_sum += tl.load(NLL + o_b, mask=m_b, other=0.0)
             nll_sum += tl.load(NLL + num_pairs + o_b, mask=m_b, other=0.0)
             tl.store(PAIR_LOG_ODDS + o_b, pair_d, mask=m_b)
@@ -132,6 +145,7 @@ def odds_ratio(
         rows.sequence,
         rows.scored,
         rows.nll_weight,
+        rows.pair_weight,
         *sums,
         *counts,
         losses,

@@ -1,0 +1,288 @@
+"""Weights of pairs: what each pair's loss is multiplied by, in every schedule, backend, method and layout.
+
+`test_loss.py` and `test_parallel.py` have weighted pairs among their random batches; here is what weights promise.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from orpo_kernels import (
+    ORPOLoss,
+    Rows,
+    orpo_loss,
+    orpo_loss_from_rows,
+    preference_loss_from_rows,
+    reference,
+    rows_from_labels,
+)
+from orpo_kernels.methods import METHODS, ORPO, method_named
+
+from .batches import IGNORE, random_labels, random_rows, random_weights, relative_error
+
+SIZE, VOCAB, LENGTH = 12, 41, 7
+SCHEDULES = ("single_pass", "resident", "by groups", "recompute", "sparse")
+each_schedule = pytest.mark.parametrize("schedule", SCHEDULES)
+each_method = pytest.mark.parametrize("name", METHODS)
+share_fixtures = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def inputs(pairs: int = 3, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, weight, and labels of answers with at least one token."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(2 * pairs, LENGTH, SIZE, generator=generator, dtype=torch.float64)
+    weight = torch.randn(VOCAB, SIZE, generator=generator, dtype=torch.float64)
+    labels = random_labels(generator, (2 * pairs, LENGTH), VOCAB, 0.7)
+    labels[:, 2] = torch.randint(VOCAB, (2 * pairs,), generator=generator)
+    return hidden.to(dtype), weight.to(dtype), labels
+
+
+def options_of(schedule: str, dtype: torch.dtype) -> dict[str, Any]:
+    """How to compute the loss of `inputs`."""
+    itemsize = max(dtype.itemsize, 4)
+    return {
+        "by groups": {"schedule": "resident", "memory_budget": itemsize * VOCAB * (SIZE + 2 * LENGTH)},
+        "sparse": {"schedule": "auto", "sparse_eps": 0.0},
+    }.get(schedule, {"schedule": schedule})
+
+
+def run(hidden: Tensor, weight: Tensor, schedule: str, loss: Any) -> tuple[Any, list[Tensor]]:
+    """The output of `loss(hidden, weight, **options)`, and the gradients of what the schedule trains."""
+    leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(schedule != "single_pass")]
+    out = loss(*leaves, **options_of(schedule, hidden.dtype))
+    return out, list(torch.autograd.grad(out.loss, [leaf for leaf in leaves if leaf.requires_grad]))
+
+
+def method_loss(labels: Tensor, name: str, pair_weight: Tensor | None, reference_logps: Tensor, **counts: int) -> Any:
+    """The loss of a method with an NLL, as a function of hidden, weight and options."""
+    rows = rows_from_labels(labels, pair_weight=pair_weight)
+
+    def loss(hidden: Tensor, weight: Tensor, **options: Any) -> Any:
+        method = method_named(name, alpha=0.7)
+        flat = hidden.flatten(0, 1)
+        return preference_loss_from_rows(
+            flat, weight, rows, method, reference_logps=reference_logps, **counts, **options
+        )
+
+    return loss
+
+
+# --- what a weight is ------------------------------------------------------------------------------------------------
+
+
+@each_schedule
+@each_method
+@given(seed=st.integers(0, 2**31))
+def test_a_weighted_loss_is_the_weighted_sum_of_the_pairs_own_losses(name, schedule, seed):
+    """Each pair alone and without weights, over the denominators of all: loss, its parts, and every gradient."""
+    if schedule == "by groups" and name != "orpo":
+        return  # groups of pairs are ORPO's alone
+    pairs = 3
+    hidden, weight, labels = inputs(pairs, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    weights, ref = random_weights(generator, pairs), -9 * torch.rand(2 * pairs, generator=generator)
+    counts = {"nll_denominator": int((labels[:pairs] != IGNORE).sum()), "pair_denominator": pairs}
+    out, grads = run(hidden, weight, schedule, method_loss(labels, name, weights, ref))
+    alone = []
+    for pair in range(pairs):
+        own = labels.clone()
+        own[[i for i in range(2 * pairs) if i % pairs != pair]] = IGNORE
+        alone.append(run(hidden, weight, schedule, method_loss(own, name, None, ref, **counts)))
+    for field in ("loss", "nll_loss"):
+        expected = sum(w * getattr(own, field).detach() for w, (own, _) in zip(weights, alone, strict=True))
+        torch.testing.assert_close(getattr(out, field).detach(), expected, rtol=1e-9, atol=1e-12)
+    for i, grad in enumerate(grads):
+        expected = sum(w * own_grads[i] for w, (_, own_grads) in zip(weights, alone, strict=True))
+        torch.testing.assert_close(grad, expected, rtol=1e-8, atol=1e-12)
+
+
+@each_schedule
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_ones_are_no_weights_bit_for_bit(dtype, schedule, backend, small_chunks):
+    hidden, weight, labels = inputs(dtype=dtype)
+    results = []
+    for pair_weight in (None, torch.ones(3, dtype=torch.float64)):
+        loss = partial(orpo_loss, labels=labels, pair_weight=pair_weight, beta=0.3)
+        out, grads = run(hidden, weight, schedule, loss)
+        results.append((*out, *grads))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@each_method
+def test_ones_are_no_weights_in_any_method(name):
+    hidden, weight, labels = inputs(dtype=torch.float32)
+    ref = -9 * torch.rand(6)
+    ones = torch.ones(3, dtype=torch.float64)
+    results = [run(hidden, weight, "resident", method_loss(labels, name, w, ref)) for w in (None, ones)]
+    for a, b in zip((*results[0][0], *results[0][1]), (*results[1][0], *results[1][1]), strict=True):
+        assert torch.equal(a, b)
+
+
+@each_method
+def test_what_is_of_a_pair_does_not_know_its_weight(name):
+    """Log-probabilities, rewards, log-odds: as without weights. The parts of the loss still add up to it."""
+    hidden, weight, labels = inputs()
+    ref, weights = -9 * torch.rand(6), torch.tensor([0.0, 2.5, 0.3], dtype=torch.float64)
+    out = method_loss(labels, name, weights, ref)(hidden, weight)
+    plain = method_loss(labels, name, None, ref)(hidden, weight)
+    for field in set(out._fields) - {"loss", "nll_loss"}:
+        assert torch.equal(getattr(out, field), getattr(plain, field)), field
+    assert out.nll_loss != plain.nll_loss
+    if isinstance(method_named(name), ORPO):
+        orpo = orpo_loss(hidden, weight, labels, pair_weight=weights, alpha=0.7, beta=0.4)
+        assert float(orpo.loss) == pytest.approx(0.7 * float(orpo.nll_loss) + 0.4 * float(orpo.or_loss), rel=1e-12)
+
+
+@each_schedule
+def test_weight_0_leaves_a_pair_without_gradient(schedule, backend, small_chunks):
+    hidden, weight, labels = inputs(dtype=torch.float32)
+    weights = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
+    _, grads = run(hidden, weight, schedule, partial(orpo_loss, labels=labels, pair_weight=weights))
+    of_pairs = grads[0].view(2, 3, -1).abs().sum((0, 2))
+    assert (of_pairs > 0).tolist() == [True, False, True]
+
+
+@each_method
+@pytest.mark.parametrize("schedule", ["resident", "recompute"])
+def test_weight_0_wins_over_an_impossible_answer(name, schedule, backend):
+    """A pair whose tokens a mask over the vocabulary forbids has an infinite loss: with weight 0 it has none."""
+    hidden, weight, labels = inputs(dtype=torch.float32)
+    bias = torch.zeros(VOCAB)
+    bias[5] = -torch.inf
+    labels[labels == 5] = 6
+    labels[1, 2] = 5
+    ref = torch.zeros(6)
+
+    def loss_of(weights: list[float]) -> Any:
+        loss = method_loss(labels, name, torch.tensor(weights, dtype=torch.float64), ref)
+        with torch.no_grad():
+            return loss(hidden, weight, bias=bias, schedule=schedule).loss
+
+    assert not math.isfinite(loss_of([1.0, 1.0, 1.0]))
+    assert math.isfinite(loss_of([1.0, 0.0, 1.0]))
+
+
+@pytest.mark.parametrize("nll_reduction", ["token", "sequence"])
+def test_micro_batches_add_up(nll_reduction):
+    """With the whole batch's counts, which know no weights, as without them."""
+    hidden, weight, labels = inputs(4)
+    weights = torch.tensor([0.5, 0.0, 2.0, 1.0], dtype=torch.float64)
+    counts = {"nll_denominator": int((labels[:4] != IGNORE).sum()) if nll_reduction == "token" else 4}
+    counts["pair_denominator"] = 4
+    loss_function = ORPOLoss(nll_reduction=nll_reduction)
+
+    def gradient(pairs: list[int], **counts: int) -> tuple[Tensor, Tensor]:
+        both, leaf = [*pairs, *(4 + i for i in pairs)], weight.clone().requires_grad_()
+        loss = loss_function(hidden[both], leaf, labels[both], pair_weight=weights[pairs], **counts).loss
+        return loss.detach(), *torch.autograd.grad(loss, leaf)
+
+    micro = [gradient([i], **counts) for i in range(4)]
+    for whole, parts in zip(gradient([0, 1, 2, 3]), zip(*micro, strict=True), strict=True):
+        torch.testing.assert_close(sum(parts), whole)
+
+
+@share_fixtures
+@given(
+    seed=st.integers(0, 2**31),
+    pairs=st.integers(1, 4),
+    num_rows=st.integers(0, 30),
+    schedule=st.sampled_from(("auto", "resident", "recompute")),
+)
+def test_rows_of_any_layout(seed, pairs, num_rows, schedule, small_chunks):
+    """Rows in any order whose positions repeat, against the definition."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = random_rows(generator, 12, VOCAB, pairs, num_rows, weighted=True)
+    hidden = torch.randn(12, SIZE, generator=generator, dtype=torch.float64)
+    weight = torch.randn(VOCAB, SIZE, generator=generator, dtype=torch.float64)
+
+    def results(loss: Any, **options: Any) -> tuple:
+        leaves = [t.clone().requires_grad_() for t in (hidden, weight)]
+        out = loss(*leaves, rows, beta=0.3, **options)
+        return *out, *torch.autograd.grad(out.loss, leaves)
+
+    ours, truth = results(orpo_loss_from_rows, schedule=schedule), results(reference.orpo_loss_from_rows)
+    for value, true in zip(ours, truth, strict=True):
+        torch.testing.assert_close(value, true, rtol=1e-9, atol=1e-12)
+
+
+# --- under torch.compile ---------------------------------------------------------------------------------------------
+
+
+def test_weights_enter_a_graph():
+    torch._dynamo.reset()
+    hidden, weight, labels = inputs(dtype=torch.float32)
+    weights = torch.tensor([0.0, 2.5, 0.3], dtype=torch.float64)
+
+    compiled = torch.compile(orpo_loss, fullgraph=True, backend="aot_eager")
+    eager, found = (
+        run(hidden, weight, "auto", partial(loss, labels=labels, pair_weight=weights)) for loss in (orpo_loss, compiled)
+    )
+    for a, b in zip((*eager[0], *eager[1]), (*found[0], *found[1]), strict=True):
+        assert relative_error(b, a) <= 1e-6
+    with pytest.raises(ValueError, match=r"pair_weight is -1.0 for pair 1"):
+        compiled(hidden, weight, labels, pair_weight=torch.tensor([0.0, -1.0, 0.3], dtype=torch.float64))
+
+
+# --- rows and checks -------------------------------------------------------------------------------------------------
+
+
+def test_rows_keep_their_weights():
+    weights = torch.tensor([0.5, 2.0], dtype=torch.float64)
+    rows = rows_from_labels(torch.tensor([[1, 2], [3, IGNORE], [4, 5], [6, 7]]), pair_weight=weights)
+    for kept in (rows, rows.to("cpu"), rows.select(torch.tensor([0])), replace(rows, padded=True).live()):
+        assert torch.equal(kept.pair_weight, weights)
+    assert rows.to("meta").pair_weight.is_meta
+    assert rows.pair.tolist() == [0, 0, 1, 0, 0, 1, 1]
+    assert rows.weighted_nll().tolist() == [0.5, 0.5, 2.0, 0, 0, 0, 0]
+    file = io.BytesIO()
+    torch.save(rows, file)  # as between the processes of a DataLoader
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False).pair_weight, weights)
+
+
+BAD = {
+    "shape": (torch.ones(3, dtype=torch.float64), ValueError, r"pair_weight has shape \(3,\), but the batch has 2"),
+    "column": (torch.ones(2, 1, dtype=torch.float64), ValueError, r"pair_weight has shape \(2, 1\)"),
+    "dtype": (torch.ones(2), TypeError, "pair_weight is torch.float32, it must be torch.float64"),
+    "device": (torch.ones(2, dtype=torch.float64, device="meta"), TypeError, "pair_weight is on meta"),
+    "gradient": (torch.ones(2, dtype=torch.float64, requires_grad=True), TypeError, "pair_weight requires grad"),
+}
+BAD_VALUES = {"negative": -0.5, "infinite": math.inf, "not a number": math.nan}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_weights_are_a_sentence(case):
+    weights, error, message = BAD[case]
+    hidden, weight, labels = inputs(2)
+    with pytest.raises(error, match=message):
+        orpo_loss(hidden, weight, labels, pair_weight=weights)
+    rows = rows_from_labels(labels)
+    with pytest.raises(error, match=message):
+        replace(rows, pair_weight=weights)
+
+
+@each_method
+@pytest.mark.parametrize("case", BAD_VALUES)
+def test_bad_values_are_a_sentence(name, case):
+    hidden, weight, labels = inputs(2)
+    weights = torch.tensor([1.0, BAD_VALUES[case]], dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"pair_weight is \S+ for pair 1: weights must be finite and at least 0"):
+        method_loss(labels, name, weights, torch.zeros(4))(hidden, weight)
+
+
+def test_the_weights_of_no_pairs():
+    rows = Rows(*(torch.empty(0, dtype=torch.int64) for _ in range(3)), torch.empty(0, dtype=torch.bool),
+                torch.empty(0, dtype=torch.float64), 0, pair_weight=torch.empty(0, dtype=torch.float64))  # fmt: skip
+    out = orpo_loss_from_rows(torch.randn(2, SIZE), torch.randn(VOCAB, SIZE), rows)
+    assert out.loss == 0
