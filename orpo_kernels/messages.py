@@ -20,6 +20,7 @@ ROLES = {
     "chatgpt": "assistant",
     "model": "assistant",
     "function": "tool",
+    "function_call": "assistant",
     "function_response": "tool",
     "observation": "tool",
     "tool_response": "tool",
@@ -27,6 +28,7 @@ ROLES = {
 REASONING = ("reasoning_content", "reasoning", "thinking")  # of an answer; templates leave it out of earlier turns
 # What of a message can be the whole answer when its content is empty.
 SPOKEN = ("tool_calls", *REASONING)
+PRINTED = ("role", "content", "name", "tool_call_id", *SPOKEN)  # keys of messages that templates know
 # Columns and keys that belong to the conversation wherever they are, even if they hold a single word.
 CONVERSATION = (
     "background",
@@ -60,11 +62,13 @@ _ABOUT = re.compile(
     r"(id|idx|index|uuid|hash|url|uri|link|source|origin|dataset|subset|split|file|path|model|models|score|scores|rating|"
     r"ratings|rationale|rank|ranks|label|labels|labelling|labeling|annotation|annotations|annotator|critique|feedback|"
     r"reason|explanation|category|categories|topic|topics|type|task|tag|tags|lang|language|date|time|timestamp|created|"
-    r"updated|version|status|order|margin|reward|rewards|quality|difficulty|license|author|meta|metadata|info|"
+    r"updated|version|status|order|margin|preference|reward|rewards|quality|difficulty|license|author|meta|metadata|info|"
     r"generations|generation|raw|original|tokens|length|logps|comment|comments|notes|title)s?"
     r")($|[_\-. ])",
     re.IGNORECASE,
 )
+# Words; of scripts that put no blanks between them, characters.
+_WORDS = re.compile(r"[\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]|\S*[^\W\d_]\S*")
 
 
 class BadMessages(ValueError):
@@ -94,7 +98,7 @@ def role_of(message: Any) -> str | None:
     if not isinstance(role, str):
         return None
     role = role.strip().lower()
-    return ROLES.get(role, role)
+    return ROLES.get(role, role) or None
 
 
 def is_message(value: Any) -> bool:
@@ -123,6 +127,19 @@ def strings(value: Any) -> list[str]:
     return []
 
 
+def without_marks(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], set[str]]:
+    """(normalised messages without the keys that only mark them, such as scores and ids; the names of these keys).
+
+    Text under a name that says nothing about the message stays: a template may print it.
+    """
+    marks = {key for message in messages for key, value in message.items() if _is_mark(key, value)}
+    return [{k: v for k, v in message.items() if not _is_mark(k, v)} for message in messages], marks
+
+
+def _is_mark(key: str, value: Any) -> bool:
+    return key not in PRINTED and bool(_ABOUT.search(key) or not any(text.strip() for text in strings(value)))
+
+
 def carries_text(name: str, value: Any) -> bool:
     """Whether a column of a row, or a key of a message, may be a part of the conversation, so that it must not be lost.
 
@@ -132,7 +149,7 @@ def carries_text(name: str, value: Any) -> bool:
     texts = [text for text in strings(value) if text.strip()]
     if name.lower() in CONVERSATION:
         return bool(texts)
-    return not _ABOUT.search(name) and any(len(text.split()) > 1 for text in texts)
+    return not _ABOUT.search(name) and any(len(_WORDS.findall(text)) > 1 for text in texts)
 
 
 def kind(value: Any) -> str:
@@ -181,7 +198,8 @@ def _function_call(name: str, message: Mapping[str, Any]) -> dict[str, Any]:
     """ShareGPT's {"from": "function_call", "value": '{"name": ..., "arguments": ...}'}."""
     content = message.get("value", message.get("content"))
     calls = _parsed(content) if isinstance(content, str) else content
-    return {"role": "assistant", "content": "", "tool_calls": _tool_calls(name, calls)}
+    rest = {k: v for k, v in message.items() if v is not None and k not in ("role", "from", "content", "value")}
+    return {"role": "assistant", "content": "", "tool_calls": _tool_calls(name, calls), **rest}
 
 
 def _tool_calls(name: str, calls: Any) -> list[dict[str, Any]]:
