@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from orpo_kernels.data import Preferences, load_preferences, split_pairs
+from orpo_kernels.data import Preferences, load_preferences
 from orpo_kernels.errors import UserError
 
 # --- what a pair looks like, and what becomes of it ----------------------------------------------------------------
@@ -387,25 +387,3 @@ def test_files_that_are_no_use(name, content, message, tmp_path):
 def test_an_absent_file():
     with pytest.raises(UserError, match=r"There is no file nowhere/pairs.jsonl"):
         load_preferences("nowhere/pairs.jsonl")
-
-
-# --- the split -----------------------------------------------------------------------------------------------------
-
-
-@given(
-    st.lists(st.integers(0, 5), min_size=2, max_size=30), st.floats(0.01, 0.9) | st.integers(1, 10), st.integers(0, 9)
-)
-def test_no_prompt_is_on_both_sides(prompts, held_out, seed):
-    pairs = [{"prompt": f"{prompt}", "chosen": f"{i}", "rejected": "r"} for i, prompt in enumerate(prompts)]
-    training, evaluation = split_pairs(pairs, held_out, seed)
-    assert sorted(training + evaluation) == list(range(len(pairs)))
-    assert {prompts[i] for i in training}.isdisjoint(prompts[i] for i in evaluation)
-    wanted = max(1, round(held_out * len(pairs)) if held_out < 1 else held_out)
-    assert len(evaluation) <= wanted
-    assert (training, evaluation) == split_pairs(pairs, held_out, seed)
-
-
-def test_prompts_that_differ_are_held_out_to_the_number():
-    pairs = [{"prompt": f"{i}", "chosen": "c", "rejected": "r"} for i in range(50)]
-    assert [len(split_pairs(pairs, held_out, 0)[1]) for held_out in (0, 0.1, 0.5, 7)] == [0, 5, 25, 7]
-    assert split_pairs(pairs, 0.5, 0) != split_pairs(pairs, 0.5, 1)

@@ -9,6 +9,7 @@ preferences.ignored    # columns that are no part of the conversation: ids, scor
 from __future__ import annotations
 
 from .layouts import Layout
-from .preferences import Preferences, Problem, load_preferences, prompt_key, split_pairs
+from .preferences import Preferences, Problem, load_preferences
+from .splitting import prompt_key, split_pairs
 
 __all__ = ["Layout", "Preferences", "Problem", "load_preferences", "prompt_key", "split_pairs"]

@@ -1,131 +1,182 @@
-"""How a row writes a preference pair. Each row is looked at by itself: a file may mix layouts.
+"""How a row writes preference pairs. Each row is looked at by itself: a file may mix layouts.
 
-| layout       | columns                                                               | known from          |
-|--------------|-----------------------------------------------------------------------|---------------------|
-| text         | prompt, chosen, rejected: strings                                     | TRL                 |
-| chat         | prompt: messages; chosen, rejected: messages, one message or a string | TRL, LLaMA-Factory  |
-|              | question, instruction or input, and system if any; chosen, rejected   | Intel Orca, Argilla |
-| conversation | chosen, rejected: whole conversations                                 | UltraFeedback       |
-| transcript   | chosen, rejected: "Human: ..." and "Assistant: ..." in turns          | Anthropic HH        |
+| layout       | columns                                                               | known from               |
+|--------------|-----------------------------------------------------------------------|--------------------------|
+| text         | prompt, chosen, rejected: strings                                     | TRL                      |
+| chat         | prompt: messages; chosen, rejected: messages, one message or a string | TRL, axolotl             |
+|              | the same with `conversations` as the prompt                           | LLaMA-Factory's ShareGPT |
+|              | question, or instruction and input; system, history, tools if any     | Orca, Alpaca             |
+| conversation | chosen, rejected: whole conversations                                 | UltraFeedback            |
+|              | one of them whole, of the other the answer alone: ms-swift's          | ms-swift                 |
+|              | `messages` with `rejected_response` or `rejected_messages`            |                          |
+| transcript   | chosen, rejected: "Human: ..." and "Assistant: ..." in turns          | Anthropic HH             |
 
-A message is `{"role": ..., "content": ...}` or ShareGPT's `{"from": ..., "value": ...}`. The prompt of conversations
-and transcripts is what both sides have in common; a prompt column beside conversations
-(UltraFeedback has one) repeats it and is not looked at.
+A message is `{"role": ..., "content": ...}` or ShareGPT's `{"from": ..., "value": ...}` (`orpo_kernels.messages`). The
+prompt of conversations and transcripts is what both sides have in common, up to a question.
+
+An answer may have several messages (the assistant's, a tool's, the assistant's again), so **a list of messages is one
+answer; a list of strings, or of lists of messages, is several**. Several rejected answers are a pair each, with the one
+chosen answer, and several chosen ones with the one rejected.
+
+`tools`, `chat_template_kwargs`, `enable_thinking` and `weight` go into the pair. What else a row holds is looked at by
+`columns.Fields.ignored`.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import product
 from typing import Any, Literal
 
+from ..messages import BadMessages, kind, normalised, role_of, says_something, strings, without_marks
+from .chats import parsed
+from .columns import BadRow, Columns, Fields, filled
+
 Layout = Literal["text", "chat", "conversation", "transcript"]
-Columns = Mapping[str, str]  # field (prompt, chosen, rejected, system) -> the column that has it
+Messages = list[dict[str, Any]]
 
-ALIASES = {
-    "prompt": ("prompt", "question", "instruction", "input", "conversations"),
-    "chosen": ("chosen", "chosen_response"),
-    "rejected": ("rejected", "rejected_response"),
-    "system": ("system", "system_prompt"),
-}
-ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "function": "tool", "observation": "tool"}
 TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
+FOR_TEMPLATES = ("system", "history", "tools", "chat_template_kwargs", "enable_thinking")  # fields that make a chat
 
 
-class BadRow(ValueError):
-    """A row that is no preference pair. The message is the reason, a clause about "it"."""
+@dataclass
+class Reading:
+    """What a row gave.
+
+    Attributes:
+        pairs: each with its layout.
+        refused: why other pairs of the row cannot be used, clauses about "it".
+        ignored: columns, and keys of messages, that are no text of the conversation and were not read.
+    """
+
+    pairs: list[tuple[Layout, dict[str, Any]]] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+    ignored: set[str] = field(default_factory=set)
 
 
-def recognise(row: Mapping[str, Any], columns: Columns) -> Layout:
-    """The layout of a row. Raises `BadRow` if it is none of them."""
-    chosen, rejected = field(row, "chosen", columns), field(row, "rejected", columns)
-    prompt = _optional(row, "prompt", columns)
-    if _is_conversation(chosen) and _is_conversation(rejected):
-        return "conversation"
-    if prompt is None and all(isinstance(side, str) and TURN.search(side) for side in (chosen, rejected)):
-        return "transcript"
-    if prompt is None:
-        names = columns.get("prompt") or f"prompt ({', '.join(ALIASES['prompt'])})"
-        raise BadRow(f"it has no {names}, and chosen and rejected are not conversations that include it")
-    strings = all(isinstance(part, str) for part in (prompt, chosen, rejected))
-    # A question, an instruction or a system message is a chat's; a prompt is text that the answer continues.
-    from_a_chat = _name(row, "prompt", columns) not in ("prompt", columns.get("prompt"))
-    return "text" if strings and not from_a_chat and not _optional(row, "system", columns) else "chat"
+def read_row(row: Any, layout: Layout | None, columns: Columns) -> Reading:
+    """The pairs of a row, as `PreferenceCollator` takes them, each in its layout (`layout`, if one is given).
 
-
-def read_pair(row: Any, layout: Layout | None, columns: Columns) -> tuple[Layout, dict[str, Any]]:
-    """The pair of a row, as `PreferenceCollator` takes it, and its layout (`layout`, if one is given).
-
-    Raises `BadRow` with the reason if there is none, or it is none to learn from.
+    Raises `BadMessages` with the reason if the row as a whole cannot be used.
     """
     if not isinstance(row, Mapping):
-        raise BadRow(f"it is a {_kind(row)}, not an object with chosen and rejected")
-    found = layout or recognise(row, columns)
-    read = {"text": _text, "chat": _chat, "conversation": _conversation, "transcript": _transcript}[found]
-    pair = read(row, columns)
-    _check(pair)
-    return found, pair
+        raise BadRow(f"it is a {kind(row)}, not an object with chosen and rejected")
+    fields = Fields(row, columns, as_text=layout == "text")
+    several = _several(fields)
+    options = _options(fields)
+    reading = Reading()
+    for number, (chosen, rejected) in enumerate(several, start=1):
+        try:
+            found, pair = _pair(fields, layout, chosen, rejected)
+            pair, marks = _without_marks({**pair, **options})
+            _check(pair)
+        except BadMessages as bad:
+            reading.refused.append(str(bad) if len(several) == 1 else f"{bad} (answer {number} of {len(several)})")
+            continue
+        reading.pairs.append((found, pair))
+        reading.ignored |= marks
+    if reading.pairs:
+        reading.ignored |= fields.ignored(pair for _, pair in reading.pairs)
+    return reading
 
 
-def field(row: Mapping[str, Any], name: str, columns: Columns) -> Any:
-    """A field of a row that has to be there."""
-    value = _optional(row, name, columns)
-    if value is None:
-        raise BadRow(f"it has no {columns.get(name) or ' or '.join(ALIASES[name])}")
-    return value
+def _several(fields: Fields) -> list[tuple[Any, Any]]:
+    """The (chosen, rejected) answers of a row."""
+    chosen, rejected = (_alternatives(fields.need(name)) for name in ("chosen", "rejected"))
+    if len(chosen) > 1 and len(rejected) > 1:
+        raise BadRow(
+            f"it has {len(chosen)} chosen and {len(rejected)} rejected answers, and does not say which belong "
+            "together; write a row for each pair"
+        )
+    return list(product(chosen, rejected))
 
 
-def _optional(row: Mapping[str, Any], name: str, columns: Columns) -> Any:
-    return row.get(_name(row, name, columns))
+def _alternatives(value: Any) -> list[Any]:
+    is_several = isinstance(value, list) and value and any(all(isinstance(x, of) for x in value) for of in (str, list))
+    return value if is_several else [value]
 
 
-def _name(row: Mapping[str, Any], name: str, columns: Columns) -> str:
-    """The column that has the field: the one that was told, or the first that is not null."""
-    if name in columns:
-        return columns[name]
-    return next((alias for alias in ALIASES[name] if row.get(alias) is not None), name)
+def _pair(fields: Fields, layout: Layout | None, chosen: Any, rejected: Any) -> tuple[Layout, dict[str, Any]]:
+    found = layout or _recognise(fields, chosen, rejected)
+    if found == "text":
+        return found, _text(fields, chosen, rejected)
+    readers: dict[Layout, Callable] = {"chat": _chat, "conversation": _conversation, "transcript": _transcript}
+    prompt, *answers = readers[found](fields, chosen, rejected)
+    return found, _named(_with_system(fields, prompt), *answers)
 
 
-# --- the layouts ---------------------------------------------------------------------------------------------------
+def _recognise(fields: Fields, chosen: Any, rejected: Any) -> Layout:
+    """The layout of a pair of answers and what is beside them. Raises `BadRow` if it is none."""
+    sides = (chosen, rejected)
+    has_prompt = fields.column("prompt") is not None
+    if all(map(_is_conversation, sides)) or (not has_prompt and any(map(_has_question, sides))):
+        return "conversation"
+    turns = TURN.match if has_prompt else TURN.search
+    if all(isinstance(side, str) and turns(side) for side in sides):
+        return "transcript"
+    if not has_prompt:
+        raise BadRow(
+            f"it has no {fields.columns.get('prompt') or 'prompt (nor question, instruction, query, ...)'}, and chosen "
+            "and rejected are not conversations that include it"
+        )
+    # A question, an instruction or what only a template can print is a chat's; a prompt is text that is continued.
+    is_prompt = fields.column("prompt") in ("prompt", fields.columns.get("prompt"))
+    if not is_prompt or not isinstance(fields.get("prompt"), str) or any(map(fields.has, FOR_TEMPLATES)):
+        return "chat"
+    return "text" if all(isinstance(side, str) for side in sides) else "chat"
 
 
-def _text(row: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
-    pair = {name: field(row, name, columns) for name in ("prompt", "chosen", "rejected")}
+def _named(prompt: Any, chosen: Any, rejected: Any) -> dict[str, Any]:
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+# --- the layouts: (prompt, chosen, rejected) -----------------------------------------------------------------------
+
+
+def _text(fields: Fields, chosen: Any, rejected: Any) -> dict[str, Any]:
+    pair = _named(fields.question(), chosen, rejected)
     for name, part in pair.items():
         if not isinstance(part, str):
-            raise BadRow(f"its {name} is a {_kind(part)}, not a string")
+            raise BadRow(f"its {name} is a {kind(part)}, not a string")
     return pair
 
 
-def _chat(row: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
-    prompt = field(row, "prompt", columns)
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _messages("prompt", prompt)
-    system = _optional(row, "system", columns)
-    if system is not None and not isinstance(system, str):
-        raise BadRow(f"its system is a {_kind(system)}, not a string")
-    if system and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": system}, *messages]
-    return _pair(messages, *(_answer(name, field(row, name, columns)) for name in ("chosen", "rejected")))
+def _chat(fields: Fields, chosen: Any, rejected: Any) -> tuple[Messages, Messages, Messages]:
+    prompt = fields.question()
+    if isinstance(prompt, str):
+        messages = [*_history(fields), {"role": "user", "content": prompt}]
+    else:
+        messages = normalised("prompt", prompt)
+    return messages, _answer("chosen", chosen), _answer("rejected", rejected)
 
 
-def _answer(name: str, answer: Any) -> list[dict[str, str]]:
-    if isinstance(answer, str):
-        return [{"role": "assistant", "content": answer}]
-    return _messages(name, [answer] if isinstance(answer, Mapping) else answer)
+def _answer(name: str, answer: Any) -> Messages:
+    return normalised(name, {"role": "assistant", "content": answer} if isinstance(answer, str) else answer)
 
 
-def _conversation(row: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
-    return _apart(*(_messages(name, field(row, name, columns)) for name in ("chosen", "rejected")))
+def _conversation(fields: Fields, chosen: Any, rejected: Any) -> tuple[Messages, Messages, Messages]:
+    sides = _answer("chosen", chosen), _answer("rejected", rejected)
+    whole = [_has_question(side) for side in (chosen, rejected)]
+    if not any(whole):
+        raise BadRow("neither its chosen nor its rejected is a conversation with a question")
+    if all(whole):
+        return _apart(*sides)
+    (prompt, answer), other = _last_answer(sides[whole.index(True)]), sides[whole.index(False)]
+    return (prompt, answer, other) if whole[0] else (prompt, other, answer)
 
 
-def _transcript(row: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
-    return _apart(*(_turns(name, field(row, name, columns)) for name in ("chosen", "rejected")))
+def _transcript(fields: Fields, chosen: Any, rejected: Any) -> tuple[Messages, Messages, Messages]:
+    return _apart(_turns("chosen", chosen), _turns("rejected", rejected))
 
 
-def _turns(name: str, transcript: Any) -> list[dict[str, str]]:
+def _turns(name: str, transcript: Any) -> Messages:
     """ "\\n\\nHuman: Hello\\n\\nAssistant: Hi" as messages."""
     if not isinstance(transcript, str):
-        raise BadRow(f"its {name} is a {_kind(transcript)}, not a transcript")
+        raise BadRow(f"its {name} is a {kind(transcript)}, not a transcript")
     before, *parts = TURN.split(transcript)
     if before.strip() or not parts:
         raise BadRow(f"its {name} does not begin with a turn (Human: or Assistant:)")
@@ -134,72 +185,154 @@ def _turns(name: str, transcript: Any) -> list[dict[str, str]]:
     return [{"role": roles[speaker], "content": content.strip()} for speaker, content in turns]
 
 
-def _apart(chosen: list[dict[str, str]], rejected: list[dict[str, str]]) -> dict[str, Any]:
+def _apart(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:
     """Two conversations as what they have in common, up to a message that asks for an answer, and the answers."""
-    common = next((i for i, both in enumerate(zip(chosen, rejected, strict=False)) if both[0] != both[1]), None)
-    common = min(len(chosen), len(rejected)) if common is None else common
+    bare = zip(without_marks(chosen)[0], without_marks(rejected)[0], strict=False)  # scores may differ
+    common = next((i for i, both in enumerate(bare) if both[0] != both[1]), min(len(chosen), len(rejected)))
     while common > 0 and chosen[common - 1]["role"] not in ("user", "tool"):
         common -= 1
     if common == 0:
         raise BadRow("its chosen and rejected conversations do not begin with the same question")
-    return _pair(chosen[:common], chosen[common:], rejected[common:])
+    return chosen[:common], chosen[common:], rejected[common:]
 
 
-def _pair(prompt: list, chosen: list, rejected: list) -> dict[str, Any]:
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-
-
-# --- messages ------------------------------------------------------------------------------------------------------
+def _last_answer(conversation: Messages) -> tuple[Messages, Messages]:
+    """A conversation up to the assistant's last messages, and these."""
+    end = len(conversation)
+    while end > 0 and conversation[end - 1]["role"] == "assistant":
+        end -= 1
+    return conversation[:end], conversation[end:]
 
 
 def _is_conversation(value: Any) -> bool:
-    """Messages of more than the assistant."""
-    return isinstance(value, list) and any(
-        isinstance(message, Mapping) and _role(message) not in (None, "assistant") for message in value
-    )
+    """Messages whose first is not the assistant's."""
+    return isinstance(value, list) and bool(value) and role_of(value[0]) not in (None, "assistant")
 
 
-def _role(message: Mapping[str, Any]) -> str | None:
-    role = message.get("role", message.get("from"))
-    return ROLES.get(role, role) if isinstance(role, str) else None
+def _has_question(value: Any) -> bool:
+    return isinstance(value, list) and any(role_of(message) == "user" for message in value)
 
 
-def _messages(name: str, value: Any) -> list[dict[str, str]]:
-    if not isinstance(value, list):
-        raise BadRow(f"its {name} is a {_kind(value)}, neither a string nor a list of messages")
-    if not value:
-        raise BadRow(f"its {name} has no message")
-    messages = []
-    for message in value:
-        role = _role(message) if isinstance(message, Mapping) else None
-        content = message.get("content", message.get("value")) if isinstance(message, Mapping) else None
-        if role is None or not isinstance(content, str):
-            raise BadRow(f"its {name} has a message without a role and a content that are strings")
-        messages.append({"role": role, "content": content})
-    return messages
+# --- what belongs to the prompt, and to the pair -------------------------------------------------------------------
 
 
-# --- what makes a pair -----------------------------------------------------------------------------------------------
+def _with_system(fields: Fields, prompt: Messages) -> Messages:
+    """The prompt with the row's system message in front, unless it has one."""
+    if not fields.has("system") or prompt[0]["role"] in ("system", "developer"):
+        return prompt
+    system = fields.get("system")
+    if not isinstance(system, str):
+        raise BadRow(f"its system is a {kind(system)}, not a string")
+    return [{"role": "system", "content": system}, *prompt]
+
+
+def _history(fields: Fields) -> Messages:
+    """Earlier turns: Alpaca's pairs of a question and an answer, or messages."""
+    if not fields.has("history"):
+        return []
+    history = _value(fields, "history")
+    if not isinstance(history, list | tuple) or not all(map(_is_exchange, history)):
+        return normalised("history", history)
+    roles = ("user", "assistant")
+    return [{"role": r, "content": text} for exchange in history for r, text in zip(roles, exchange, strict=True)]
+
+
+def _is_exchange(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(text, str) for text in value)
+
+
+def _options(fields: Fields) -> dict[str, Any]:
+    """What a row says about its pairs: tools, options of the template, weight."""
+    options: dict[str, Any] = {}
+    if fields.has("weight"):
+        options["weight"] = _weight(fields.get("weight"))
+    if fields.as_text:
+        return options
+    if fields.has("tools"):
+        options["tools"] = _tools(_value(fields, "tools"))
+    template_options = _value(fields, "chat_template_kwargs") if fields.has("chat_template_kwargs") else {}
+    if not isinstance(template_options, Mapping):
+        raise BadRow(f"its chat_template_kwargs is a {kind(template_options)}, not an object")
+    if fields.has("enable_thinking"):
+        template_options = {**template_options, "enable_thinking": _flag(fields.get("enable_thinking"))}
+    return {**options, **({"chat_template_kwargs": dict(template_options)} if template_options else {})}
+
+
+def _weight(value: Any) -> float:
+    try:
+        weight = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        weight = math.nan
+    if not 0 <= weight < math.inf:
+        raise BadRow(f"its weight is {value!r}, but has to be a finite number from 0 on")
+    return weight
+
+
+def _tools(value: Any) -> list[Any]:
+    """Tools as templates take them: a list of objects. A tool may be written as JSON."""
+    tools = value if isinstance(value, list | tuple) else [value]
+    tools = [_parsed("tools", tool) if isinstance(tool, str) else tool for tool in tools if filled(tool)]
+    if not all(isinstance(tool, Mapping) for tool in tools):
+        raise BadRow("its tools are not a list of objects")
+    return tools
+
+
+def _flag(value: Any) -> bool:
+    value = {"true": True, "false": False}.get(value.strip().lower()) if isinstance(value, str) else value
+    if not isinstance(value, bool):
+        raise BadRow("its enable_thinking is neither true nor false")
+    return value
+
+
+def _value(fields: Fields, name: str) -> Any:
+    """A field that may be written as text."""
+    value = fields.get(name)
+    return _parsed(name, value) if isinstance(value, str) else value
+
+
+def _parsed(name: str, text: str) -> Any:
+    try:
+        return parsed(text)
+    except ValueError as error:
+        raise BadRow(f"its {name} cannot be read: {error}") from error
+
+
+def _without_marks(pair: dict[str, Any]) -> tuple[dict[str, Any], set[str]]:
+    """The pair without what only marks its messages (scores, ids), and the names of that."""
+    cleaned, names = dict(pair), set()
+    for name in ("prompt", "chosen", "rejected"):
+        if not isinstance(pair[name], str):
+            cleaned[name], dropped = without_marks(pair[name])
+            names |= {f"messages' {key}" for key in dropped}
+    return cleaned, names
+
+
+# --- what makes a pair ---------------------------------------------------------------------------------------------
 
 
 def _check(pair: Mapping[str, Any]) -> None:
     """Refuse what there is nothing to learn from, or what no tokenizer takes."""
-    for name, part in pair.items():
-        messages = [{"role": "", "content": part}] if isinstance(part, str) else part
-        for message in messages:
-            for text in message.values():
-                if not _encodable(text):
-                    raise BadRow(f"its {name} holds bytes or a surrogate that are not UTF-8")
-        if name == "prompt":
-            if not isinstance(part, str) and messages[-1]["role"] not in ("user", "tool"):
-                raise BadRow(f"the last message of its prompt is by {messages[-1]['role']!r}, not by 'user' or 'tool'")
-            continue
-        if others := {message["role"] for message in messages} - {"", "assistant"}:
-            raise BadRow(f"its {name} has a message by {min(others)!r} behind the prompt; an answer is the assistant's")
-        if not messages or not messages[-1]["content"].strip():
-            raise BadRow(f"its {name} answer is empty")
-    if pair["chosen"] == pair["rejected"]:
+    if not all(map(_encodable, strings(pair))):
+        raise BadRow("it holds bytes or a surrogate that are not UTF-8")
+    prompt = pair["prompt"]
+    if not isinstance(prompt, str) and prompt[-1]["role"] not in ("user", "tool"):
+        raise BadRow(f"the last message of its prompt is by {prompt[-1]['role']!r}, not by 'user' or 'tool'")
+    for name in ("chosen", "rejected"):
+        _check_answer(name, pair[name])
+    if json.dumps(pair["chosen"], default=str) == json.dumps(pair["rejected"], default=str):
         raise BadRow("its chosen and rejected answers are the same")
+
+
+def _check_answer(name: str, answer: Any) -> None:
+    messages = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+    for message in messages[:1] + messages[-1:]:
+        if message["role"] != "assistant":
+            raise BadRow(
+                f"its {name} has a message by {message['role']!r} behind the prompt, but an answer begins and ends "
+                "with the assistant's"
+            )
+    if not messages or not says_something(messages[-1]):
+        raise BadRow(f"its {name} answer is empty")
 
 
 def _encodable(text: str) -> bool:
@@ -208,8 +341,3 @@ def _encodable(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _kind(value: Any) -> str:
-    names = {str: "string", list: "list", dict: "object", type(None): "null"}
-    return names.get(type(value), type(value).__name__)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -112,7 +111,7 @@ def load_preferences(
         raise UserError(f"There is no layout {layout!r}; the layouts are auto, {', '.join(get_args(Layout))}.")
     rows = _without(ignore_columns, read_rows(source, split))
     preferences = _collect(source, rows, None if layout == "auto" else layout, columns)
-    if not preferences.pairs:    if not preferences.pairs:
+    if not preferences.pairs:
         raise UserError(f"{source} holds no usable pair. {_why_none(preferences)}")
     return preferences
 
@@ -152,8 +151,3 @@ def _why_none(preferences: Preferences) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def prompt_key(pair: Mapping[str, Any]) -> str:
-    """What stands for a pair's prompt: a hash of it alone."""
-    return hashlib.blake2b(json.dumps(pair["prompt"], sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -2,21 +2,27 @@
 
 Lines of JSON and CSV are read one by one, Parquet by row groups, so that a broken row costs itself alone. (`datasets`
 infers one schema for a file, and one row of another type makes it refuse all.) Bytes that are no UTF-8 become lone
-surrogates here, and `layouts` refuses the text that has them.
+surrogates here, and `layouts` refuses the text that has them. Text files may be compressed and in UTF-16 (`opening`).
 """
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..messages import is_message
+from .columns import without_nulls
+from .opening import COMPRESSIONS, explained, first_line, format_of, is_compressed, library, opened
 
 FORMATS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv")
-ENCODING, BROKEN_BYTES = "utf-8-sig", "surrogateescape"
+_NEXT = re.compile(r"[\s,]*(?=[^\s,])")  # up to what is not between values of JSON
 LONGEST_FIELD = 2**31 - 1  # of CSV; its reader would refuse 128 KiB
 
 
@@ -32,33 +38,83 @@ def read_rows(source: str, split: str = "train") -> Iterator[Row]:
 
     Raises `UserError` where nothing can be read at all.
     """
-    path = Path(source).expanduser()
-    if not path.is_file():
-        return _data_set(source, split)
-    if path.stat().st_size == 0:
-        raise UserError(f"{source} is empty.")
+    path = Path(os.path.expanduser(source))
+    with explained(path):
+        if path.is_symlink() and not path.exists():
+            raise UserError(f"{source} is a link to {path.readlink()}, which is not there.")
+        if path.is_dir():
+            return _folder(path, split)
+        if not path.exists():
+            return _named(source, split)
+        if path.stat().st_size == 0:
+            raise UserError(f"{source} is empty.")
     readers = {".parquet": _parquet, ".csv": _csv, ".tsv": _csv, ".json": _json}
-    if path.suffix not in FORMATS:
-        raise UserError(f"{source} ends in {path.suffix!r}, but the formats are {', '.join(FORMATS)}.")
-    return readers.get(path.suffix, _json_lines)(path)
+    found = format_of(path)
+    if found not in FORMATS or (found == ".parquet" and is_compressed(path)):
+        raise UserError(
+            f"{source} ends in {path.suffix!r}, but the formats are {', '.join(FORMATS)}, those of text also with "
+            f"{' or '.join(COMPRESSIONS)} behind."
+        )
+    return readers.get(found, _json_lines)(path)
+
+
+# --- JSON ----------------------------------------------------------------------------------------------------------
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
-    with path.open(newline="\n", encoding=ENCODING, errors=BROKEN_BYTES) as file:
+    with opened(path, newline="\n") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 yield number, _parsed(line)
 
 
 def _json(path: Path) -> Iterator[Row]:
-    """One list of objects, or JSON Lines under another name."""
-    text = path.read_text(encoding=ENCODING, errors=BROKEN_BYTES)
-    if not text.lstrip().startswith("["):
+    """One list of objects, at the top or under a key; or objects one after another, a line each or pretty-printed."""
+    with opened(path) as file:
+        text = file.read()
+    first = text.lstrip().partition("\n")[0]
+    if not text.lstrip().startswith("[") and _is_json(first) and text.strip() != first.strip():
         return _json_lines(path)
-    rows = _parsed(text)
-    if isinstance(rows, Unreadable):
-        raise UserError(f"{path} cannot be used: {rows}. Mend it, or write one object a line (.jsonl).")
-    return iter(enumerate(rows, start=1))
+    value = _parsed(text)
+    if not isinstance(value, Unreadable):
+        return iter(enumerate(_rows_in(path, value), start=1))
+    if text.lstrip().startswith("["):
+        raise UserError(f"{path} cannot be used: {value}. Mend it, or write one object a line (.jsonl).")
+    return iter(enumerate(_one_after_another(text), start=1))
+
+
+def _rows_in(path: Path, value: Any) -> list[Any]:
+    """The rows of a JSON value: a list, an object that has a list of rows under one key, or one row."""
+    if isinstance(value, list):
+        return value
+    lists = {key: rows for key, rows in value.items() if _are_rows(rows)} if isinstance(value, dict) else {}
+    if not lists or any(key.startswith(("chosen", "rejected")) for key in value):
+        return [value]
+    if len(lists) > 1:
+        raise UserError(f"{path} holds lists of rows under {' and '.join(lists)}; write the one to be used as a file.")
+    return next(iter(lists.values()))
+
+
+def _are_rows(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(row, Mapping) for row in value)
+        and not all(map(is_message, value))
+    )
+
+
+def _one_after_another(text: str) -> Iterator[Any]:
+    """The values of a text; behind one that is broken, from the next brace that begins a line."""
+    decoder, place = json.JSONDecoder(), 0
+    while rest := _NEXT.match(text, place):
+        try:
+            value, place = decoder.raw_decode(text, rest.end())
+        except (ValueError, RecursionError) as error:
+            value, place = Unreadable(f"it is not JSON ({error})"), text.find("\n{", rest.end())
+        yield value
+        if place < 0:
+            return
 
 
 def _parsed(text: str) -> Any:
@@ -68,10 +124,23 @@ def _parsed(text: str) -> Any:
         return Unreadable(f"it is not JSON ({error})")
 
 
+def _is_json(text: str) -> bool:
+    return not isinstance(_parsed(text), Unreadable)
+
+
+# --- CSV -----------------------------------------------------------------------------------------------------------
+
+
 def _csv(path: Path) -> Iterator[Row]:
     csv.field_size_limit(LONGEST_FIELD)
-    with path.open(newline="", encoding=ENCODING, errors=BROKEN_BYTES) as file:
-        reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+    with opened(path, newline="") as file:
+        header = file.readline()
+    delimiters = "\t" if format_of(path) == ".tsv" else ",;\t"
+    delimiter = max(delimiters, key=lambda delimiter: _width(header, delimiter))
+    with opened(path, newline="") as file:
+        reader = csv.DictReader(file, delimiter=delimiter)
+        if twice := [name for name, count in Counter(_header(reader)).items() if count > 1]:
+            raise UserError(f"{path} has several columns that are called {' and '.join(twice)}.")
         number = 0
         while True:
             number += 1
@@ -84,32 +153,39 @@ def _csv(path: Path) -> Iterator[Row]:
                 continue
             if None in row:
                 yield number, Unreadable(f"it has {len(row[None])} fields more than the header")
+            elif missing := sum(value is None for value in row.values()):
+                yield number, Unreadable(f"it has {missing} fields fewer than the header")
             else:
-                yield number, {name: _messages_or_text(value) for name, value in row.items()}
+                yield number, row
 
 
-def _messages_or_text(cell: Any) -> Any:
-    """A cell of CSV can hold a chat as JSON."""
-    if not isinstance(cell, str) or not cell.startswith(("[", "{")):
-        return cell
-    parsed = _parsed(cell)
-    messages = parsed if isinstance(parsed, list) else [parsed]
-    return parsed if messages and all(map(_is_message, messages)) else cell
+def _header(reader: csv.DictReader) -> list[str]:
+    try:
+        return list(reader.fieldnames or ())
+    except csv.Error:
+        return []
 
 
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and (value.keys() >= {"role", "content"} or value.keys() >= {"from", "value"})
+def _width(header: str, delimiter: str) -> int:
+    try:
+        return len(next(csv.reader([header], delimiter=delimiter), []))
+    except csv.Error:
+        return 0
+
+
+# --- Parquet, and data sets ----------------------------------------------------------------------------------------
 
 
 def _parquet(path: Path) -> Iterator[Row]:
-    from pyarrow import parquet
-
+    parquet = library("pyarrow.parquet", path)
+    with explained(path), path.open("rb"):
+        pass
     try:
         file = parquet.ParquetFile(path)
         groups = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
     except Exception as error:  # of very many kinds, where bytes are damaged
         raise UserError(
-            f"{path} is not a whole Parquet file ({_first_line(error)}); it may have been cut off, so copy it again."
+            f"{path} is not a whole Parquet file ({first_line(error)}); it may have been cut off, so copy it again."
         ) from error
     with file:
         number = 0
@@ -117,7 +193,7 @@ def _parquet(path: Path) -> Iterator[Row]:
             try:
                 table = file.read_row_group(group)
             except Exception as error:
-                broken = Unreadable(f"its part of the file (row group {group}) cannot be read ({_first_line(error)})")
+                broken = Unreadable(f"its part of the file (row group {group}) cannot be read ({first_line(error)})")
                 yield from ((number + i, broken) for i in range(1, count + 1))
             else:
                 yield from ((number + i + 1, _record(table, i)) for i in range(count))
@@ -126,25 +202,52 @@ def _parquet(path: Path) -> Iterator[Row]:
 
 def _record(table: Any, index: int) -> Any:
     try:
-        return table.slice(index, 1).to_pylist()[0]
+        return without_nulls(table.slice(index, 1).to_pylist()[0])
     except Exception as error:  # such as text that is not UTF-8
-        return Unreadable(f"it cannot be decoded ({_first_line(error)})")
+        return Unreadable(f"it cannot be decoded ({first_line(error)})")
+
+
+def _folder(path: Path, split: str) -> Iterator[Row]:
+    """What `Dataset.save_to_disk` wrote, or files of data."""
+    datasets = library("datasets", path)
+    any(path.iterdir())  # raises for a folder that may not be read
+    saved = [name for name in ("dataset_dict.json", "state.json") if (path / name).is_file()]
+    if not saved:
+        if not any(format_of(file) in (*FORMATS, ".arrow") for file in path.rglob("*")):
+            raise UserError(f"{path} is a folder without data: no file in it ends in {', '.join(FORMATS)}.")
+        return _data_set(str(path), split)
+    try:
+        rows = datasets.load_from_disk(str(path))
+    except Exception as error:  # of very many kinds, where files are missing or damaged
+        raise UserError(f"{path} is no whole data set that was saved to disk ({first_line(error)}).") from error
+    if isinstance(rows, datasets.DatasetDict):
+        if split not in rows:
+            raise UserError(f"{path} has no split {split!r}; its splits are {', '.join(rows)}.")
+        rows = rows[split]
+    return _numbered(str(path), rows)
+
+
+def _named(source: str, split: str) -> Iterator[Row]:
+    if source.startswith((".", "/", "~")) or format_of(Path(source)) in FORMATS:
+        raise UserError(f"There is no file {source}.")
+    return _data_set(source, split)
 
 
 def _data_set(source: str, split: str) -> Iterator[Row]:
-    import datasets
-
-    if source.endswith(FORMATS):
-        raise UserError(f"There is no file {source}.")
+    datasets = library("datasets", source)
     try:
         rows = datasets.load_dataset(source, split=split)
     except Exception as error:  # of very many kinds: of the hub, the network, the builder
         raise UserError(
             f"{source} is neither a file nor a data set whose split {split!r} can be loaded "
-            f"({type(error).__name__}: {_first_line(error)})."
+            f"({type(error).__name__}: {first_line(error)})."
         ) from error
-    return iter(enumerate(rows, start=1))
+    return _numbered(source, rows)
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".")
+def _numbered(source: str, rows: Any) -> Iterator[Row]:
+    try:
+        for number, row in enumerate(rows, start=1):
+            yield number, without_nulls(row)
+    except Exception as error:  # of pyarrow, where a file of the data set is damaged
+        raise UserError(f"{source} cannot be read to its end ({type(error).__name__}: {first_line(error)}).") from error

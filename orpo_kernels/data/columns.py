@@ -1,0 +1,203 @@
+"""Which column of a row is what, and what a row holds beside what is read: repeated, not text, or refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ..messages import CONVERSATION, BadMessages, carries_text, texts_of
+from .chats import chat_or_text, is_damaged
+
+Columns = Mapping[str, str]  # field -> the column that has it
+
+ALIASES = {
+    "prompt": ("prompt", "question", "instruction", "query", "input", "conversations", "messages"),
+    "chosen": ("chosen", "chosen_response"),
+    "rejected": ("rejected", "rejected_response", "rejected_messages"),
+    "system": ("system", "system_prompt"),
+    "history": ("history",),
+    "tools": ("tools",),
+    "chat_template_kwargs": ("chat_template_kwargs",),
+    "enable_thinking": ("enable_thinking",),
+    "weight": ("weight", "sample_weight"),
+}
+# ms-swift's rows have the chosen answer at the end of `messages`, or as `response`.
+SWIFT_REJECTED, SWIFT_CHOSEN = ("rejected_response", "rejected_messages"), ("messages", "response")
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+# Conversations: another answer to the pair's question may stand in them. Other text of a conversation is the prompt's.
+WHOLE = ("conversation", "conversations", "dialogue", "messages")
+ASKED = {*CONVERSATION, *ALIASES["prompt"]} - {*WHOLE}
+_SPEAKERS = {"human", "user", "assistant", "system", "model", "gpt", "bot", "ai", "question", "answer", "instruction"}
+_SPEAKERS |= {"response"}
+_MARKS = re.compile(r"<\|?/?\w+\|?>|\[/?\w+\]")  # of chat templates
+
+
+class BadRow(BadMessages):
+    """A row that is no preference pair. The message is the reason, a clause about "it"."""
+
+
+class Fields:
+    """A row by its fields. It remembers which columns were read.
+
+    Args:
+        row: columns and values. Chats that are written as text become messages, unless `as_text`.
+        columns: the columns of fields, where they were told.
+    """
+
+    def __init__(self, row: Mapping[str, Any], columns: Columns, *, as_text: bool = False) -> None:
+        self.row = {
+            str(name): chat_or_text(value) if isinstance(value, str) and not as_text else value
+            for name, value in row.items()
+        }
+        self.as_text = as_text
+        self.columns = columns
+        self.read: set[str] = set()
+        self._check_sides(row)
+
+    def column(self, field: str) -> str | None:
+        """The column that has a field: the one that was told, or the first that is filled, or else not null."""
+        if field in self.columns:
+            column = self.columns[field]
+            return column if self.row.get(column) is not None else None
+        aliases = ALIASES[field]
+        if field == "chosen" and self.column("rejected") in SWIFT_REJECTED:
+            aliases += SWIFT_CHOSEN
+        if field == "prompt" and self.column("chosen") == "messages":
+            aliases = aliases[:-1]
+        there = [alias for alias in aliases if self.row.get(alias) is not None]
+        return next((alias for alias in there if filled(self.row[alias])), there[0] if there else None)
+
+    def has(self, field: str) -> bool:
+        """Whether a field is filled."""
+        column = self.column(field)
+        return column is not None and filled(self.row[column])
+
+    def get(self, field: str) -> Any:
+        """The value of a field, which counts as read then; None if there is none. Raises `BadRow` if it was cut off."""
+        column = self.column(field)
+        if column is None:
+            return None
+        self.read.add(column)
+        value = self.row[column]
+        if isinstance(value, str) and not self.as_text and is_damaged(value):
+            raise BadRow(f"its {column} is written like a chat but cannot be parsed (--layout text takes it as text)")
+        return value
+
+    def need(self, field: str) -> Any:
+        """The value of a field that has to be there."""
+        value = self.get(field)
+        if value is None:
+            raise BadRow(f"it has no {self.columns.get(field) or ' or '.join(ALIASES[field][:2])}")
+        return value
+
+    def _check_sides(self, row: Mapping[str, Any]) -> None:
+        """Refuse two answers of which one is written like a chat: is that the answer's text, or how it was stored?"""
+        chosen, rejected = self.column("chosen"), self.column("rejected")
+        if chosen in (None, "messages") or rejected in (None, "rejected_messages"):
+            return
+        sides = (chosen, rejected)
+        if all(isinstance(row.get(side), str) for side in sides):
+            are_text = [isinstance(self.row[side], str) for side in sides]
+            if any(are_text) and not all(are_text):
+                chat, text = sorted(sides, key=lambda side: isinstance(self.row[side], str))
+                raise BadRow(
+                    f"its {chat} is written like a chat, its {text} is not (--layout text takes both as they stand)"
+                )
+
+    def question(self) -> Any:
+        """The prompt; of an instruction with an input both, a line each, as LLaMA-Factory joins them."""
+        value = self.need("prompt")
+        more = self.row.get("input")
+        if self.column("prompt") != "instruction" or not isinstance(value, str) or not isinstance(more, str):
+            return value
+        self.read.add("input")
+        joined = not more.strip() or value == more or value.endswith(f"\n{more}")
+        return value if joined else f"{value}\n{more}"
+
+    def ignored(self, pairs: Iterable[Mapping[str, Any]]) -> set[str]:
+        """The columns that nothing read and that hold no part of the conversation.
+
+        Raises `BadRow` for one that may hold a part of it which no pair repeats.
+        """
+        unread = {name: value for name, value in self.row.items() if name not in self.read and filled(value)}
+        said = _Said(pairs) if unread else None
+        return {name or '""' for name, value in unread.items() if said and not self._repeated(name, value, said)}
+
+    def _repeated(self, name: str, value: Any, said: _Said) -> bool:
+        if name.lower() in MEDIA:
+            raise BadRow(f"it has {name}, but only text is served (--ignore-columns {name} leaves them out)")
+        texts = [text for text in _texts(value) if text.strip()]
+        is_asked = name.lower() in ASKED
+        if not texts or not (is_asked or carries_text(name, value)):
+            return False
+        repeated = [_repeats(text, said.asked if is_asked else said.anywhere) for text in texts]
+        if all(repeated):
+            return True
+        if name.lower() in WHOLE and isinstance(value, list) and len(texts) > 1 and all(repeated[:-1]):
+            return False  # another answer to the same question
+        raise BadRow(
+            f"its column {name} holds text that is in no part of the pair; put it where it belongs, name the column "
+            f"that is the prompt (--columns prompt=...), or leave it out (--ignore-columns {name})"
+        )
+
+
+def filled(value: Any) -> bool:
+    """Whether there is anything in a value: 0 and False are something."""
+    if isinstance(value, str):
+        return bool(value.strip())
+    return bool(value) if isinstance(value, list | tuple | Mapping) else value is not None
+
+
+def without_nulls(value: Any) -> Any:
+    """A value without the null keys of its objects. Arrow gives every object of a column the keys of all others."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+# --- what a pair says already --------------------------------------------------------------------------------------
+
+
+class _Said:
+    """The texts of pairs, with white space as single blanks, longest first: what is asked, and all there is."""
+
+    def __init__(self, pairs: Iterable[Mapping[str, Any]]) -> None:
+        asked: set[str] = set()
+        answered: set[str] = set()
+        for pair in pairs:
+            for name in ("prompt", "chosen", "rejected"):
+                part = pair[name] if isinstance(pair[name], list) else [{"role": "", "content": pair[name]}]
+                for message in part:
+                    is_answer = name != "prompt" and message["role"] in ("", "assistant")
+                    (answered if is_answer else asked).update(map(_flat, texts_of([message])))
+        self.asked = sorted(asked - {""}, key=len, reverse=True)
+        self.anywhere = sorted((asked | answered) - {""}, key=len, reverse=True)
+
+
+def _repeats(text: str, said: list[str]) -> bool:
+    """Whether a text stands in one of those that were said, or is made of them and the marks of a chat template."""
+    text = rest = _flat(text)
+    if any(text == other or (text in other and _bounded(text).search(other)) for other in said):
+        return True
+    for other in said:
+        if other in rest:
+            rest = _bounded(other).sub(" ", rest)
+    return rest != text and all(word.lower() in _SPEAKERS for word in re.findall(r"\w+", _MARKS.sub(" ", rest)))
+
+
+def _bounded(text: str) -> re.Pattern[str]:
+    return re.compile(rf"(?<!\w){re.escape(text)}(?!\w)")
+
+
+def _flat(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _texts(value: Any) -> list[str]:
+    """All strings in a value, but the roles of messages."""
+    if isinstance(value, Mapping):
+        return [text for key, inner in value.items() if key not in ("role", "from") for text in _texts(inner)]
+    if isinstance(value, list | tuple):
+        return [text for inner in value for text in _texts(inner)]
+    return [value] if isinstance(value, str) else []

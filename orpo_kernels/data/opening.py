@@ -1,0 +1,92 @@
+"""A file as text, whatever its compression and encoding; every way in which that fails is a `UserError`."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import IO, TextIO, cast
+
+from ..errors import UserError
+
+COMPRESSIONS = (".gz", ".zst")
+BROKEN_BYTES = "surrogateescape"  # bytes that are no UTF-8 become lone surrogates
+
+
+def format_of(path: Path) -> str:
+    """The suffix that says the format: of `pairs.jsonl.gz`, .jsonl."""
+    inner = path.with_suffix("") if is_compressed(path) else path
+    return inner.suffix.lower()
+
+
+def is_compressed(path: Path) -> bool:
+    return path.suffix.lower() in COMPRESSIONS
+
+
+@contextmanager
+def opened(path: Path, newline: str | None = None) -> Iterator[TextIO]:
+    """The file's text: UTF-8 or, by its byte order mark, UTF-16; decompressed."""
+    with explained(path), _bytes(path) as file:
+        head = file.read(4)
+    encoding = _encoding(head)
+    # Broken UTF-16 cannot be kept as surrogates, only those that are lone in the file.
+    errors = BROKEN_BYTES if encoding == "utf-8-sig" else "surrogatepass"
+    with explained(path), _bytes(path) as file, io.TextIOWrapper(file, encoding, errors, newline) as text:
+        yield text
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn the errors of reading a file into a sentence."""
+    try:
+        yield
+    except (gzip.BadGzipFile, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise _damaged(path, error) from error
+    except OSError as error:
+        # The operating system's have a number; those of a decompressor have none.
+        if error.errno is None:
+            raise _damaged(path, error) from error
+        raise UserError(f"{path} cannot be read ({error.strerror or error}).") from error
+
+
+def library(name: str, source: object) -> ModuleType:
+    """An optional package that reads `source`."""
+    try:
+        return import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0]
+        raise UserError(f"{source} takes {package} to be read: pip install {package}.") from error
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(".")
+
+
+def _damaged(path: Path, error: BaseException) -> UserError:
+    return UserError(f"{path} is damaged ({first_line(error)}); it may have been cut off, so copy it again.")
+
+
+def _bytes(path: Path) -> IO[bytes]:
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
+        return cast(IO[bytes], gzip.open(path))
+    if suffix != ".zst":
+        return path.open("rb")
+    pyarrow = library("pyarrow", path)
+    with path.open("rb"):
+        pass  # which says why it cannot be opened; pyarrow does not
+    return cast(IO[bytes], pyarrow.input_stream(str(path), compression="zstd"))
+
+
+def _encoding(head: bytes) -> str:
+    """By the byte order mark, if a letter of a header or a brace of JSON follows it; else it is damaged UTF-8."""
+    if head[:2] == b"\xff\xfe" and head[2:3] != b"\0" and head[3:4] == b"\0":
+        return "utf-16"
+    if head[:2] == b"\xfe\xff" and head[2:3] == b"\0" and head[3:4] != b"\0":
+        return "utf-16"
+    return "utf-8-sig"
