@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -18,21 +19,36 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback, is_tensorboard_available
 
 from ..data import Problem
-from ..errors import UserError
+from ..errors import Diverged, UserError
 from ..methods import method_named
 from ..transformers import PreferenceCollator, TokenizedPair
+from ..transformers.body import run_body, unwrap
+from ..transformers.lm_head import resolve_lm_head
+from ..transformers.probe import verify_lm_head
 from ..transformers.trainer import PreferenceTrainer
 from . import plots
-from .folder import RunFolder, processes_of, step_of, whole_folder, write_whole
+from .folder import (
+    RunFolder,
+    check_claim,
+    claim,
+    note,
+    noted,
+    processes_of,
+    step_of,
+    told_when_full,
+    whole_folder,
+    write_whole,
+)
 from .held_out import Record
+from .inputs import changed_inputs, inputs_of
+from .pretrained import compute_dtype, load_model, load_tokenizer, not_finite, save_as_it_came, with_adapters
 from .processes import processes
 from .progress import ProgressBar, Recorder
 from .settings import TrainSettings
-from .setup import compute_dtype, load_model, load_split, load_tokenizer, with_adapters
+from .setup import load_split
 
 EVALUATIONS, CHECKPOINTS = 4, 10  # in a run, by default
 WARMUP = 0.1  # of the steps; the learning rate rises and then falls to 0, both linearly
-KEPT_CHECKPOINTS = 2  # so that one is complete while another is written
 MAY_CHANGE = ("output", "resume", "save_every")  # when a run goes on
 
 
@@ -48,15 +64,18 @@ class Trained:
 
 
 def save_model(trained: Trained) -> None:
-    """Into the run folder: weights or adapters, merged if asked, and the tokenizer."""
-    folder, model = trained.folder, trained.model
-    results = {folder.model: lambda: model}
-    if trained.settings.merge:
-        results[folder.merged] = lambda: model.merge_and_unload()
-    for place, result in results.items():
-        with whole_folder(place) as scratch:
-            result().save_pretrained(scratch)
+    """Into the run folder: the weights in the dtypes they came in, or adapters, merged if asked; and the tokenizer."""
+    folder, model, settings = trained.folder, trained.model, trained.settings
+    with whole_folder(folder.model) as scratch:
+        trained.tokenizer.save_pretrained(scratch)
+        if settings.lora:
+            model.save_pretrained(scratch)
+        else:
+            save_as_it_came(model, settings.model, scratch)
+    if settings.merge:
+        with whole_folder(folder.merged) as scratch:
             trained.tokenizer.save_pretrained(scratch)
+            save_as_it_came(model.merge_and_unload(), settings.model, scratch)
 
 
 def fit(settings: TrainSettings, console: Console, keep: Callable[[Trained], None] = save_model) -> dict[str, Any]:
@@ -75,59 +94,113 @@ def fit(settings: TrainSettings, console: Console, keep: Callable[[Trained], Non
     transformers.utils.logging.set_verbosity_error()
     state = processes()
     folder = RunFolder(settings.output)
-    _check_is_ours(folder, settings)
+    check_is_ours(settings)
     state.wait_for_everyone()  # until all have looked, before anybody writes
     if (summary := folder.finished()) is not None:
         console.print(f"The run in {settings.output} is finished already.", markup=False)
+        for name in folder.changed_results():
+            console.print(f"{name} there is no longer what the run wrote.", markup=False)
         folder.clean()
         return summary
 
-    with state.main_process_first():
-        checkpoint = folder.latest_checkpoint()
+    with told_when_full(folder.path):
+        checkpoint = _where_to_go_on(folder, console)
+        tokenizer = load_tokenizer(settings.model)
+        pairs, training, held_out, record = load_split(settings, tokenizer, console)
+        inputs = _inputs(folder, settings, training, held_out, console)
+        claim(folder.path, "run")
         if state.is_main_process:
-            folder.rewind(step_of(checkpoint) if checkpoint else -1)
-    if checkpoint:
-        _check_processes(folder, checkpoint)
-        console.print(f"Going on behind step {step_of(checkpoint)}.")
-    tokenizer = load_tokenizer(settings.model)
-    pairs, training, held_out, record = load_split(settings, tokenizer, console)
-    recorder = Recorder(folder)
-    trainer = _trainer(settings, folder, tokenizer, training, held_out, [recorder, *_tensorboard(folder)])
-    if state.is_main_process:
-        _begin(folder, settings, pairs.preferences.problems, record)
-    with ProgressBar(console, recorder, trainer.args.max_steps) as bar:
-        trainer.add_callback(bar)
-        _run(trainer, folder, checkpoint)
-    if state.is_main_process:
-        keep(Trained(trainer.model, tokenizer, held_out, folder, settings))
-        counts = {"pairs": len(training), "held_out": len(held_out), "problems": len(pairs.preferences.problems)}
-        _end(folder, settings, counts, trainer.reference_seconds)
-    state.wait_for_everyone()
-    folder.clean()
-    summary = folder.finished()
-    assert summary is not None
-    return summary
+            _begin(folder, settings, inputs, pairs.preferences.problems, record)
+        state.wait_for_everyone()
+        recorder = Recorder(folder)
+        trainer = _trainer(settings, folder, tokenizer, training, held_out, [recorder, *_tensorboard(folder)], console)
+        with ProgressBar(console, recorder, trainer.args.max_steps) as bar:
+            trainer.add_callback(bar)
+            _run(trainer, folder, checkpoint, training[0])
+        if state.is_main_process:
+            keep(Trained(trainer.model, tokenizer, held_out, folder, settings))
+            counts = {"pairs": len(training), "held_out": len(held_out), "problems": len(pairs.preferences.problems)}
+            _end(folder, settings, counts, trainer.reference_seconds)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            folder.clean()
+        summary = folder.finished()
+        assert summary is not None
+        return summary
 
 
 # --- the folder ----------------------------------------------------------------------------------------------------
 
 
-def _check_is_ours(folder: RunFolder, settings: TrainSettings) -> None:
-    """Refuse a folder that holds another run, or one that nobody asked to resume, or what is no run's."""
-    if not folder.settings.exists():
-        if foreign := folder.results():
-            raise UserError(f"{folder.path} holds {foreign[0].name}, but no run of this kind: choose another --output.")
+def check_is_ours(settings: TrainSettings) -> None:
+    """Refuse a folder that is no run's, and a run that has got somewhere, but to go on with the same settings."""
+    folder = RunFolder(settings.output)
+    check_claim(folder.path, "run")
+    if not folder.results():
         return
     if not settings.resume:
         raise UserError(f"{folder.path} holds a run already: go on with it (--resume), or choose another --output.")
-    ours, theirs = _plain(settings), yaml.safe_load(folder.settings.read_text(encoding="utf-8"))
+    ours, theirs = _plain(settings), _settings_of(folder)
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainSettings)}
     for name in sorted(ours.keys() | theirs.keys()):
-        if name not in MAY_CHANGE and ours.get(name) != theirs.get(name):
+        began, now = (values.get(name, defaults.get(name)) for values in (theirs, ours))
+        if name not in MAY_CHANGE and began != now:
+            began, now = ("(default)" if value is None else value for value in (began, now))
             raise UserError(
-                f"The run in {folder.path} has {name} {theirs.get(name, '(default)')}, but now it is "
-                f"{ours.get(name, '(default)')}: go on with what it was started with "
-                f"(--config {folder.settings}), or choose another --output."
+                f"The run in {folder.path} has {name} {began}, but now it is {now}: go on with what it was started "
+                f"with (--config {folder.settings}), or choose another --output."
             )
+
+
+def _settings_of(folder: RunFolder) -> dict[str, Any]:
+    """What a run was started with. Raises `UserError` if the file is gone or is not what the run wrote."""
+    try:
+        values = yaml.safe_load(folder.settings.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        values = None
+    known = noted(folder.path, "settings")
+    if not isinstance(values, dict) or known not in (None, _lasting(values)):
+        raise UserError(
+            f"{folder.settings} is damaged: it is not what the run in {folder.path} was started with. Restore it, or "
+            "choose another --output."
+        )
+    return values
+
+
+def _lasting(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in MAY_CHANGE}
+
+
+def _where_to_go_on(folder: RunFolder, console: Console) -> Path | None:
+    """The latest sound checkpoint; what was logged behind it is forgotten."""
+    state, began = processes(), bool(folder.results())
+    with state.main_process_first():
+        if state.is_main_process:
+            folder.remove_damaged_checkpoints(lambda text: console.print(text, markup=False, soft_wrap=True))
+        checkpoint = folder.latest_checkpoint()
+        if state.is_main_process:
+            folder.rewind(checkpoint)
+    if checkpoint:
+        _check_processes(folder, checkpoint)
+        console.print(f"Going on behind step {step_of(checkpoint)}.")
+    elif began:
+        console.print("There is no checkpoint to go on from: the run begins anew.")
+    return checkpoint
+
+
+def _inputs(
+    folder: RunFolder, settings: TrainSettings, training: list, held_out: list, console: Console
+) -> dict[str, Any]:
+    """What the run trains on. Raises `UserError` where the run in the folder was started with something else."""
+    with console.status("Hashing the model's files …") if console.is_terminal else nullcontext():
+        inputs = inputs_of(settings.model, training, held_out)
+    before = noted(folder.path, "inputs") if folder.results() else None
+    if changed := changed_inputs(before, inputs):
+        raise UserError(
+            f"Since the run in {folder.path} was started, {' and '.join(changed)} changed: go on with what it was "
+            "started with, or choose another --output."
+        )
+    return inputs
 
 
 def _check_processes(folder: RunFolder, checkpoint: Path) -> None:
@@ -139,9 +212,13 @@ def _check_processes(folder: RunFolder, checkpoint: Path) -> None:
         )
 
 
-def _begin(folder: RunFolder, settings: TrainSettings, problems: Sequence[Problem], record: Record) -> None:
-    """From here on the folder holds a run. (What cannot even begin does not stand in the way of the next try.)"""
-    write_whole(folder.settings, yaml.safe_dump(_plain(settings), sort_keys=False, allow_unicode=True))
+def _begin(
+    folder: RunFolder, settings: TrainSettings, inputs: dict[str, Any], problems: Sequence[Problem], record: Record
+) -> None:
+    """From here on the folder holds a run. (Until it has got somewhere, it is not in the way of the next try.)"""
+    values = _plain(settings)
+    note(folder.path, inputs=inputs, settings=_lasting(values))
+    write_whole(folder.settings, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
     lines = (json.dumps(dataclasses.asdict(problem)) + "\n" for problem in problems)
     write_whole(folder.problems, "".join(lines))
     record.write(folder.path)
@@ -150,8 +227,7 @@ def _begin(folder: RunFolder, settings: TrainSettings, problems: Sequence[Proble
 def _end(folder: RunFolder, settings: TrainSettings, counts: dict[str, int], reference_seconds: float) -> None:
     """With its summary the run is finished."""
     plots.curves(folder.metrics.read(), folder.evaluations.read(), folder.curves)
-    summary = {**_summary(settings, folder, counts), "reference_seconds": round(reference_seconds, 3)}
-    write_whole(folder.summary, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    folder.finish({**_summary(settings, folder, counts), "reference_seconds": round(reference_seconds, 3)})
 
 
 def _plain(settings: TrainSettings) -> dict[str, Any]:
@@ -189,20 +265,24 @@ def _summary(settings: TrainSettings, folder: RunFolder, counts: dict[str, int])
 
 
 def _trainer(
-    settings: TrainSettings, folder: RunFolder, tokenizer: Any, training: list, held_out: list, callbacks: list
+    settings: TrainSettings,
+    folder: RunFolder,
+    tokenizer: Any,
+    training: list,
+    held_out: list,
+    callbacks: list,
+    console: Console,
 ) -> PreferenceTrainer:
     dtype = compute_dtype(settings.dtype)
     set_seed(settings.seed)
     # Weights that are trained stay float32, or steps as small as a fine-tune's would round to nothing.
-    model = load_model(settings.model, dtype if settings.lora else torch.float32)
-    if settings.lora:
-        model = with_adapters(model, settings.lora_rank)
+    model = load_model(settings.model, dtype if settings.lora else torch.float32, console)
     loss_options: dict[str, Any] = settings.method_options()
     if settings.sparse_eps is not None:
         loss_options["sparse_eps"] = settings.sparse_eps
     try:
         trainer = PreferenceTrainer(
-            model,
+            with_adapters(model, settings.lora_rank) if settings.lora else model,
             _arguments(settings, folder, len(training), bool(held_out)),
             data_collator=PreferenceCollator(tokenizer, max_length=settings.max_length, packing=settings.packing),
             train_dataset=training,
@@ -212,10 +292,21 @@ def _trainer(
             loss_options=loss_options,
             callbacks=callbacks,
         )
+        _try(trainer, training[0])
+    except UserError:
+        raise
     except (TypeError, ValueError) as error:
         raise UserError(f"{settings.model} cannot be trained so. {error}") from error
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _try(trainer: PreferenceTrainer, pair: TokenizedPair) -> None:
+    """What the loss refuses, it refuses here, and not behind the first evaluation."""
+    inner = unwrap(trainer.model)
+    ids = torch.tensor([pair["chosen_input_ids"]], device=inner.device)
+    with trainer.accelerator.autocast():
+        verify_lm_head(trainer.model, inner, resolve_lm_head(trainer.model), ids)
 
 
 def _arguments(settings: TrainSettings, folder: RunFolder, pairs: int, has_held_out: bool) -> TrainingArguments:
@@ -242,7 +333,6 @@ def _arguments(settings: TrainSettings, folder: RunFolder, pairs: int, has_held_
         eval_steps=settings.eval_every or ceil(steps / EVALUATIONS),
         save_strategy="steps",
         save_steps=settings.save_every or ceil(steps / CHECKPOINTS),
-        save_total_limit=KEPT_CHECKPOINTS,
         report_to="none",
         disable_tqdm=True,
         use_cpu=not torch.accelerator.is_available(),
@@ -259,7 +349,7 @@ def _tensorboard(folder: RunFolder) -> list[Any]:
     return [TensorBoardCallback(SummaryWriter(str(folder.tensorboard)))]
 
 
-def _run(trainer: PreferenceTrainer, folder: RunFolder, checkpoint: Path | None) -> None:
+def _run(trainer: PreferenceTrainer, folder: RunFolder, checkpoint: Path | None, pair: TokenizedPair) -> None:
     """Train, and evaluate before and behind it; what a checkpoint has seen of this is not done again."""
     evaluates = trainer.eval_dataset is not None
     try:
@@ -273,8 +363,20 @@ def _run(trainer: PreferenceTrainer, folder: RunFolder, checkpoint: Path | None)
         processes().wait_for_everyone()  # until the first one has logged
         if evaluates and folder.evaluations.read()[-1]["step"] < trainer.state.global_step:
             trainer.evaluate()
+        _check_finite(trainer, pair)
     except torch.OutOfMemoryError as error:
         raise UserError(
             "The GPU's memory is full: halve --batch-size and double --grad-accum, which is the same training, or give "
             "--gradient-checkpointing, --lora, or a smaller --max-length."
         ) from error
+
+
+def _check_finite(trainer: PreferenceTrainer, pair: TokenizedPair) -> None:
+    """Refuse a model that the last step has made useless, which no loss shows any more."""
+    bad = not_finite(trainer.model)
+    with torch.no_grad(), trainer.accelerator.autocast():
+        ids = torch.tensor([pair["chosen_input_ids"]], device=trainer.model.device)
+        hidden = run_body(unwrap(trainer.model), ids, None).hidden
+    if bad or not bool(hidden.isfinite().all()):
+        where = f"The weight {bad[0]} is" if bad else "The hidden states of the model are"
+        raise Diverged(f"{where} not finite behind step {trainer.state.global_step}: give a smaller --lr.")

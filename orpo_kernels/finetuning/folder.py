@@ -4,36 +4,62 @@
     problems.jsonl      rows of the data that could not be used, and why
     metrics.jsonl       a line per optimizer step
     evaluations.jsonl   a line per evaluation on the held-out pairs
-    checkpoints/        the latest two, each with the file `complete` (by how many processes) once it is
+    checkpoints/        the latest two, each with the file `complete` (by how many processes, and the hashes of its
+                        files and of the logs up to there) once it is
     model/, merged/     the result
     scores.json         of a run of a sweep, in place of a model: how it rates each held-out pair
     curves.png, summary.json, tensorboard/
+    .orpo-kernels.json  the mark: the folder is ours; hashes of what the run was started with, and of its results
 
 A file or folder is written under another name, flushed to the disk, and renamed. Lines are appended: a last one without
 its line break does not count.
+
+**What is ours.** A folder that holds anything and has no mark is left alone (`claim`). In one that is ours, the names
+above are ours, and in a checkpoint those that the Trainer gives its files; all others, wherever they lie, stay.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from ..errors import UserError
+from ..methods import METHODS
+from .manifest import differing, manifest
+from .processes import processes
+
 COMPLETE = "complete"
+MARK = ".orpo-kernels.json"
+KEPT_CHECKPOINTS = 2  # so that one is complete while another is written
+OF_A_STEP = ("step", "seconds", "tokens", "memory_bytes")  # what is read of a record of the metrics
+# What the Trainer writes into a checkpoint, and DPO's reference beside them.
+OF_A_CHECKPOINT = (
+    *("*.safetensors", "*.bin", "*.safetensors.index.json", "*.bin.index.json", "*.pt", "rng_state*.pth"),
+    *("config.json", "generation_config.json", "adapter_config.json", "trainer_state.json", "README.md"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja", "*.model"),
+    *(COMPLETE, f".{COMPLETE}.unfinished"),
+)
+OF_THE_REFERENCE = ("*.npy", "*.jsonl", "*.partial")
 
 
 class RunFolder:
-    """Names and reads what is in a run folder, and makes the folder."""
+    """Names and reads what is in a run folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.settings = path / "settings.yaml"
         self.problems = path / "problems.jsonl"
-        self.metrics = JsonLines(path / "metrics.jsonl")
+        self.metrics = JsonLines(path / "metrics.jsonl", OF_A_STEP)
         self.evaluations = JsonLines(path / "evaluations.jsonl")
         self.checkpoints = path / "checkpoints"
         self.model = path / "model"
@@ -42,76 +68,272 @@ class RunFolder:
         self.curves = path / "curves.png"
         self.summary = path / "summary.json"
         self.tensorboard = path / "tensorboard"
-        path.mkdir(parents=True, exist_ok=True)
 
     def results(self) -> list[Path]:
-        """What there is of what a run would write over."""
-        names = (self.metrics.path, self.evaluations.path, self.model, self.merged, self.summary)
-        return [*self.checkpoints.glob("checkpoint-*"), *(path for path in names if path.exists())]
+        """What there is of what a run has made: nothing where none has got anywhere yet."""
+        names = (self.metrics.path, self.evaluations.path, self.model, self.merged, self.scores, self.summary)
+        return [*self._checkpoints(), *(path for path in names if path.exists())]
+
+    def logs(self) -> list[Path]:
+        return [self.metrics.path, self.evaluations.path]
+
+    def finished(self) -> dict[str, Any] | None:
+        """The summary of a run that came to its end. Raises `UserError` if it is damaged."""
+        if not self.summary.exists():
+            return None
+        written = _record_of(self.path).get("results", {})
+        of_the_summary = {name: entry for name, entry in written.items() if name == self.summary.name}
+        try:
+            summary = json.loads(self.summary.read_text(encoding="utf-8"))
+        except ValueError:
+            summary = None
+        if not isinstance(summary, dict) or differing(self.path, of_the_summary):
+            raise UserError(
+                f"{self.summary} is damaged: it is not what the run wrote. Restore it, or remove it to train again."
+            )
+        return summary
+
+    def changed_results(self) -> list[str]:
+        """Which of a finished run's results are no longer what it wrote, or gone."""
+        return differing(self.path, _record_of(self.path).get("results", {}))
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Write the summary, with which the run is finished, and note what its results are."""
+        write_whole(self.summary, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+        files = [path for place in (self.model, self.merged) for path in place.rglob("*") if path.is_file()]
+        files += [path for path in (self.scores, self.curves, self.summary) if path.exists()]
+        note(self.path, results=manifest(self.path, files))
 
     def clean(self) -> None:
         """Remove what a finished run does not need."""
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        for checkpoint in self._checkpoints():
+            _remove_checkpoint(checkpoint)
+        _remove_files(self.checkpoints / "reference_logps", OF_THE_REFERENCE)
+        _remove_if_empty(self.checkpoints)
 
-    def finished(self) -> dict[str, Any] | None:
-        """The summary of a run that came to its end."""
-        return json.loads(self.summary.read_text(encoding="utf-8")) if self.summary.exists() else None
+    # --- checkpoints ---
+
+    def _checkpoints(self) -> list[Path]:
+        """In their order, those that are not complete as well."""
+        found = [path for path in self.checkpoints.glob("checkpoint-*") if re.fullmatch(r".*-\d+", path.name)]
+        return sorted((path for path in found if _files(path, OF_A_CHECKPOINT)), key=step_of)
 
     def latest_checkpoint(self) -> Path | None:
         """The latest complete one. Those that are not complete are removed."""
         complete = []
-        for folder in self.checkpoints.glob("checkpoint-*"):
+        for folder in self._checkpoints():
             if (folder / COMPLETE).exists():
                 complete.append(folder)
             else:
-                shutil.rmtree(folder)
-        return max(complete, key=step_of, default=None)
+                _remove_checkpoint(folder)
+        return complete[-1] if complete else None
 
-    def rewind(self, step: int) -> None:
-        """Forget what was logged behind a step."""
+    def remove_damaged_checkpoints(self, tell: Callable[[str], None]) -> None:
+        """Until the latest one is as it was written, and so are the logs that belong to it."""
+        while (checkpoint := self.latest_checkpoint()) is not None:
+            record = _read_complete(checkpoint)
+            if record is None:
+                changed = [COMPLETE]
+            else:
+                changed = differing(checkpoint, record["files"])
+                changed += differing(self.path, record["logs"], appended=True)
+            if not changed:
+                return
+            tell(f"The checkpoint of step {step_of(checkpoint)} is damaged: {changed[0]} is not what the run wrote.")
+            _remove_checkpoint(checkpoint)
+
+    def remove_old_checkpoints(self) -> None:
+        """All but the latest two."""
+        complete = [path for path in self._checkpoints() if (path / COMPLETE).exists()]
+        for checkpoint in complete[:-KEPT_CHECKPOINTS]:
+            _remove_checkpoint(checkpoint)
+
+    def rewind(self, checkpoint: Path | None) -> None:
+        """Forget what was logged behind a checkpoint; without one, all of it."""
+        record = checkpoint and _read_complete(checkpoint)
         for log in (self.metrics, self.evaluations):
-            if log.path.exists():
-                log.replace([record for record in log.read() if record["step"] <= step])
+            if not log.path.exists():
+                continue
+            if checkpoint is None:
+                log.replace([])
+            elif record and log.path.name in record["logs"]:
+                log.cut(record["logs"][log.path.name][0])
+            else:
+                log.replace([line for line in log.read() if line["step"] <= step_of(checkpoint)])
 
 
 def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def mark_complete(checkpoint: Path, processes: int = 1) -> None:
-    """To be called when all of a checkpoint is written, by so many processes."""
+def mark_complete(checkpoint: Path, processes: int = 1, logs: Iterable[Path] = ()) -> None:
+    """To be called when all of a checkpoint is written, by so many processes, and what is logged up to there."""
     _sync_tree(checkpoint)
-    write_whole(checkpoint / COMPLETE, str(processes))
+    record = {
+        "processes": processes,
+        "files": manifest(checkpoint, _files(checkpoint, OF_A_CHECKPOINT)),
+        "logs": manifest(checkpoint.parents[1], [log for log in logs if log.exists()]),
+    }
+    write_whole(checkpoint / COMPLETE, json.dumps(record))
 
 
 def processes_of(checkpoint: Path) -> int:
     """By how many processes a complete checkpoint was written."""
-    return int((checkpoint / COMPLETE).read_text() or 1)  # runs that began before there could be several wrote nothing
+    return (_read_complete(checkpoint) or {"processes": 1})["processes"]
+
+
+def _read_complete(checkpoint: Path) -> dict[str, Any] | None:
+    """None if it is damaged. Earlier versions wrote the number of processes alone, and before that nothing."""
+    try:
+        text = (checkpoint / COMPLETE).read_text(encoding="utf-8")
+        record = json.loads(text or "1")
+    except ValueError:
+        return None
+    if isinstance(record, int):
+        return {"processes": record, "files": {}, "logs": {}}
+    return record if isinstance(record, dict) and record.keys() == {"processes", "files", "logs"} else None
+
+
+def _files(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return [path for path in folder.iterdir() if path.is_file() and any(fnmatch(path.name, one) for one in patterns)]
+
+
+def _remove_checkpoint(folder: Path) -> None:
+    (folder / COMPLETE).unlink(missing_ok=True)  # first, so that half of it never counts
+    _remove_files(folder, OF_A_CHECKPOINT)
+
+
+def _remove_files(folder: Path, patterns: Iterable[str]) -> None:
+    for path in _files(folder, patterns):
+        path.unlink()
+    _remove_if_empty(folder)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 class JsonLines:
-    """Records, a line each."""
+    """Records, a line each; each has `step`, and the other `keys`."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, keys: Iterable[str] = ("step",)) -> None:
+        self.path, self.keys = path, tuple(keys)
 
     def append(self, record: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(_line(record))
 
     def read(self) -> list[dict[str, Any]]:
-        """All whole lines; none where there is no file."""
+        """All whole lines; none where there is no file. Raises `UserError` for a line that is none of ours."""
         if not self.path.exists():
             return []
         lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
-        return [json.loads(line) for line in lines[:-1]]
+        return [self._parsed(number, line) for number, line in enumerate(lines[:-1], start=1)]
+
+    def _parsed(self, number: int, line: str) -> dict[str, Any]:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        numbers = [record.get(key) for key in self.keys] if isinstance(record, dict) else [None]
+        if not all(isinstance(value, (int, float)) for value in numbers):
+            raise UserError(
+                f"{self.path} is damaged: line {number} is not what a run writes. Restore the file, or choose another "
+                "--output."
+            )
+        return record
 
     def replace(self, records: list[dict[str, Any]]) -> None:
         write_whole(self.path, "".join(map(_line, records)))
 
+    def cut(self, size: int) -> None:
+        """To its first `size` bytes."""
+        write_whole(self.path, self.path.read_bytes()[:size])
+
 
 def _line(record: dict[str, Any]) -> str:
     return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+# --- whose a folder is ---------------------------------------------------------------------------------------------
+
+
+def claim(folder: Path, kind: str) -> None:
+    """Make a folder ours to write a `kind` into: "run", "sweep", "comparison" or "evaluation".
+
+    To be called by every process of a run. Raises `UserError` as `check_claim` does.
+    """
+    check_claim(folder, kind)
+    state = processes()
+    state.wait_for_everyone()  # until all have looked, before anybody writes
+    if state.is_main_process and _record_of(folder).get("kind") != kind:
+        with _told(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(folder / MARK, json.dumps({"kind": kind}))
+    state.wait_for_everyone()
+
+
+def check_claim(folder: Path, kind: str) -> None:
+    """Raise `UserError`, naming what is in it, for a folder that holds anything and is no `kind` of ours."""
+    with _told(folder):
+        names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    foreign = [name for name in names if name != f".{MARK}.unfinished"]
+    if not foreign or _record_of(folder).get("kind", kind if _is_from_before(folder, kind) else None) == kind:
+        return
+    more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+    raise UserError(f"{folder} holds {', '.join(foreign[:3])}{more}, but no {kind} of ours: choose another --output.")
+
+
+def note(folder: Path, **entries: Any) -> None:
+    """Write entries into the mark of a folder."""
+    write_whole(folder / MARK, json.dumps({**_record_of(folder), **entries}))
+
+
+def noted(folder: Path, entry: str) -> Any:
+    """An entry of the mark, or None."""
+    return _record_of(folder).get(entry)
+
+
+def _record_of(folder: Path) -> dict[str, Any]:
+    with suppress(OSError, ValueError):
+        record = json.loads((folder / MARK).read_text(encoding="utf-8"))
+        if isinstance(record, dict):
+            return record
+    return {}
+
+
+def _is_from_before(folder: Path, kind: str) -> bool:
+    """Whether an earlier version, which left no mark, wrote it."""
+    if kind == "evaluation":
+        with suppress(OSError, ValueError):
+            return json.loads((folder / "evaluation.json").read_text(encoding="utf-8")).keys() >= {"models", "files"}
+        return False
+    if kind != "run":
+        names = {"sweep": ["beta-*_lr-*"], "comparison": list(METHODS)}
+        return any(_is_run(path) for name in names[kind] for path in folder.glob(name) if path.is_dir())
+    return _is_run(folder)
+
+
+def _is_run(folder: Path) -> bool:
+    run = RunFolder(folder)
+    if noted(folder, "kind") == "run":
+        return True
+    with suppress(OSError, ValueError, yaml.YAMLError):
+        settings = yaml.safe_load(run.settings.read_text(encoding="utf-8"))
+        return bool(run.results()) and settings.keys() >= {"model", "data", "method", "seed", "output"}
+    return False
+
+
+@contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"{folder} cannot be written into ({reason}): choose another --output.") from error
 
 
 # --- whole or not at all -------------------------------------------------------------------------------------------
@@ -130,15 +352,56 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `path` when the block ends without an error."""
-    scratch = path.with_name(f".{path.name}.unfinished")
+    """A folder to write into, which becomes `path` when the block ends without an error.
+
+    What `path` held under other names is in it still.
+    """
+    scratch, before = (path.with_name(f".{path.name}.{state}") for state in ("unfinished", "before"))
+    if before.exists() and not path.exists():  # stopped between the two names
+        before.rename(path)
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     yield scratch
+    if path.exists():
+        _copy_missing(path, scratch)
     _sync_tree(scratch)
-    shutil.rmtree(path, ignore_errors=True)
+    if path.exists():
+        shutil.rmtree(before, ignore_errors=True)
+        path.rename(before)
     scratch.rename(path)
+    shutil.rmtree(before, ignore_errors=True)
     _sync(path.parent)
+
+
+def _copy_missing(source: Path, target: Path) -> None:
+    for held in source.iterdir():
+        if (target / held.name).exists():
+            continue
+        if held.is_dir():
+            shutil.copytree(held, target / held.name, symlinks=True)
+        else:
+            shutil.copy2(held, target / held.name, follow_symlinks=False)
+
+
+@contextmanager
+def told_when_full(folder: Path) -> Iterator[None]:
+    """Raise `UserError` in place of what the libraries raise where no more can be written."""
+    try:
+        yield
+    except Exception as error:
+        if not _is_full(error):
+            raise
+        raise UserError(
+            f"The disk that holds {folder} is full. Nothing that was complete is lost: free some space, and go on with "
+            "--resume."
+        ) from error
+
+
+def _is_full(error: Exception) -> bool:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    signs = ("No space left on device", "os error 28", "PytorchStreamWriter failed", "File too large")
+    return type(error).__name__ in ("RuntimeError", "SafetensorError") and any(sign in str(error) for sign in signs)
 
 
 def _sync_tree(folder: Path) -> None:

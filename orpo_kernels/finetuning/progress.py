@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-from ..errors import UserError
+from ..errors import Diverged
 from .folder import RunFolder, mark_complete
 from .processes import processes
 
@@ -63,17 +63,20 @@ class Recorder(TrainerCallback):
             self.latest = self._step(state, logs)
             if state.is_world_process_zero:
                 self.folder.metrics.append(self.latest)
-        elif "eval_loss" in logs and state.is_world_process_zero:
-            self.folder.evaluations.append({"step": state.global_step, **renamed(logs, "eval_")})
+        elif "eval_loss" in logs:
+            _check_finite(f"on the held-out pairs behind step {state.global_step}", loss=logs["eval_loss"])
+            if state.is_world_process_zero:
+                self.folder.evaluations.append({"step": state.global_step, **renamed(logs, "eval_")})
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         processes().wait_for_everyone()  # each writes the state of its random numbers
         if state.is_world_process_zero:
-            mark_complete(self.folder.checkpoints / f"checkpoint-{state.global_step}", processes().num_processes)
+            checkpoint, logs = self.folder.checkpoints / f"checkpoint-{state.global_step}", self.folder.logs()
+            mark_complete(checkpoint, processes().num_processes, logs)
+            self.folder.remove_old_checkpoints()
 
     def _step(self, state: Any, logs: dict[str, float]) -> dict[str, Any]:
-        if not math.isfinite(logs["loss"]):
-            raise UserError(f"The loss of step {state.global_step} is {logs['loss']}: give a smaller --lr.")
+        _check_finite(f"of step {state.global_step}", loss=logs["loss"], gradient=logs.get("grad_norm"))
         tokens, self._tokens = state.num_input_tokens_seen - self._tokens, state.num_input_tokens_seen
         return {
             "step": state.global_step,
@@ -86,6 +89,13 @@ class Recorder(TrainerCallback):
             "tokens_per_second": tokens / self._seconds,
             "memory_bytes": peak_memory(),
         }
+
+
+def _check_finite(where: str, **values: float | None) -> None:
+    """Raise `Diverged` for the first that is not."""
+    for name, value in values.items():
+        if value is not None and not math.isfinite(value):
+            raise Diverged(f"The {name} {where} is not finite ({value}): give a smaller --lr.")
 
 
 def renamed(logs: dict[str, float], prefix: str) -> dict[str, float | None]:

@@ -6,77 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from rich.console import Console
 from rich.progress import track
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..data import Preferences, load_preferences
 from ..errors import UserError
 from ..transformers import TokenizedPair, UnusablePair, tokenize_pair
 from .held_out import Record, held_out_prompts, keys, record_of
+from .pretrained import rows_and_positions
 from .settings import DataSettings, TrainSettings, held_out_number
-
-DTYPES = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
-
-
-# --- model ---------------------------------------------------------------------------------------------------------
-
-
-def model_folder(name: str) -> str:
-    """`name`, a folder or a name on the hub; of a run folder, the model in it."""
-    if not Path(name).is_dir():
-        if name.startswith((".", "/", "~")):
-            raise UserError(f"There is no folder {name}.")
-        return name
-    for folder in (Path(name), Path(name) / "model"):
-        if (folder / "config.json").exists() or (folder / "adapter_config.json").exists():
-            return str(folder)
-    raise UserError(f"{name} holds no model: there is no config.json in it, nor in a folder model there.")
-
-
-def compute_dtype(name: str) -> torch.dtype:
-    """The dtype that a `--dtype` stands for on this machine."""
-    if name == "auto":
-        return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
-    return DTYPES[name]
-
-
-def load_tokenizer(name: str) -> Any:
-    folder = model_folder(name)
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise _not_loaded(name, "a tokenizer", error) from error
-
-
-def load_model(name: str, dtype: torch.dtype) -> Any:
-    """The causal LM, in evaluation mode; adapters, if that is what the folder holds, are merged into their base."""
-    folder = model_folder(name)
-    try:
-        if (Path(folder) / "adapter_config.json").exists():
-            from peft import AutoPeftModelForCausalLM
-
-            return AutoPeftModelForCausalLM.from_pretrained(folder, dtype=dtype).merge_and_unload().eval()
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise _not_loaded(name, "a causal language model", error) from error
-
-
-def _not_loaded(name: str, what: str, error: Exception) -> UserError:
-    reason = str(error).strip().partition("\n")[0].rstrip(".")
-    return UserError(f"{name} cannot be loaded as {what}, neither as a folder nor from the hub: {reason}.")
-
-
-def with_adapters(model: Any, rank: int) -> Any:
-    """LoRA on every linear layer of the body (Hu et al. 2021, arXiv 2106.09685), scaled by 2."""
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(model, config)
-
-
-# --- pairs ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -108,11 +46,13 @@ def load_pairs(settings: DataSettings, tokenizer: Any, console: Console, source:
         layout=settings.layout,
         columns=settings.column_names(),
     )
+    rows, positions = rows_and_positions(tokenizer.name_or_path)
+    max_length = min(settings.max_length, positions or settings.max_length)
     tokenized, refused = [], {}
     shown = track(preferences.pairs, "Tokenising", console=console, transient=True, disable=not console.is_terminal)
     for index, pair in enumerate(shown):
         try:
-            tokenized.append(tokenize_pair(pair, tokenizer, max_length=settings.max_length))
+            tokenized.append(tokenize_pair(pair, tokenizer, max_length=max_length))
         except UnusablePair as unusable:
             refused[index] = str(unusable)
         except (ValueError, TypeError) as error:  # of the tokenizer: no offsets, no EOS, no template
@@ -122,9 +62,33 @@ def load_pairs(settings: DataSettings, tokenizer: Any, console: Console, source:
     console.print(pairs.preferences.describe(), markup=False, soft_wrap=True)
     if not tokenized:
         raise UserError(f"{settings.data} has no pair that the tokenizer of {settings.model} can take.")
+    _check_ids(tokenized, tokenizer, rows)
+    if max_length < settings.max_length and any(_longest(pair) == max_length for pair in tokenized):
+        console.print(
+            f"{tokenizer.name_or_path} has {positions} positions: pairs are cut to those, not to --max-length "
+            f"{settings.max_length}.",
+            markup=False,
+            soft_wrap=True,
+        )
     if "text" in preferences.layouts and tokenizer.chat_template:
         console.print("Plain text for a model with a chat template: --layout chat would make messages of it.")
     return pairs
+
+
+def _longest(pair: TokenizedPair) -> int:
+    return max(len(pair["chosen_input_ids"]), len(pair["rejected_input_ids"]))
+
+
+def _check_ids(pairs: list[TokenizedPair], tokenizer: Any, rows: int | None) -> None:
+    """Refuse ids that the model's embedding, of so many `rows`, does not have."""
+    padding = [] if tokenizer.pad_token_id is None else [tokenizer.pad_token_id]
+    largest = max(max(*pair["chosen_input_ids"], *pair["rejected_input_ids"], *padding) for pair in pairs)
+    if rows is not None and largest >= rows:
+        raise UserError(
+            f"The tokenizer of {tokenizer.name_or_path} has the token {tokenizer.convert_ids_to_tokens(largest)!r} "
+            f"with the id {largest}, but the model's embedding has {rows} rows, for the ids up to {rows - 1}: take the "
+            "tokenizer that belongs to the model, or enlarge the embedding (resize_token_embeddings)."
+        )
 
 
 class Split(NamedTuple):
@@ -155,10 +119,13 @@ def load_split(settings: TrainSettings, tokenizer: Any, console: Console) -> Spl
         )
     fresh = [(key, pair) for key, pair in held_out if key not in before]
     if old := len(held_out) - len(fresh):
-        console.print(f"{old} held-out pairs are left out: {settings.model} was trained on their prompts.")
+        remark = f"{old} held-out pairs are left out: {settings.model} was trained on their prompts."
+        console.print(remark, markup=False, soft_wrap=True)
     trained = before.union(key for key, _ in training)
     if both := sum(key in trained for key, _ in fresh):
-        console.print(f"The prompts of {both} held-out pairs are trained on as well: both files have them.")
+        console.print(
+            f"The prompts of {both} held-out pairs are trained on as well: both files have them.", soft_wrap=True
+        )
     record = Record(trained, prompts - trained)
     return Split(pairs, [pair for _, pair in training], [pair for _, pair in fresh], record)
 

@@ -1,0 +1,48 @@
+"""What a run trains on, as hashes, to tell when it goes on whether it is the same still.
+
+The pairs are hashed as tokens, which also tells of a tokenizer that has changed; the model by its files, before they
+are loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+from ..transformers import TokenizedPair
+from .pretrained import model_manifest
+
+COLUMNS = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")
+
+
+def inputs_of(model: str, training: Sequence[TokenizedPair], held_out: Sequence[TokenizedPair]) -> dict[str, Any]:
+    """As JSON can hold it: the pairs to train on and those held out, number and hash; each file of the model."""
+    return {"training": _pairs(training), "held_out": _pairs(held_out), "model": model_manifest(model)}
+
+
+def changed_inputs(before: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:
+    """What is not as it was; nothing where it is not known what was."""
+    if not isinstance(before, dict):
+        return []
+    told = {"training": "the pairs to train on", "held_out": "the held-out pairs"}
+    changed = [
+        f"{told[name]} (then {before[name][0]}, now {now[name][0]})" for name in told if before[name] != now[name]
+    ]
+    files = sorted(
+        name
+        for name in before["model"].keys() | now["model"].keys()
+        if before["model"].get(name) != now["model"].get(name)
+    )
+    return changed + ([f"the model's file {files[0]}"] if files else [])
+
+
+def _pairs(pairs: Sequence[TokenizedPair]) -> list:
+    found = hashlib.blake2b(digest_size=16)
+    for pair in pairs:
+        for column in COLUMNS:
+            ids = array("q", pair[column])  # type: ignore[literal-required]
+            found.update(len(ids).to_bytes(8, "little") + ids.tobytes())
+        found.update(repr(pair.get("weight")).encode())
+    return [len(pairs), found.hexdigest()]
