@@ -117,6 +117,7 @@ def test_train_leaves_a_model_and_all_about_it(run, model, data, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(folder / "model").dtype == torch.float32
     left = {path.name for path in folder.iterdir()} - {"tensorboard"}
     assert left == {
+        ".orpo-kernels.json",
         "settings.yaml",
         "problems.jsonl",
         "split.json",
