@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from .packing import PackedPairs
 
@@ -166,6 +166,6 @@ def shared_prompt_mask(model: PreTrainedModel, packed: PackedPairs) -> Any:
     return mask(model, packed, None if kinds else window)
 
 
-def layer_kinds(config: PreTrainedConfig) -> list[str]:
+def layer_kinds(config: PretrainedConfig) -> list[str]:
     """The kinds of attention (or other mixing) that the config lists for the layers; [] where it lists none."""
     return sorted(set(getattr(config, "layer_types", None) or ()))

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from .body import unwrap
 from .engines import class_of, hooks_of_engine
@@ -214,7 +214,7 @@ def _check_parameter(parameter: Tensor) -> None:
         raise TypeError(f"The lm head has dtype {parameter.dtype}; the loss takes float64, float32, bfloat16, float16.")
 
 
-def logit_transform(config: PreTrainedConfig) -> tuple[float, float | None]:
+def logit_transform(config: PretrainedConfig) -> tuple[float, float | None]:
     """Scale and soft-cap of the logits, from the text model's config."""
     factors = _numbers(config, _FACTORS)
     divisors = _numbers(config, _DIVISORS)
@@ -229,7 +229,7 @@ def logit_transform(config: PreTrainedConfig) -> tuple[float, float | None]:
     return scale, next(iter(softcaps.values()), None)
 
 
-def _numbers(config: PreTrainedConfig, fields: tuple[str, ...]) -> Mapping[str, float]:
+def _numbers(config: PretrainedConfig, fields: tuple[str, ...]) -> Mapping[str, float]:
     values: dict[str, Any] = {field: getattr(config, field, None) for field in fields}
     for field, value in values.items():
         if value is not None and not isinstance(value, (int, float)):

@@ -11,10 +11,12 @@ import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from .body import run_body, wants_router_loss
@@ -78,6 +80,8 @@ def _compare(model: nn.Module, inner: PreTrainedModel, head: LMHead, tokens: Ten
     finally:
         amplifier.remove()
     theirs = output.logits
+    if not bool(ours.isfinite().all()):
+        raise ValueError(_not_finite(inner, hidden))
     if ours.shape != theirs.shape:
         raise _refusal(inner, head, f"its logits have shape {tuple(theirs.shape)}, ours {tuple(ours.shape)}")
     difference = float((ours - theirs).abs().max() / theirs.abs().max())
@@ -95,6 +99,17 @@ def _gain(logits: Tensor) -> float:
     if not 0 < largest < _LARGE_LOGIT:
         return 1.0
     return 2.0 ** min(10, math.ceil(math.log2(_LARGE_LOGIT / largest)))
+
+
+def _not_finite(inner: PreTrainedModel, hidden: Tensor) -> str:
+    """What is told of a model whose own numbers are at fault, not the way they are computed."""
+    weights = [name for name, weight in inner.named_parameters() if not bool(weight.isfinite().all())]
+    where = f"its weight {weights[0]} has NaN or infinite values" if weights else f"{hidden.dtype} overflows in it"
+    more = f" (and so have {len(weights) - 1} others)" if len(weights) > 1 else ""
+    return (
+        f"The logits of this {type(inner).__name__} are not finite: {where}{more}. Take a checkpoint from before it "
+        "diverged, or a wider dtype."
+    )
 
 
 def _refusal(inner: PreTrainedModel, head: LMHead, finding: str) -> ValueError:
@@ -129,3 +144,45 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 module.training = True
             # What autocast has cast without gradient it would reuse in the training forward, which then had none.
             torch.clear_autocast_cache()
+
+
+@contextmanager
+def training_without_noise(model: nn.Module) -> Iterator[None]:
+    """Inside `undisturbed`: as in training, gradients included, but whatever is random there gives its mean.
+
+    Norms over the batch, which would learn from what they see, stay in evaluation mode.
+    """
+    modules = [module for module in model.modules() if not isinstance(module, nn.modules.batchnorm._NormBase)]
+    with torch.enable_grad(), _Means():
+        try:
+            for module in modules:
+                module.training = True
+            yield
+        finally:
+            for module in modules:
+                module.training = False
+
+
+class _Means(TorchFunctionMode):
+    """Dropout drops nothing, and a random number is the mean of its distribution (NEFTune, a router's jitter, ...)."""
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs, name = dict(kwargs or {}), getattr(function, "__name__", "")
+        if name == "scaled_dot_product_attention":
+            args, kwargs = args[:4] + args[5:], {**kwargs, "dropout_p": 0.0}  # whose place is the fifth
+        elif name.rstrip("_") in ("dropout", "alpha_dropout", "feature_dropout", "dropout1d", "dropout2d", "dropout3d"):
+            return args[0] if args else kwargs["input"]
+        result = function(*args, **kwargs)
+        if name in ("rand", "rand_like", "randn", "randn_like"):
+            return result.fill_(0.0 if "randn" in name else 0.5)
+        if name == "uniform_":
+            low, high = _given(args[1:], kwargs, {"from": 0.0, "to": 1.0})
+            return result.fill_((low + high) / 2)
+        if name == "normal_":
+            return result.fill_(_given(args[1:], kwargs, {"mean": 0.0})[0])
+        return result
+
+
+def _given(args: tuple, kwargs: dict[str, Any], defaults: dict[str, float]) -> list[float]:
+    """The values of the first parameters of a call."""
+    return [args[i] if i < len(args) else kwargs.get(name, defaults[name]) for i, name in enumerate(defaults)]

@@ -1,23 +1,26 @@
 """Whether a model's hidden states stay the same in rows that share their prompt (`packing.py`).
 
 They do where layers mix tokens by attention alone, take a 4-D attention mask, and know places by `position_ids` alone.
-What is known to rule that out is named; everything else is found out once for a model, on a few tokens.
+What is known to rule that out is named; everything else is found out once for a model, on a few tokens: in evaluation
+and in training mode, for forwards that others have replaced (Unsloth's) may treat masks differently in the two.
 """
 
 from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .body import MASKS, layer_kinds, run_body, unwrap, wants_router_loss
 from .packing import IGNORE_INDEX, SIDES, pack_pairs
-from .probe import undisturbed
+from .probe import training_without_noise, undisturbed
 
 # Lengths of prompt, chosen and rejected answer. They pack into two rows: one pair, then two pairs and a padding token.
 PROBE_PAIRS = ((5, 8, 7), (4, 4, 3), (3, 3, 2))
@@ -35,14 +38,15 @@ def refuses_shared_prompt(model: nn.Module) -> str | None:
 
         packing = "padded" if refuses_shared_prompt(model) else "shared"
 
-    Costs a few tokens through the body at the first call, and leaves no trace. Raises `TypeError` or `ValueError` for a
+    Costs a few tokens through the body at the first call, and again where a forward of it has been replaced or gradient
+    checkpointing switched since; leaves no trace. Raises `TypeError` or `ValueError` for a
     model that the loss does not serve at all.
     """
     inner = unwrap(model)
     config = inner.config.get_text_config(decoder=True)
     obstacle = _known_obstacle(inner, config)
     if obstacle is None:
-        state = (type(inner), inner.dtype, config._attn_implementation, getattr(config, "sliding_window", None))
+        state = _what_runs(inner, config)
         if model not in _tried or _tried[model][0] != state:
             with undisturbed(model), _short_window(config):
                 _tried[model] = (state, _trial(inner, config))
@@ -50,7 +54,7 @@ def refuses_shared_prompt(model: nn.Module) -> str | None:
     return obstacle and f"{type(inner).__name__} cannot share prompts: {obstacle}."
 
 
-def _known_obstacle(inner: PreTrainedModel, config: PreTrainedConfig) -> str | None:
+def _known_obstacle(inner: PreTrainedModel, config: PretrainedConfig) -> str | None:
     attention, kinds = config._attn_implementation, layer_kinds(config)
     if wants_router_loss(inner):
         return "its router loss (config.output_router_logits=True) counts the tokens of a prompt for both answers"
@@ -69,31 +73,78 @@ def _known_obstacle(inner: PreTrainedModel, config: PreTrainedConfig) -> str | N
     return None
 
 
-def _trial(inner: PreTrainedModel, config: PreTrainedConfig) -> str | None:
-    """Compare the hidden states of every sequence in a shared row with those of the sequence alone."""
-    device = inner.get_input_embeddings().weight.device
+def _what_runs(inner: PreTrainedModel, config: PretrainedConfig) -> tuple:
+    """What the result of a trial depends on. Of code, weak references: it may refer to the model."""
+    modules: list[nn.Module] = [inner.base_model]
+    for module in modules:  # as `modules()`, whose bookkeeping would take milliseconds in every call of the loss
+        modules += filter(None, module._modules.values())
+    classes: dict[Any, None] = dict.fromkeys(map(type, modules))
+    code = [ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation)]
+    code += [code for cls in classes for code in (cls.forward, cls.__call__)]
+    own = [vars(module) for module in modules]
+    code += [here[name] for here in own for name in ("forward", "_gradient_checkpointing_func") if name in here]
+    return (
+        type(inner),
+        inner.dtype,
+        config._attn_implementation,
+        getattr(config, "sliding_window", None),
+        [_weak(one) for one in code if one is not None],
+        [here.get("gradient_checkpointing") for here in own],
+    )
+
+
+def _weak(code: Callable[..., Any]) -> Any:
+    try:
+        return weakref.ref(code)
+    except TypeError:  # a builtin
+        return code
+
+
+def _trial(inner: PreTrainedModel, config: PretrainedConfig) -> str | None:
+    """Compare the hidden states of every sequence in a shared row with those of the sequence alone, in both modes."""
     pairs = [_pair(lengths, 20 * index, config.vocab_size) for index, lengths in enumerate(PROBE_PAIRS)]
+    obstacle = _difference_in_a_shared_row(inner, pairs)
+    if obstacle is not None:
+        return obstacle
+    with training_without_noise(inner):
+        try:
+            _hidden_alone(inner, pairs[:1])
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            return None  # it does not train at all (FlexAttention on a CPU), and says so itself
+        obstacle = _difference_in_a_shared_row(inner, pairs)
+    return obstacle and f"in training mode, {obstacle}"
+
+
+def _hidden_alone(inner: PreTrainedModel, pairs: list[dict[str, list[int]]]) -> list[Tensor]:
+    """Hidden states (T, H) of both sequences of every pair, each run by itself."""
+    device = inner.get_input_embeddings().weight.device
+    sequences = [torch.tensor([pair[f"{name}_input_ids"]], device=device) for pair in pairs for name in SIDES]
+    return [run_body(inner, ids, None).hidden[0].detach() for ids in sequences]
+
+
+def _difference_in_a_shared_row(inner: PreTrainedModel, pairs: list[dict[str, list[int]]]) -> str | None:
+    device = inner.get_input_embeddings().weight.device
     batch = pack_pairs(pairs, padding_id=0, capacity=0)
     packed = batch["packed"].to(device)
     try:
-        shared = run_body(inner, batch["input_ids"].to(device), None, packed).hidden
+        shared = run_body(inner, batch["input_ids"].to(device), None, packed).hidden.detach()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         reason = str(error).partition("\n")[0]
         return f"its body fails on a 4-D attention mask with position_ids ({type(error).__name__}: {reason:.200})"
-    for index, pair in enumerate(pairs):
-        for side, name in enumerate(SIDES):
-            ids = torch.tensor([pair[f"{name}_input_ids"]], device=device)
-            alone = run_body(inner, ids, None).hidden[0]
-            prompt, answer = alone.split([PROBE_PAIRS[index][0], PROBE_PAIRS[index][1 + side]])
-            for segment, expected in ((3 * index, prompt), (3 * index + 1 + side, answer)):
-                difference = _difference(shared[packed.segments == segment], expected)
-                if not difference <= _tolerance(alone):  # NaN is a difference, too
-                    return (
-                        f"the hidden states of a {name} sequence differ by {difference:.2g} from those of the "
-                        f"sequence alone (allowed: {_tolerance(alone):.0e})"
-                    )
+    for place, hidden in enumerate(_hidden_alone(inner, pairs)):
+        index, side = divmod(place, len(SIDES))
+        prompt, answer = hidden.split([PROBE_PAIRS[index][0], PROBE_PAIRS[index][1 + side]])
+        for segment, expected in ((3 * index, prompt), (3 * index + 1 + side, answer)):
+            difference = _difference(shared[packed.segments == segment], expected)
+            if not difference <= _tolerance(hidden):  # NaN is a difference, too
+                return (
+                    f"the hidden states of a {SIDES[side]} sequence differ by {difference:.2g} from those of the "
+                    f"sequence alone (allowed: {_tolerance(hidden):.0e})"
+                )
     return None
 
 
@@ -120,7 +171,7 @@ def _tolerance(hidden: Tensor) -> float:
 
 
 @contextmanager
-def _short_window(config: PreTrainedConfig) -> Iterator[None]:
+def _short_window(config: PretrainedConfig) -> Iterator[None]:
     """A sliding window so short that it must show. Models read it from the config when they make their masks."""
     window = getattr(config, "sliding_window", None)
     if not window:
