@@ -162,8 +162,7 @@ def kind(value: Any) -> str:
 
 
 def _message(name: str, message: Any) -> dict[str, Any]:
-    if isinstance(message, Mapping) and message.get("from", message.get("role")) == "function_call":
-        return _function_call(name, message)
+    message = _with_calls(message) if isinstance(message, Mapping) else message
     role = role_of(message)
     if role is None:
         raise BadMessages(f"its {name} has a message without a role and a content that are strings: {_shown(message)}")
@@ -194,12 +193,14 @@ def _part(name: str, part: Any) -> str:
     return part["text"]
 
 
-def _function_call(name: str, message: Mapping[str, Any]) -> dict[str, Any]:
-    """ShareGPT's {"from": "function_call", "value": '{"name": ..., "arguments": ...}'}."""
-    content = message.get("value", message.get("content"))
-    calls = _parsed(content) if isinstance(content, str) else content
-    rest = {k: v for k, v in message.items() if v is not None and k not in ("role", "from", "content", "value")}
-    return {"role": "assistant", "content": "", "tool_calls": _tool_calls(name, calls), **rest}
+def _with_calls(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """ShareGPT's {"from": "function_call", "value": '{"name": ..., "arguments": ...}'} as a message with tool calls."""
+    role = message.get("from", message.get("role"))
+    if not isinstance(role, str) or role.strip().lower() != "function_call" or message.get("tool_calls") is not None:
+        return message
+    spoken = "value" if message.get("value") is not None else "content"
+    rest = {key: value for key, value in message.items() if key not in ("role", "from", spoken)}
+    return {**rest, "role": "assistant", "tool_calls": message.get(spoken)}
 
 
 def _tool_calls(name: str, calls: Any) -> list[dict[str, Any]]:

@@ -197,7 +197,9 @@ def test_csv(tmp_path_factory, triples, with_tabs):
     assert {row: tuple(pair.values()) for row, pair in zip(found.rows, found.pairs, strict=True)} == expected
 
 
-@given(st.binary(max_size=300), st.sampled_from([".jsonl", ".json", ".csv", ".tsv", ".parquet"]))
+@given(
+    st.binary(max_size=300), st.sampled_from([".jsonl", ".json", ".csv", ".tsv", ".parquet", ".csv.gz", ".json.zst"])
+)
 def test_any_bytes_are_read_or_refused(tmp_path_factory, content, suffix):
     path = tmp_path_factory.mktemp("fuzz") / f"pairs{suffix}"
     path.write_bytes(content)
