@@ -450,7 +450,8 @@ def test_the_interval_of_a_difference_is_that_of_the_same_pairs():
 
 
 def test_sweep_finds_the_lambda(run, model, data, tmp_path, monkeypatch):
-    arguments = ("sweep", model, data, *FAST, "--max-steps", 2, "--betas", "0,0.5", "--output", tmp_path / "sweep")
+    fast = ("--batch-size", 2, "--eval-split", 4, "--max-length", 64, "--max-steps", 2)
+    arguments = ("sweep", model, data, *fast, "--betas", "0,0.5", "--output", tmp_path / "sweep")
     record = run(*arguments, "--lrs", "1e-3,2e-3", "--no-prompt-nll")
     points = record["points"]
     assert [(point["beta"], point["lr"]) for point in points] == [(0, 1e-3), (0, 2e-3), (0.5, 1e-3), (0.5, 2e-3)]

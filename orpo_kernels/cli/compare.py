@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from typing import TYPE_CHECKING, Any
 
-from ..finetuning.settings import CompareSettings
+from ..finetuning.settings import CompareSettings, resuming_command
 from .console import Output, interval
 from .flags import command
 
 if TYPE_CHECKING:
-    from ..finetuning.comparison import Outcome
+    from ..finetuning.comparison import Comparison
 
 
 @command(CompareSettings)
@@ -20,17 +21,20 @@ def compare(settings: CompareSettings, output: Output) -> None:
         orpo-kernels compare HuggingFaceTB/SmolLM2-135M-Instruct pairs.jsonl --max-steps 100
 
     The flags are those of `train`; each method has its own default options. A comparison that was stopped goes on with
-    --resume, and more methods can be added so.
+    --resume, and more methods can be added so. A run that fails is named, and the others go on; exit status 2 if all
+    fail.
     """
     with output.waiting("Loading torch and transformers …"):
         from ..finetuning.comparison import compare
-    outcomes = compare(settings, output.console)
+    try:
+        found = compare(settings, output.console)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"To go on: {shlex.join(resuming_command('compare', settings))}") from None
     plot = str(settings.output / "compare.png")
-    record = {"outcomes": [dataclasses.asdict(outcome) for outcome in outcomes], "plot": plot}
-    output.result(record, _table(outcomes), f"Plot: {plot}")
+    output.result({**dataclasses.asdict(found), "plot": plot}, _table(found), f"Plot: {plot}")
 
 
-def _table(outcomes: list[Outcome]) -> Any:
+def _table(found: Comparison) -> Any:
     from rich.table import Table
 
     table = Table(title="Held-out pairs (with 95 % intervals), and what training cost")
@@ -44,7 +48,7 @@ def _table(outcomes: list[Outcome]) -> Any:
     )
     for column in (*columns, "s a step", "reference, s", "peak GiB"):
         table.add_column(column, justify="left" if column == "method" else "right")
-    for outcome in outcomes:
+    for outcome in found.outcomes:
         cells = [
             interval(outcome.accuracy, "{:.1%}"),
             interval(outcome.log_odds, "{:+.3f}"),
@@ -59,4 +63,8 @@ def _table(outcomes: list[Outcome]) -> Any:
                 f"{outcome.peak_memory_bytes / 2**30:.2f}",
             ]
         table.add_row(outcome.method, *cells)
+    for failure in found.failed:
+        table.add_row(failure.method, "failed", style="red")
+    if found.failed:
+        table.caption = "\n".join(f"{failure.method}: {failure.reason}" for failure in found.failed)
     return table

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any, TextIO
 
 import rich.console
@@ -33,10 +33,8 @@ class Console(rich.console.Console):
 
 def discard(stream: Any) -> None:
     """Let all that is written to the stream from now on, or waits in its buffer, go nowhere."""
-    try:
+    with suppress(AttributeError, OSError, ValueError):  # where no file is behind it
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    except (AttributeError, OSError, ValueError):  # no file behind it
-        pass
 
 
 def flush(stream: TextIO | None) -> bool:
@@ -44,9 +42,9 @@ def flush(stream: TextIO | None) -> bool:
     try:
         if stream is not None:
             stream.flush()
-    except OSError:
+    except OSError as error:
         discard(stream)
-        return False
+        return isinstance(error, BrokenPipeError)  # which is nobody's loss
     return True
 
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import UserError
-from ..finetuning.settings import setting
+from ..finetuning.settings import LARGEST_COUNT, check_counts, setting
 from .console import Output
 from .flags import command
 
@@ -35,9 +35,7 @@ class PlanSettings:
     dtype: Literal["bfloat16", "float16", "float32"] = setting("bfloat16", "Of weights and hidden states.")
 
     def __post_init__(self) -> None:
-        for name in ("batch", "length"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} is {getattr(self, name)}, but has to be at least 1.")
+        check_counts(self, 1, "batch", "length")
         if not 0 < self.share <= 1:
             raise UserError(f"--share is {self.share:g}, but has to be more than 0 and at most 1.")
 
@@ -73,7 +71,7 @@ def plan(settings: PlanSettings, output: Output) -> None:
     model = _model(settings.model)
     try:
         gpu = gpu_named(settings.gpu)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise UserError(f"--gpu {error}") from error
     dtype = getattr(torch, settings.dtype)
     case = costs.Case(
@@ -180,8 +178,10 @@ def _sentences(model: Model, gpu: GPU, state: int, left: int, ours: list[Cost]) 
 def _model(text: str) -> Model:
     """From the configuration; parameters are counted on tensors without data."""
     hidden_size, _, vocab_size = text.partition("x")
-    if hidden_size.isdecimal() and vocab_size.isdecimal() and int(hidden_size) and int(vocab_size):
-        return Model(int(hidden_size), int(vocab_size))
+    if all(size.isdecimal() and len(size) <= len(str(LARGEST_COUNT)) for size in (hidden_size, vocab_size)):
+        sizes = int(hidden_size), int(vocab_size)
+        if all(0 < size <= LARGEST_COUNT for size in sizes):
+            return Model(*sizes)
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 from typing import TYPE_CHECKING, Any
 
-from ..finetuning.settings import SweepSettings
+from ..finetuning.settings import SweepSettings, resuming_command
 from .console import Output, table
 from .flags import command
 
 if TYPE_CHECKING:
-    from ..finetuning.search import Point
+    from ..finetuning.search import Point, Sweep
 
 SHOWN = {
     "accuracy": ("accuracy", "{:.1%}", "{:+.1%}"),
@@ -26,30 +25,34 @@ def sweep(settings: SweepSettings, output: Output) -> None:
 
         orpo-kernels sweep HuggingFaceTB/SmolLM2-135M-Instruct pairs.jsonl --betas 0,0.1,0.5 --max-steps 100
 
-    The flags are those of `train`. A sweep that was stopped goes on with --resume, and more lambdas can be added so.
+    The flags are those of `train`. A sweep that was stopped goes on with --resume, and more lambdas can be added so. A
+    run that fails, as one that diverges, is named, and the others go on; exit status 2 if all fail.
     """
     with output.waiting("Loading torch and transformers …"):
         from ..finetuning import search
         from ..finetuning.processes import leave
-    points = search.sweep(settings, output.console)
-    best = search.winner(points)
+    try:
+        found = search.sweep(settings, output.console)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"To go on: {shlex.join(resuming_command('sweep', settings))}") from None
+    best = search.winner(found.points)
     again = shlex.join(search.command_line(settings, best))
-    record = {
-        "points": [dataclasses.asdict(point) for point in points],
-        "winner": dataclasses.asdict(best),
-        "command": again,
-        "plot": str(settings.output / "sweep.png"),
-    }
-    output.result(record, _table(points, best), f"The winner's command line:\n{again}\nPlot: {record['plot']}")
+    record = {**found.record(), "command": again, "plot": str(settings.output / "sweep.png")}
+    output.result(record, _table(found, best), f"The winner's command line:\n{again}\nPlot: {record['plot']}")
     leave()
 
 
-def _table(points: list[Point], best: Point) -> Any:
+def _table(found: Sweep, best: Point) -> Any:
     title = f"{best.held_out} held-out pairs; differences to the least lambda, 95 % intervals"
     shown = table(title, "lambda", "lr", *(title for title, _, _ in SHOWN.values()))
-    for point in points:
+    for point in found.points:
         cells = [_cell(point, name, form, signed) for name, (_, form, signed) in SHOWN.items()]
         shown.add_row(f"{point.beta:g}", f"{point.lr:g}", *cells, style="bold" if point is best else "")
+    for run in found.failed:
+        shown.add_row(f"{run.beta:g}", f"{run.lr:g}", "failed", style="red")
+    if found.failed:
+        reasons = (f"lambda {run.beta:g}, learning rate {run.lr:g}: {run.reason}" for run in found.failed)
+        shown.caption = "\n".join(reasons)
     return shown
 
 

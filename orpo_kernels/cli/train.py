@@ -31,17 +31,18 @@ def train(settings: TrainSettings, output: Output) -> None:
     try:
         summary = fit(settings, output.console)
     except KeyboardInterrupt:
-        output.console.print(f"Interrupted. {_how_to_go_on(settings)}", markup=False, soft_wrap=True)
-        raise
+        raise KeyboardInterrupt(_how_to_go_on(settings)) from None
     output.result(summary, *_told(summary))
     leave()
 
 
 def _how_to_go_on(settings: TrainSettings) -> str:
-    started_with = settings.output / "settings.yaml"
-    if not started_with.exists():
+    from ..finetuning.folder import RunFolder
+
+    folder = RunFolder(settings.output)
+    if not folder.results():
         return "Nothing was trained yet: give the same command again."
-    return f"To go on: {shlex.join(['orpo-kernels', 'train', '--config', str(started_with), '--resume'])}"
+    return f"To go on: {shlex.join(['orpo-kernels', 'train', '--config', str(folder.settings), '--resume'])}"
 
 
 def _told(summary: dict[str, Any]) -> list[Any]:

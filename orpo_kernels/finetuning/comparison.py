@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
@@ -20,11 +22,16 @@ from ..errors import UserError
 from ..methods import METHODS
 from ..transformers import TokenizedPair
 from . import plots
-from .folder import RunFolder, write_whole
+from .fit import check_is_ours
+from .folder import RunFolder, claim, write_whole
+from .pretrained import compute_dtype, load_model, load_tokenizer
 from .processes import check_alone
+from .records import to_json
 from .scoring import intervals, score
 from .settings import CompareSettings, TrainSettings, train_arguments
-from .setup import compute_dtype, load_model, load_split, load_tokenizer
+from .setup import load_split
+
+PATIENCE = 10  # seconds that a run has to end by itself
 
 
 @dataclass(frozen=True)
@@ -56,51 +63,123 @@ class Outcome:
     output: str = ""
 
 
-def compare(settings: CompareSettings, console: Console) -> list[Outcome]:
+@dataclass(frozen=True)
+class Failure:
+    """A method whose run began and did not come to its end, and why."""
+
+    method: str
+    reason: str
+    output: str
+
+
+@dataclass
+class Comparison:
+    """What became of the methods; the first outcome is the model before training."""
+
+    held_out: int
+    outcomes: list[Outcome]
+    failed: list[Failure]
+
+
+def compare(settings: CompareSettings, console: Console) -> Comparison:
     """Train by each method and evaluate, the model before training first.
 
     The runs are run folders in `settings.output`; `compare.json` and `compare.png` there show them together. Each run
-    is a process of its own, so that its memory is its own. A comparison that was stopped goes on with `resume`.
+    is a process of its own, so that its memory is its own. A comparison that was stopped goes on with `resume`. A run
+    that has begun and fails is named, and the others go on.
 
-    Raises `UserError` as `fit` does, and if nothing is held out.
+    Raises `UserError` as `fit` does for what cannot begin, if nothing is held out, and if no run came to its end.
     """
     check_alone("compare")
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    claim(settings.output, "comparison")
+    runs = [
+        dataclasses.replace(settings, method=name, output=settings.output / name) for name in settings.method_names()
+    ]
+    _check_are_ours(runs)
     tokenizer = load_tokenizer(settings.model)
     held_out = load_split(settings, tokenizer, console).held_out
     if not held_out:
-        raise UserError(
-            "Methods are compared by the held-out pairs, but none are held out: give --eval-split 0.1 or so."
-        )
-    names = settings.method_names()
-    outcomes = [_evaluated("before", settings.model, settings, tokenizer, held_out)]
-    for number, name in enumerate(names, start=1):
-        console.print(f"Run {number} of {len(names)}: {name}")
-        run = dataclasses.replace(settings, method=name, output=settings.output / name)
-        summary = _train(run)
-        costs = {
-            "forward_passes": METHODS[name]().forward_passes,
-            **_costs(settings.output / name),
-            "reference_seconds": summary["reference_seconds"],
-            "peak_memory_bytes": summary["peak_memory_bytes"],
-            "output": str(run.output),
-        }
-        outcomes.append(_evaluated(name, str(run.output), settings, tokenizer, held_out, **costs))
-        _write(outcomes, len(held_out), settings.output)
-    return outcomes
+        raise UserError(f"No pair of {settings.data} is held out: give a larger --eval-split.")
+    before = _evaluated("before", settings.model, settings, tokenizer, held_out)
+    found = Comparison(len(held_out), [before], [])
+    for number, run in enumerate(runs, start=1):
+        console.print(f"Run {number} of {len(runs)}: {run.method}")
+        try:
+            found.outcomes.append(_outcome(run, tokenizer, held_out))
+        except UserError as error:
+            if not RunFolder(run.output).results():  # what has not got anywhere would not elsewhere, either
+                raise
+            found.failed.append(Failure(run.method, str(error), str(run.output)))
+            console.print(str(error), markup=False, soft_wrap=True)
+        _write(found, settings.output)
+    if len(found.outcomes) == 1:
+        raise UserError(f"No run came to its end. {found.failed[0].reason}")
+    return found
+
+
+def _check_are_ours(runs: list[CompareSettings]) -> None:
+    for run in runs:
+        try:
+            check_is_ours(run)
+        except UserError as error:
+            raise UserError(f"The run in {run.output} cannot begin: {error}") from error
+
+
+def _outcome(run: CompareSettings, tokenizer: Any, held_out: list[TokenizedPair]) -> Outcome:
+    summary = _train(run)
+    costs = {
+        "forward_passes": METHODS[run.method]().forward_passes,
+        **_costs(run.output),
+        "reference_seconds": summary["reference_seconds"],
+        "peak_memory_bytes": summary["peak_memory_bytes"],
+        "output": str(run.output),
+    }
+    return _evaluated(run.method, str(run.output), run, tokenizer, held_out, **costs)
 
 
 def _train(settings: TrainSettings) -> dict[str, Any]:
     """`orpo-kernels train`, and its summary."""
     command = [sys.executable, "-m", "orpo_kernels", *train_arguments(settings), "--json"]
-    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    lines = run.stdout.splitlines()
+    status, out = _run_child(command)
+    lines = out.splitlines()
     said = json.loads(lines[-1]) if lines else {}
-    if run.returncode:
-        reason = said.get("error", f"it ended with status {run.returncode}.")
+    if status:
+        reason = said.get("error", f"it ended with status {status}.")
         raise UserError(f"The run in {settings.output} failed: {reason}")
     return said
+
+
+def _run_child(command: list[str]) -> tuple[int, str]:
+    """(status, stdout) of a process that does not outlive this one's Ctrl-C or SIGTERM."""
+
+    def stop(*_: Any) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8") as child:
+            try:
+                out, _ = child.communicate()
+            except BaseException:
+                _end(child)
+                raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return child.returncode, out
+
+
+def _end(child: subprocess.Popen) -> None:
+    """Ctrl-C in a terminal has reached the child as well; what was sent to this process alone is passed on."""
+    with suppress(subprocess.TimeoutExpired):
+        child.wait(1)
+        return
+    child.send_signal(signal.SIGINT)
+    with suppress(subprocess.TimeoutExpired):
+        child.wait(PATIENCE)
+        return
+    child.kill()
 
 
 def _costs(folder: Path) -> dict[str, Any]:
@@ -124,7 +203,7 @@ def _evaluated(
     return Outcome(method=name, accuracy=found["accuracy"], log_odds=found["log_odds"], nll=found["nll"], **costs)
 
 
-def _write(outcomes: list[Outcome], held_out: int, folder: Path) -> None:
-    record = {"held_out": held_out, "outcomes": [dataclasses.asdict(outcome) for outcome in outcomes]}
-    write_whole(folder / "compare.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-    plots.comparison(outcomes, folder / "compare.png")
+def _write(found: Comparison, folder: Path) -> None:
+    write_whole(folder / "compare.json", to_json(dataclasses.asdict(found), indent=2) + "\n")
+    if len(found.outcomes) > 1:
+        plots.comparison(found.outcomes, folder / "compare.png")

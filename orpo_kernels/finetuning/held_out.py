@@ -41,12 +41,17 @@ def held_out_prompts(pairs: Sequence[dict[str, Any]], held_out: float, seed: int
 
     Raises `UserError` where so many cannot be held out.
     """
-    if not 0 <= held_out < len(pairs):
-        raise UserError(
-            f"--eval-split {held_out:g} cannot be held out of {len(pairs)} pairs of {source}: give a share below 1, a "
-            f"number up to {len(pairs) - 1}, or (to train) a split of the data set or a file."
-        )
+    check_number(held_out, len(pairs), source)
     return frozenset(keys(pairs[i] for i in split_pairs(pairs, held_out, seed)[1]))
+
+
+def check_number(held_out: float, pairs: int, source: str) -> None:
+    """Raise `UserError` where so many cannot be held out of the pairs of a source."""
+    if not 0 <= held_out < pairs:
+        raise UserError(
+            f"--eval-split {held_out:.12g} cannot be held out of {pairs} pairs of {source}: give a share below 1, a "
+            f"number up to {pairs - 1}, or (to train) a split of the data set or a file."
+        )
 
 
 def record_of(model: str) -> Record | None:

@@ -48,11 +48,26 @@ def margins(scores: Mapping[str, Scores], path: Path) -> None:
     bins = np.histogram_bin_edges(np.concatenate([one.margins for one in scores.values()]), bins=40)
     for name, one in scores.items():
         share = float((one.margins > 0).mean())
-        axis.hist(one.margins, bins=list(bins), alpha=0.55, label=f"{name}: {share:.0%} above 0")
+        shown = name.lstrip("_").replace("$", r"\$")  # matplotlib would hide the one, and set the other as a formula
+        axis.hist(one.margins, bins=list(bins), alpha=0.55, label=f"{shown}: {share:.0%} above 0")
     axis.axvline(0, color="black", linewidth=1)
     axis.set_xlabel("margin: mean log-probability of the chosen answer's tokens minus that of the rejected one's")
     axis.set_ylabel("pairs")
     axis.legend()
+    save(figure, path)
+
+
+def lengths(counts: Mapping[str, np.ndarray], limit: int, path: Path) -> None:
+    """How the lengths (pairs,) of what each pair is made of are spread; `limit` is where pairs are cut."""
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    for axis, (name, values) in zip(figure.subplots(1, len(counts)), counts.items(), strict=True):
+        axis.hist(values, bins=40, color="tab:blue")
+        axis.set_title(f"{name}: median {np.median(values):.0f}", fontsize="medium")
+        axis.set_xlabel("tokens")
+        axis.set_ylim(bottom=0)
+    axis.axvline(limit, color="tab:red", linestyle="--", label=f"max. length {limit}")
+    axis.legend(fontsize="small")
+    figure.axes[0].set_ylabel("pairs")
     save(figure, path)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..errors import Diverged
 from ..transformers import PreferenceCollator, TokenizedPair, causal_lm_orpo_loss, refuses_shared_prompt
 from ..transformers.packing import IGNORE_INDEX
 
@@ -66,7 +67,10 @@ def score(
     batch_size: int,
     on_batch: Callable[[int], None] = lambda pairs: None,
 ) -> Scores:
-    """Score the pairs in their order; `on_batch` is told how many more are done. One pass, no gradient."""
+    """Score the pairs in their order; `on_batch` is told how many more are done. One pass, no gradient.
+
+    Raises `Diverged` where a value is not finite.
+    """
     model.eval()
     packing: Any = "padded" if refuses_shared_prompt(model) else "shared"
     collate = PreferenceCollator(tokenizer, packing=packing)
@@ -79,6 +83,8 @@ def score(
         stacked = torch.stack([out.chosen_logps.double(), out.rejected_logps.double(), out.log_odds.double()])
         values[:, chunk] = stacked.cpu().numpy()
         on_batch(len(chunk))
+    if broken := int((~np.isfinite(values)).any(0).sum()):
+        raise Diverged(f"Its log-probabilities are not finite for {broken} of {len(pairs)} pairs.")
     chosen, rejected, log_odds = values
     return Scores(chosen, rejected, log_odds, _tokens(pairs, "chosen"), _tokens(pairs, "rejected"))
 

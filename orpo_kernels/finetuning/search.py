@@ -16,14 +16,15 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from ..errors import UserError
+from ..errors import Diverged, UserError, save_report
 from . import plots
-from .fit import Trained, fit
-from .folder import RunFolder, write_whole
+from .fit import Trained, check_is_ours, fit
+from .folder import RunFolder, claim, write_whole
+from .pretrained import compute_dtype
 from .processes import processes
+from .records import to_json
 from .scoring import Scores, intervals, score
 from .settings import SweepSettings, TrainSettings, train_arguments
-from .setup import compute_dtype
 
 COMPARED = ("accuracy", "log_odds", "nll")
 
@@ -53,27 +54,80 @@ class Point:
     output: str
 
 
-def sweep(settings: SweepSettings, console: Console) -> list[Point]:
+@dataclass(frozen=True)
+class Failure:
+    """A run that began and did not come to its end, and why."""
+
+    beta: float
+    lr: float
+    reason: str
+    output: str
+
+
+@dataclass
+class Sweep:
+    """What became of the runs."""
+
+    points: list[Point]
+    failed: list[Failure]
+
+    def record(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "winner": dataclasses.asdict(winner(self.points)) if self.points else None}
+
+
+def sweep(settings: SweepSettings, console: Console) -> Sweep:
     """Train once for each pair of lambda and learning rate.
 
     The runs are folders in `settings.output` without a model; `sweep.json` and `sweep.png` there show them together.
-    A sweep that was stopped goes on with `resume`: finished runs are read, the one that was under way is resumed.
+    A sweep that was stopped goes on with `resume`: finished runs are read, the one that was under way is resumed. A run
+    that has begun and fails, as one that diverges, is named, and the others go on.
 
-    Raises `UserError` as `fit` does, and if nothing is held out.
+    Raises `UserError` as `fit` does for what cannot begin, if nothing is held out, and if no run came to its end.
     """
-    grid = list(itertools.product(settings.beta_values(), settings.lr_values()))
+    claim(settings.output, "sweep")
+    grid = [_run(settings, *values) for values in itertools.product(settings.beta_values(), settings.lr_values())]
+    for run in grid:
+        check_is_ours(run)
     runs: list[tuple[dict[str, Any], Scores]] = []
-    points: list[Point] = []
-    for number, (beta, lr) in enumerate(grid, start=1):
-        console.print(f"Run {number} of {len(grid)}: lambda {beta:g}, learning rate {lr:g}")
-        output = settings.output / f"beta-{beta:g}_lr-{lr:g}"
-        summary = fit(dataclasses.replace(settings, beta=beta, lr=lr, output=output), console, keep=_rate)
+    found = Sweep([], [])
+    for number, run in enumerate(grid, start=1):
+        console.print(f"Run {number} of {len(grid)}: lambda {run.beta:g}, learning rate {run.lr:g}")
+        try:
+            summary = fit(run, console, keep=_rate)
+            runs.append((summary, _scores(RunFolder(run.output))))
+        except Exception as error:
+            if not _others_go_on(error, run):
+                raise
+            found.failed.append(_failure(error, run))
+            console.print(f"This run failed: {found.failed[-1].reason}", markup=False, soft_wrap=True)
         gc.collect()  # the model, before the next one is loaded
-        runs.append((summary, _scores(RunFolder(output))))
-        points = side_by_side(runs, settings.seed)
+        found.points = side_by_side(runs, settings.seed) if runs else []
         if processes().is_main_process:
-            _write(points, settings.output)
-    return points
+            _write(found, settings.output)
+    if not runs:
+        raise UserError(f"No run came to its end. The first one: {found.failed[0].reason}")
+    return found
+
+
+def _run(settings: SweepSettings, beta: float, lr: float) -> SweepSettings:
+    output = settings.output / f"beta-{beta:g}_lr-{lr:g}"
+    return dataclasses.replace(settings, beta=beta, lr=lr, lrs="", output=output)
+
+
+def _others_go_on(error: Exception, run: SweepSettings) -> bool:
+    """Whether it is this run's own fault, and every process knows of it.
+
+    What has not got anywhere would not elsewhere, either.
+    """
+    began = bool(RunFolder(run.output).results())
+    return began and (isinstance(error, Diverged) or processes().num_processes == 1)
+
+
+def _failure(error: Exception, run: SweepSettings) -> Failure:
+    reason = str(error)
+    if not isinstance(error, UserError):
+        reason = f"{type(error).__name__}: {error} (what led to it is in {save_report(error, run.output)})"
+    return Failure(run.beta, run.peak_lr, " ".join(reason.split()), str(run.output))
 
 
 def _rate(trained: Trained) -> None:
@@ -131,10 +185,10 @@ def _within_one_error(scores: Scores, best: Scores) -> bool:
     return bool(difference <= error)
 
 
-def _write(points: list[Point], folder: Path) -> None:
-    record = {"points": [dataclasses.asdict(point) for point in points], "winner": dataclasses.asdict(winner(points))}
-    write_whole(folder / "sweep.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-    plots.sweep(points, folder / "sweep.png")
+def _write(found: Sweep, folder: Path) -> None:
+    write_whole(folder / "sweep.json", to_json(found.record(), indent=2) + "\n")
+    if found.points:
+        plots.sweep(found.points, folder / "sweep.png")
 
 
 def winner(points: list[Point]) -> Point:
@@ -148,5 +202,6 @@ def winner(points: list[Point]) -> Point:
 
 def command_line(settings: TrainSettings, best: Point) -> list[str]:
     """`orpo-kernels train` with the winner's lambda and learning rate, and all else as it was."""
-    chosen = dataclasses.replace(settings, beta=best.beta, lr=best.lr, output=settings.output / "best", resume=False)
+    output = settings.output / "best"
+    chosen = dataclasses.replace(settings, beta=best.beta, lr=best.lr, lrs="", output=output, resume=False)
     return ["orpo-kernels", *train_arguments(chosen)]
