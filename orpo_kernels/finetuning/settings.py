@@ -14,6 +14,7 @@ from ..errors import UserError
 Method = Literal["orpo", "sft", "dpo", "simpo", "cpo"]
 DType = Literal["auto", "float32", "fp32", "bfloat16", "bf16"]
 Packing = Literal["auto", "shared", "padded"]
+TooLong = Literal["cut", "leave-out"]
 DataLayout = Literal["auto", "text", "chat", "conversation", "transcript"]
 
 LARGEST_COUNT = 2**31 - 1
@@ -46,11 +47,20 @@ class DataSettings:
         metavar="FIELD=COLUMN,...",
         rich_help_panel="Data",
     )
-    max_length: int = setting(1024, "Tokens of prompt and answer; longer ones are cut.", rich_help_panel="Data")
+    ignore_columns: str = setting(
+        "",
+        "Columns of text to leave unread. A row with others that are in no part of its pair is refused.",
+        metavar="COLUMN,...",
+        rich_help_panel="Data",
+    )
+    max_length: int = setting(1024, "Tokens of prompt and answer, at the most.", rich_help_panel="Data")
+    too_long: TooLong = setting(
+        "cut", "Whether pairs of more tokens are cut, or left out (and named as problems).", rich_help_panel="Data"
+    )
     dtype: DType = setting("auto", "Of the computation. auto: bfloat16 on a GPU that has it, else float32.")
 
     def __post_init__(self) -> None:
-        _check_counts(self, 2, "max_length")
+        check_counts(self, 2, "max_length")
         self.column_names()
         flags = [field for field in dataclasses.fields(self) if field.metadata]
         self.check_company({field.name for field in flags if getattr(self, field.name) != field.default})
@@ -66,12 +76,42 @@ class DataSettings:
         if Path(self.data).is_file():
             yield "split", f"is for data sets, but {self.data} is a file; leave it out"
 
+    def ignored_columns(self) -> list[str]:
+        """`ignore_columns` as a list."""
+        return [name.strip() for name in self.ignore_columns.split(",") if name.strip()]
+
     def column_names(self) -> dict[str, str]:
         """`columns` as a mapping of field to column."""
         parts = [part.partition("=") for part in self.columns.split(",") if part.strip()]
         if not all(field.strip() and column.strip() for field, _, column in parts):
             raise UserError(f"--columns is {self.columns!r}; write it like prompt=question,chosen=good,rejected=bad.")
         return {field.strip(): column.strip() for field, _, column in parts}
+
+
+@dataclass(frozen=True)
+class InspectSettings(DataSettings):
+    """Which data to look at, and with whose tokenizer."""
+
+    model: str = setting(help="Whose tokenizer: a folder (of a model, an adapter or a run), or a name on the hub.")
+    dtype: DType = "auto"  # nothing is computed, so it is no flag
+    show: int = setting(2, "How many pairs to show token by token.")
+    rows: str = setting(
+        "", "Which rows to show, by their numbers with commas. By default the first.", metavar="NUMBERS"
+    )
+    whole: bool = setting(False, "Show long prompts whole.")
+    output: Path = setting(Path("runs/inspect"), "Where problems and the plot of lengths go.", metavar="FOLDER")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counts(self, 0, "show")
+        self.row_numbers()
+
+    def row_numbers(self) -> list[int]:
+        """`rows` as numbers."""
+        parts = [part.strip() for part in self.rows.split(",") if part.strip()]
+        if not all(part.isdecimal() and int(part) for part in parts):
+            raise UserError(f"--rows is {self.rows!r}; write numbers of rows, from 1, with commas, like 3,17.")
+        return [int(part) for part in parts]
 
 
 @dataclass(frozen=True)
@@ -121,7 +161,7 @@ class TrainSettings(DataSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_counts(
+        check_counts(
             self, 1, "epochs", "max_steps", "batch_size", "grad_accum", "eval_every", "save_every", "lora_rank"
         )
         _check_seed(self)
@@ -144,7 +184,7 @@ class TrainSettings(DataSettings):
             yield "gamma", f"is SimPO's, but the method is {self.method}; leave it out, or give --method simpo"
         if self.method == "sft":
             yield "beta", "is the strength of a preference, which sft does not look at; leave it out"
-        if self.method in ("dpo", "simpo"):
+        if self.method in ("dpo", "simpo") and self.prompt_nll:  # what the others say they do anyway
             yield "prompt_nll", f"is for losses with an NLL, which {self.method} has not; leave it out"
         if held_out_number(self.eval_split) == 0:
             yield (
@@ -181,12 +221,14 @@ class EvaluateSettings(DataSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_counts(self, 1, "batch_size")
+        check_counts(self, 1, "batch_size")
         _check_seed(self)
         if self.against == self.model:
             raise UserError(f"--against is {self.against}, the very model to be evaluated; give another one.")
         if self.eval_split and held_out_number(self.eval_split) is None:
             raise UserError(f"--eval-split is {self.eval_split!r}; give the share or number of `train`.")
+        if self.eval_split and held_out_number(self.eval_split) == 0:
+            raise UserError(f"--eval-split {self.eval_split} holds out no pair; leave it out to evaluate all.")
 
 
 @dataclass(frozen=True)
@@ -290,7 +332,8 @@ def _numbers(flag: str, text: str, least: float) -> list[float]:
     return list(dict.fromkeys(values))
 
 
-def _check_counts(settings: Any, least: int, *names: str) -> None:
+def check_counts(settings: Any, least: int, *names: str) -> None:
+    """Raise `UserError` for a setting that is below `least`, or no count that a machine has."""
     for name in names:
         value = getattr(settings, name)
         if value is not None and not least <= value <= LARGEST_COUNT:
