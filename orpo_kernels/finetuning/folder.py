@@ -35,7 +35,7 @@ import yaml
 
 from ..errors import UserError
 from ..methods import METHODS
-from .manifest import differing, manifest
+from .manifest import differing, manifest, sealed, unsealed
 from .processes import processes
 
 COMPLETE = "complete"
@@ -101,7 +101,9 @@ class RunFolder:
         """Write the summary, with which the run is finished, and note what its results are."""
         write_whole(self.summary, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
         files = [path for place in (self.model, self.merged) for path in place.rglob("*") if path.is_file()]
-        files += [path for path in (self.scores, self.curves, self.summary) if path.exists()]
+        files += [
+            path for path in (*self.logs(), self.problems, self.scores, self.curves, self.summary) if path.exists()
+        ]
         note(self.path, results=manifest(self.path, files))
 
     def clean(self) -> None:
@@ -129,14 +131,10 @@ class RunFolder:
         return complete[-1] if complete else None
 
     def remove_damaged_checkpoints(self, tell: Callable[[str], None]) -> None:
-        """Until the latest one is as it was written, and so are the logs that belong to it."""
+        """Until the files of the latest one are as they were written."""
         while (checkpoint := self.latest_checkpoint()) is not None:
             record = _read_complete(checkpoint)
-            if record is None:
-                changed = [COMPLETE]
-            else:
-                changed = differing(checkpoint, record["files"])
-                changed += differing(self.path, record["logs"], appended=True)
+            changed = [COMPLETE] if record is None else differing(checkpoint, record["files"])
             if not changed:
                 return
             tell(f"The checkpoint of step {step_of(checkpoint)} is damaged: {changed[0]} is not what the run wrote.")
@@ -149,8 +147,10 @@ class RunFolder:
             _remove_checkpoint(checkpoint)
 
     def rewind(self, checkpoint: Path | None) -> None:
-        """Forget what was logged behind a checkpoint; without one, all of it."""
+        """Forget what was logged behind a checkpoint; without one, all of it. Raises `UserError` for damaged logs."""
         record = checkpoint and _read_complete(checkpoint)
+        if record and (changed := differing(self.path, record["logs"], appended=True)):
+            raise UserError(_damaged(self.path / changed[0]))
         for log in (self.metrics, self.evaluations):
             if not log.path.exists():
                 continue
@@ -174,7 +174,7 @@ def mark_complete(checkpoint: Path, processes: int = 1, logs: Iterable[Path] = (
         "files": manifest(checkpoint, _files(checkpoint, OF_A_CHECKPOINT)),
         "logs": manifest(checkpoint.parents[1], [log for log in logs if log.exists()]),
     }
-    write_whole(checkpoint / COMPLETE, json.dumps(record))
+    write_whole(checkpoint / COMPLETE, sealed(record))
 
 
 def processes_of(checkpoint: Path) -> int:
@@ -184,14 +184,10 @@ def processes_of(checkpoint: Path) -> int:
 
 def _read_complete(checkpoint: Path) -> dict[str, Any] | None:
     """None if it is damaged. Earlier versions wrote the number of processes alone, and before that nothing."""
-    try:
-        text = (checkpoint / COMPLETE).read_text(encoding="utf-8")
-        record = json.loads(text or "1")
-    except ValueError:
-        return None
-    if isinstance(record, int):
-        return {"processes": record, "files": {}, "logs": {}}
-    return record if isinstance(record, dict) and record.keys() == {"processes", "files", "logs"} else None
+    text = (checkpoint / COMPLETE).read_text(encoding="utf-8", errors="replace") or "1"
+    if text.isdecimal():
+        return {"processes": int(text), "files": {}, "logs": {}}
+    return unsealed(text)
 
 
 def _files(folder: Path, patterns: Iterable[str]) -> list[Path]:
@@ -240,10 +236,7 @@ class JsonLines:
             record = None
         numbers = [record.get(key) for key in self.keys] if isinstance(record, dict) else [None]
         if not all(isinstance(value, (int, float)) for value in numbers):
-            raise UserError(
-                f"{self.path} is damaged: line {number} is not what a run writes. Restore the file, or choose another "
-                "--output."
-            )
+            raise UserError(_damaged(self.path, f"line {number} of it"))
         return record
 
     def replace(self, records: list[dict[str, Any]]) -> None:
@@ -254,6 +247,10 @@ class JsonLines:
         write_whole(self.path, self.path.read_bytes()[:size])
 
 
+def _damaged(path: Path, what: str = "it") -> str:
+    return f"{path} is damaged: {what} is not what the run wrote. Restore it, or choose another --output."
+
+
 def _line(record: dict[str, Any]) -> str:
     return json.dumps(record, ensure_ascii=False) + "\n"
 
@@ -262,7 +259,7 @@ def _line(record: dict[str, Any]) -> str:
 
 
 def claim(folder: Path, kind: str) -> None:
-    """Make a folder ours to write a `kind` into: "run", "sweep", "comparison" or "evaluation".
+    """Make a folder ours to write a `kind` into: "run", "sweep", "comparison", "evaluation", ...
 
     To be called by every process of a run. Raises `UserError` as `check_claim` does.
     """
@@ -272,7 +269,7 @@ def claim(folder: Path, kind: str) -> None:
     if state.is_main_process and _record_of(folder).get("kind") != kind:
         with _told(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            write_whole(folder / MARK, json.dumps({"kind": kind}))
+            write_whole(folder / MARK, sealed({"kind": kind}))
     state.wait_for_everyone()
 
 
@@ -289,7 +286,7 @@ def check_claim(folder: Path, kind: str) -> None:
 
 def note(folder: Path, **entries: Any) -> None:
     """Write entries into the mark of a folder."""
-    write_whole(folder / MARK, json.dumps({**_record_of(folder), **entries}))
+    write_whole(folder / MARK, sealed({**_record_of(folder), **entries}))
 
 
 def noted(folder: Path, entry: str) -> Any:
@@ -298,10 +295,8 @@ def noted(folder: Path, entry: str) -> Any:
 
 
 def _record_of(folder: Path) -> dict[str, Any]:
-    with suppress(OSError, ValueError):
-        record = json.loads((folder / MARK).read_text(encoding="utf-8"))
-        if isinstance(record, dict):
-            return record
+    with suppress(OSError):
+        return unsealed((folder / MARK).read_text(encoding="utf-8", errors="replace")) or {}
     return {}
 
 
@@ -313,7 +308,7 @@ def _is_from_before(folder: Path, kind: str) -> bool:
         return False
     if kind != "run":
         names = {"sweep": ["beta-*_lr-*"], "comparison": list(METHODS)}
-        return any(_is_run(path) for name in names[kind] for path in folder.glob(name) if path.is_dir())
+        return any(_is_run(path) for name in names.get(kind, ()) for path in folder.glob(name) if path.is_dir())
     return _is_run(folder)
 
 

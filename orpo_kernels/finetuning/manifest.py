@@ -7,8 +7,10 @@ the file did, or writing it.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 Manifest = dict[str, list]  # the path below a folder -> [size in bytes, hash]
 
@@ -33,6 +35,25 @@ def digest(path: Path, size: int | None = None) -> str:
             found.update(block)
             left -= len(block)
     return found.hexdigest()
+
+
+def sealed(record: dict[str, Any]) -> str:
+    """`record` as JSON with its own hash."""
+    return json.dumps({"record": record, "hash": _hash_of(record)})
+
+
+def unsealed(text: str) -> dict[str, Any] | None:
+    """The record in a sealed text; None if it is damaged, or none."""
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return None
+    whole = isinstance(content, dict) and content.keys() == {"record", "hash"}
+    return content["record"] if whole and content["hash"] == _hash_of(content["record"]) else None
+
+
+def _hash_of(record: Any) -> str:
+    return hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _is_same(path: Path, size: int, known: str, appended: bool) -> bool:
