@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = ("", "train", "evaluate", "sweep", "compare", "plan", "doctor")
+COMMANDS = ("", "inspect", "train", "evaluate", "sweep", "compare", "plan", "doctor")
 
 
 def python(code: str, **environment: str) -> str:

@@ -7,6 +7,7 @@ import typer
 from .compare import compare
 from .doctor import doctor
 from .evaluate import evaluate
+from .inspect import inspect
 from .plan import plan
 from .sweep import sweep
 from .train import train
@@ -25,5 +26,5 @@ def _several_commands() -> None:
     """Typer makes an app of a single command that command; with a callback it stays an app of commands."""
 
 
-for command in (train, evaluate, sweep, compare, plan, doctor):
+for command in (inspect, train, evaluate, sweep, compare, plan, doctor):
     app.command()(command)

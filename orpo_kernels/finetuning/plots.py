@@ -62,7 +62,7 @@ def lengths(counts: Mapping[str, np.ndarray], limit: int, path: Path) -> None:
     figure = Figure(figsize=(11, 3.2), layout="constrained")
     for axis, (name, values) in zip(figure.subplots(1, len(counts)), counts.items(), strict=True):
         axis.hist(values, bins=40, color="tab:blue")
-        axis.set_title(f"{name}: median {np.median(values):.0f}", fontsize="medium")
+        axis.set_title(f"{name}\nmedian {np.median(values):.0f}", fontsize="medium")
         axis.set_xlabel("tokens")
         axis.set_ylim(bottom=0)
     axis.axvline(limit, color="tab:red", linestyle="--", label=f"max. length {limit}")

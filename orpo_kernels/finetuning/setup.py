@@ -45,14 +45,16 @@ def load_pairs(settings: DataSettings, tokenizer: Any, console: Console, source:
         split=split or settings.split,
         layout=settings.layout,
         columns=settings.column_names(),
+        ignore_columns=settings.ignored_columns(),
     )
     rows, positions = rows_and_positions(tokenizer.name_or_path)
     max_length = min(settings.max_length, positions or settings.max_length)
+    options: Any = {"max_length": max_length, "too_long": "cut" if settings.too_long == "cut" else "refuse"}
     tokenized, refused = [], {}
     shown = track(preferences.pairs, "Tokenising", console=console, transient=True, disable=not console.is_terminal)
     for index, pair in enumerate(shown):
         try:
-            tokenized.append(tokenize_pair(pair, tokenizer, max_length=max_length))
+            tokenized.append(tokenize_pair(pair, tokenizer, **options))
         except UnusablePair as unusable:
             refused[index] = str(unusable)
         except (ValueError, TypeError) as error:  # of the tokenizer: no offsets, no EOS, no template
@@ -68,6 +70,12 @@ def load_pairs(settings: DataSettings, tokenizer: Any, console: Console, source:
             f"{tokenizer.name_or_path} has {positions} positions: pairs are cut to those, not to --max-length "
             f"{settings.max_length}.",
             markup=False,
+            soft_wrap=True,
+        )
+    if cut := [lost for pair in tokenized if (lost := pair.get("cut_tokens"))]:
+        console.print(
+            f"{len(cut)} of {len(tokenized)} pairs have more than {max_length} tokens and were cut, by {sum(cut)} in "
+            "all: --too-long leave-out does without them, --max-length takes more of them.",
             soft_wrap=True,
         )
     if "text" in preferences.layouts and tokenizer.chat_template:

@@ -25,6 +25,7 @@ from .tokenization import (
 )
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
@@ -102,6 +103,30 @@ class PreferenceCollator:
             return _checked(example, self.max_length)
         options: Any = {"max_length": self.max_length, "end": self.end, "too_long": self.too_long}
         return tokenize_pair(example, self.tokenizer, **options)
+
+    def show(self, examples: Sequence[Mapping[str, Any]], console: Console | None = None, whole: bool = False) -> None:
+        """Print pairs as the model will see them: token by token, with what is trained on in colours (needs `rich`).
+
+            PreferenceCollator(tokenizer, max_length=1024).show(dataset.select(range(3)))
+
+        Args:
+            examples: as the collator takes them. One that cannot be used is printed with the reason.
+            console: a `rich.console.Console` of yours.
+            whole: also all tokens of long prompts, of which else the middle is left out.
+        """
+        from rich.console import Console
+
+        from .showing import legend, shown
+
+        console = console or Console(highlight=False, markup=False)
+        for index, example in enumerate(examples):
+            console.rule(f"pair {index}", align="left")
+            try:
+                console.print(shown(self.tokenized(example), self.tokenizer, whole))
+            except UnusablePair as unusable:
+                console.print(f"It cannot be used: {unusable}.")
+        console.rule("what the colours mean", align="left")
+        console.print(legend())
 
     def _tokenized(self, index: int, example: Mapping[str, Any]) -> Mapping[str, Any]:
         try:
