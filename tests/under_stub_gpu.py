@@ -117,14 +117,15 @@ def test_every_entry_of_a_sparse_residual_is_looked_at_once():
     ("schedule", "expected", "most"),
     [("single_pass", 5, 20000), ("resident", 6, 20000), ("recompute", 8, 20000), ("sparse", 9, 400)],
 )
-def test_a_training_run_of_any_lengths_compiles_in_its_first_step(schedule, expected, most):
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_training_run_of_any_lengths_compiles_in_its_first_step(schedule, expected, most, weighted):
     """50 steps, each with its own number of rows and of pairs."""
     lengths = random.Random(0)
     with stub_gpu("sm_90", compile=False) as gpu, FakeTensorMode():
         counts = []
         for _ in range(50):
             rows, pairs = lengths.randint(100, most), lengths.randint(1, 9)
-            run_loss(SHAPES["Qwen3-0.6B"], torch.bfloat16, rows, schedule, pairs)
+            run_loss(SHAPES["Qwen3-0.6B"], torch.bfloat16, rows, schedule, pairs, weighted)
             counts.append(len(gpu.specialisations))
     assert counts == [expected] * 50
 
@@ -147,6 +148,27 @@ def test_each_gpu_starts_afresh():
             run_loss(SHAPES["Llama-3.2-1B"], torch.bfloat16, 1000, "evaluation")
         found[name] = {s.target for s in gpu.specialisations}
     assert found == {name: {name} for name in found}
+
+
+def test_a_driver_is_asked_for_its_properties_once(monkeypatch):
+    """It takes a millisecond: a frozen head of 8 chunks took 7 of them on the host (H100)."""
+    asked = []
+    with stub_gpu("sm_90", compile=False) as gpu, FakeTensorMode():
+        answer = gpu.utils.get_device_properties
+        monkeypatch.setattr(gpu.utils, "get_device_properties", lambda device: asked.append(device) or answer(device))
+        for schedule in ("evaluation", "single_pass", "recompute"):
+            run_loss(SHAPES["Llama-3-8B"], torch.bfloat16, 20000, schedule)
+    assert len(gpu.launches) > 20
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("schedule", ["evaluation", "single_pass", "recompute", "sparse"])
+@pytest.mark.parametrize("name", ["sm_90", "gfx942"])
+def test_without_a_row_nothing_is_multiplied(name, schedule):
+    """A tensor descriptor of the tensor memory accelerator refuses a matrix without rows."""
+    with stub_gpu(name, compile=False) as gpu, FakeTensorMode():
+        run_loss(SHAPES["SmolLM2-135M"], torch.bfloat16, 0, schedule)
+    assert {launch.kernel for launch in gpu.launches} <= EVERY_LOSS
 
 
 @pytest.fixture

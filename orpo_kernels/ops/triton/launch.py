@@ -8,6 +8,7 @@ a number a row are cut anywhere, and the number of rows is never the same: kerne
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -40,8 +41,14 @@ def current_target() -> Target:
     if is_interpreted():
         return INTERPRETER
     driver = triton.runtime.driver.active
+    return _target(driver, driver.get_current_device())
+
+
+@functools.cache
+def _target(driver: Any, device: int) -> Target:
+    """Asked once: a driver takes a millisecond to tell a device's properties."""
     gpu = driver.get_current_target()
-    properties = driver.utils.get_device_properties(driver.get_current_device())
+    properties = driver.utils.get_device_properties(device)
     return Target(gpu.backend, gpu.arch, properties["multiprocessor_count"])
 
 
@@ -53,6 +60,6 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     arguments = tuple(a.contiguous() if isinstance(a, Tensor) and a.dim() == 1 else a for a in arguments)
     device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
     # Triton launches on the current device, whatever the tensors are on.
-    on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with on_device:
+    is_elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if is_elsewhere else contextlib.nullcontext():
         kernel[grid](*arguments, **constants, enable_fp_fusion=True)
