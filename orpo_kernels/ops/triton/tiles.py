@@ -161,12 +161,18 @@ def dot_precision(dtype: torch.dtype, target: Target) -> str:
 def tile_of(x: Tensor, w: Tensor, is_plain: bool, target: Target) -> MatmulTile:
     """The tile of `x @ w.T`; `is_plain` unless its epilogue needs registers of its own.
 
-    The tensor memory accelerator wants rows that begin at 16 bytes. Without it, addresses take the widest tile's room.
+    The tensor memory accelerator wants rows, and such that begin at 16 bytes. Without it, addresses take the widest
+    tile's room.
     """
     tile = matmul_tile(x.dtype, target)
-    if tile.tma and not all(t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in (x, w)):
+    if tile.tma and not all(map(_suits_tma, (x, w))):
         tile, is_plain = replace(tile, tma=False), False
     return tile if is_plain else tile.narrow(target)
+
+
+def _suits_tma(matrix: Tensor) -> bool:
+    is_aligned = matrix.stride(0) * matrix.element_size() % 16 == 0 and matrix.data_ptr() % 16 == 0
+    return is_aligned and matrix.shape[0] > 0
 
 
 def operands(x: Tensor, w: Tensor, tile: MatmulTile) -> tuple[Any, Any]:
