@@ -55,7 +55,9 @@ SCHEDULES = ("evaluation", "single_pass", "resident", "resident by groups", "rec
 ACTIVE_SHARE = 0.125  # of the columns, under the last
 
 
-def run_loss(shape: ModelShape, dtype: torch.dtype, num_rows: int, schedule: str, num_pairs: int = 4) -> None:
+def run_loss(
+    shape: ModelShape, dtype: torch.dtype, num_rows: int, schedule: str, num_pairs: int = 4, weighted: bool = False
+) -> None:
     """Forward and backward of one batch, on fake tensors: to be called under `stub_gpu` and `FakeTensorMode`."""
     trained = schedule not in ("evaluation", "single_pass")
     hidden = torch.empty(num_rows, shape.hidden_size, dtype=dtype, requires_grad=schedule != "evaluation")
@@ -68,6 +70,7 @@ def run_loss(shape: ModelShape, dtype: torch.dtype, num_rows: int, schedule: str
         scored=torch.empty(num_rows, dtype=torch.bool),
         nll_weight=torch.empty(num_rows, dtype=torch.float64),
         num_pairs=num_pairs,
+        pair_weight=torch.empty(num_pairs, dtype=torch.float64) if weighted else None,
     )
     residual = num_rows * shape.vocab_size * dtype.itemsize
     budget = {
@@ -110,6 +113,7 @@ def specialisations(target: str, shapes: Iterable[ModelShape], dtypes: Iterable[
                 with matmul_precision(precision):
                     for shape in shapes:
                         run_shard(shape, DTYPES[dtype])
+                        run_loss(shape, DTYPES[dtype], 4096, "evaluation", weighted=True)
                         for schedule in SCHEDULES:
                             # As one group of pairs, and as several. The launches of "sparse" are too many for that.
                             for num_rows in (4096, 32768) if schedule != "sparse" else (1024,):
@@ -153,7 +157,7 @@ class Code:
     Attributes:
         kernel, target: which.
         types: of the pointer arguments that are matrices, e.g. "bf16".
-        head: "", "bias" or "soft-cap", and what else the code depends on.
+        head: "", "bias", "soft-cap" or "pair weights", and what else the code depends on.
         tile: rows x columns x depth of a kernel with a dot, columns of a row-wise one.
         warps, stages: as launched.
         registers: of a thread; for AMD vector registers, accumulation registers included.
@@ -226,7 +230,8 @@ def described(specialisation: Specialisation) -> Code:
     matrices = ("X", "LOGITS", "RESIDUAL", "HIDDEN", "ROWS", "OUT")
     first = next((types[name] for name in matrices if name in types), "*fp64")
     flags = {
-        "bias": "BIAS" in types and types["BIAS"] != "constexpr",
+        "bias": types.get("BIAS", "constexpr") != "constexpr",
+        "pair weights": types.get("PAIR_WEIGHT", "constexpr") != "constexpr",
         "soft-cap": constants.get("softcap", 0) is not None and "softcap" in types,
         "one tile": constants.get("ONE_TILE", False),
         "TMA": constants.get("TMA", False),

@@ -16,7 +16,14 @@ pytest.importorskip("transformers")
 import transformers
 
 from orpo_kernels import autograd, reference
-from orpo_kernels.transformers import causal_lm_orpo_loss, probe, resolve_lm_head
+from orpo_kernels.methods import METHODS
+from orpo_kernels.transformers import (
+    causal_lm_answers,
+    causal_lm_orpo_loss,
+    causal_lm_preference_loss,
+    probe,
+    resolve_lm_head,
+)
 from orpo_kernels.transformers.packing import pack_pairs
 
 from .models import (
@@ -126,6 +133,50 @@ def test_another_ignore_index():
     labels = torch.where(batch["labels"] == -100, -7, batch["labels"])
     found = causal_lm_orpo_loss(model, **{**batch, "labels": labels}, ignore_index=-7).loss
     assert torch.equal(found, expected)
+
+
+# --- weights of pairs ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt_nll", [True, False], ids=["prompt_nll", "response_nll"])
+def test_a_weight_multiplies_all_of_a_pairs_loss(prompt_nll):
+    model, batch = llama(), make_batch()
+    weights = torch.tensor([0.5, 2.0], dtype=torch.float64)
+    ours = causal_lm_orpo_loss(model, **batch, pair_weights=weights, prompt_nll=prompt_nll, beta=0.5)
+    assert_same(ours, by_logits(model, batch, prompt_nll, beta=0.5, pair_weight=weights), model)
+
+
+def test_weights_in_a_batch_that_shares_its_prompts():
+    pairs, weights = make_pairs(), torch.tensor([0.5, 0.0, 2.0], dtype=torch.float64)
+    assert_sharing_is_exact(llama(), pairs, pair_weights=weights, beta=0.5)
+    with_and_without = [
+        causal_lm_orpo_loss(llama(), **pack_pairs(pairs, 0), pair_weights=w).loss for w in (weights, None)
+    ]
+    assert with_and_without[0] != with_and_without[1]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_takes_the_weights_of_a_batch(name):
+    """A batch with all its keys, as a trainer passes it on; SFT's has the chosen sequences alone."""
+    model, batch = llama(), make_batch()
+    weights = torch.tensor([0.5, 2.0], dtype=torch.float64)
+    logps = causal_lm_answers(model, **batch, pair_weights=weights).logps
+    assert torch.equal(logps, causal_lm_answers(model, **batch).logps)
+    extra = {}
+    if name == "dpo":
+        extra["reference_logps"] = logps - torch.arange(4)
+    if name == "sft":
+        batch, extra = {key: value[:2] for key, value in batch.items()}, {"chosen_only": True}
+
+    def loss(*weights: float) -> Tensor:
+        pair_weights = torch.tensor(weights, dtype=torch.float64)
+        return causal_lm_preference_loss(model, **batch, **extra, method=name, pair_weights=pair_weights).loss
+
+    torch.testing.assert_close(loss(0.5, 2.0), 0.5 * loss(1.0, 0.0) + 2 * loss(0.0, 1.0))
+    torch.testing.assert_close(loss(1.0, 1.0), causal_lm_preference_loss(model, **batch, **extra, method=name).loss)
+    assert loss(0.5, 2.0) != loss(1.0, 1.0)
+    with pytest.raises(ValueError, match=r"pair_weight has shape \(3,\), but the batch has 2 pairs"):
+        loss(1.0, 1.0, 1.0)
 
 
 # --- precision -----------------------------------------------------------------------------------------------------

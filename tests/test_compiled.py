@@ -79,6 +79,7 @@ def named(codes: list[dict]) -> list[str]:
 def test_everything_is_compiled(codes, compiled):
     assert {(c["kernel"], c["target"]) for c in codes} == {(k, t) for k in KERNELS for t in INSTRUCTIONS}
     assert not named([c for c in codes if c["error"]])
+    assert {c["head"] for c in codes if c["kernel"] == "odds_ratio_kernel"} == {"", "pair weights"}
     assert compiled[0].returncode == 0, compiled[0].stdout[-2000:]
 
 

@@ -123,10 +123,11 @@ def test_a_transformers_model():
     assert_same(model, step, torch.compile(step, fullgraph=True, backend="aot_eager"), *batch(12), tolerance=1e-5)
 
 
-def test_rows_of_a_collator():
+@pytest.mark.parametrize("weighted", [False, True])
+def test_rows_of_a_collator(weighted):
     """Rows enter a graph as tensors; denominators of a larger batch too."""
     generator = torch.Generator().manual_seed(0)
-    rows = random_rows(generator, 20, VOCAB, pairs=2, num_rows=25)
+    rows = random_rows(generator, 20, VOCAB, pairs=2, num_rows=25, weighted=weighted)
     hidden = torch.randn(20, SIZE, generator=generator, requires_grad=True)
     weight = torch.randn(VOCAB, SIZE, generator=generator, requires_grad=True)
 
@@ -139,11 +140,12 @@ def test_rows_of_a_collator():
         assert relative_error(b, a) <= 1e-6
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("needs", [[True, True, True], [True, False, False], [False, True, False], [False] * 3])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_opcheck(dtype, needs):
+def test_opcheck(dtype, needs, weighted):
     generator = torch.Generator().manual_seed(0)
-    rows = random_rows(generator, 20, VOCAB, pairs=2, num_rows=25)
+    rows = random_rows(generator, 20, VOCAB, pairs=2, num_rows=25, weighted=weighted)
     shapes = ((20, SIZE), (VOCAB, SIZE), (VOCAB,))
     hidden, weight, bias = (
         torch.randn(*shape, generator=generator).to(dtype).requires_grad_(needed)
@@ -151,7 +153,7 @@ def test_opcheck(dtype, needs):
     )
     vectors = (rows.position, rows.target, rows.sequence, rows.scored, rows.nll_weight)
     count = torch.tensor(3.0, dtype=torch.float64)
-    options = (True, None, count, 1.0, 0.1, 1.0, None, "auto", None, "torch", None, dtype, needs)
+    options = (True, rows.pair_weight, None, count, 1.0, 0.1, 1.0, None, "auto", None, "torch", None, dtype, needs)
     torch.library.opcheck(orpo_loss_op, (hidden, weight, bias, *vectors, rows.num_pairs, *options))
 
 

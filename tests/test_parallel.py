@@ -55,9 +55,12 @@ def some_pairs(batch: Batch, pairs: slice) -> Batch:
     def of_both_halves(tensor: Tensor) -> Tensor:
         return torch.cat((tensor[:count][pairs], tensor[count:][pairs]))
 
-    nll_labels = None if batch.nll_labels is None else batch.nll_labels[pairs]
+    of_chosen = {name: getattr(batch, name) for name in ("nll_labels", "pair_weight")}
     return replace(
-        batch, hidden=of_both_halves(batch.hidden), labels=of_both_halves(batch.labels), nll_labels=nll_labels
+        batch,
+        hidden=of_both_halves(batch.hidden),
+        labels=of_both_halves(batch.labels),
+        **{name: None if tensor is None else tensor[pairs] for name, tensor in of_chosen.items()},
     )
 
 
@@ -330,10 +333,11 @@ def sharded_logps(batch: Batch, parts: list[slice], upstream: Tensor, train_weig
     return logps.detach(), hidden.grad, weight.grad
 
 
-def test_rows_of_any_layout(ranks):
+@pytest.mark.parametrize("weighted", [False, True])
+def test_rows_of_any_layout(ranks, weighted):
     """`orpo_loss_from_rows` and LoRA's columns, with the rows of every sequence anywhere on four ranks."""
     generator = torch.Generator().manual_seed(4)
-    rows = random_rows(generator, 20, 23, 3, 40)
+    rows = random_rows(generator, 20, 23, 3, 40, weighted)
     hidden, weight = torch.randn(20, 7, generator=generator), torch.randn(23, 5, generator=generator)
     low_rank = torch.randn(23, 2, generator=generator, requires_grad=True)
     hidden.requires_grad_()

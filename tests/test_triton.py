@@ -261,11 +261,13 @@ def test_gather_and_scatter(dtype, seed, rows, scaled):
     rows=st.sampled_from([0, 1, 30, 300, 3000]),
     spread=st.sampled_from([1.0, 80.0]),
     count=st.sampled_from([None, 0.0, 1000.0]),
+    weighted=st.booleans(),
 )
-def test_pair_loss(seed, pairs, rows, spread, count):
+def test_pair_loss(seed, pairs, rows, spread, count, weighted):
     """Averages, loss, metrics and the gradient of every row in float64: the same numbers to its last digits."""
     generator = torch.Generator().manual_seed(seed)
-    batch = random_rows(generator, 50, 10, max(pairs, 1), rows if pairs else 0).to(DEVICE)
+    weighted = weighted and pairs > 0
+    batch = random_rows(generator, 50, 10, max(pairs, 1), rows if pairs else 0, weighted).to(DEVICE)
     if pairs == 0:
         object.__setattr__(batch, "num_pairs", 0)
     log_odds = (torch.randn(len(batch), generator=generator, dtype=torch.float64) * spread).to(DEVICE)

@@ -165,9 +165,10 @@ def test_project_residual(tiles, rows, vocab, size, dtype, scale, softcap, has_b
         assert_close(ours, truth, dtype)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(("num_rows", "pairs"), [(1, 1), (9, 2), (4, 7), (1100, 2), (40, 260)])
-def test_sequence_sums_and_odds_ratio(num_rows, pairs):
-    rows = random_rows(torch.Generator().manual_seed(0), 50, 20, pairs, num_rows)
+def test_sequence_sums_and_odds_ratio(num_rows, pairs, weighted):
+    rows = random_rows(torch.Generator().manual_seed(0), 50, 20, pairs, num_rows, weighted)
     token_log_odds = 3 * torch.randn(num_rows, dtype=torch.float64)
     sums = objective.sequence_sums(token_log_odds, rows)
     for value, truth in zip(triton_ops.sequence_sums(token_log_odds, rows), sums, strict=True):
