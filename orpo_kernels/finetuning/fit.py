@@ -22,7 +22,7 @@ from ..data import Problem
 from ..errors import Diverged, UserError
 from ..methods import method_named
 from ..transformers import PreferenceCollator, TokenizedPair
-from ..transformers.body import run_body, unwrap
+from ..transformers.body import unwrap
 from ..transformers.lm_head import resolve_lm_head
 from ..transformers.probe import verify_lm_head
 from ..transformers.trainer import PreferenceTrainer
@@ -116,7 +116,7 @@ def fit(settings: TrainSettings, console: Console, keep: Callable[[Trained], Non
         trainer = _trainer(settings, folder, tokenizer, training, held_out, [recorder, *_tensorboard(folder)], console)
         with ProgressBar(console, recorder, trainer.args.max_steps) as bar:
             trainer.add_callback(bar)
-            _run(trainer, folder, checkpoint, training[0])
+            _run(trainer, folder, checkpoint)
         if state.is_main_process:
             keep(Trained(trainer.model, tokenizer, held_out, folder, settings))
             counts = {"pairs": len(training), "held_out": len(held_out), "problems": len(pairs.preferences.problems)}
@@ -349,7 +349,7 @@ def _tensorboard(folder: RunFolder) -> list[Any]:
     return [TensorBoardCallback(SummaryWriter(str(folder.tensorboard)))]
 
 
-def _run(trainer: PreferenceTrainer, folder: RunFolder, checkpoint: Path | None, pair: TokenizedPair) -> None:
+def _run(trainer: PreferenceTrainer, folder: RunFolder, checkpoint: Path | None) -> None:
     """Train, and evaluate before and behind it; what a checkpoint has seen of this is not done again."""
     evaluates = trainer.eval_dataset is not None
     try:
@@ -363,7 +363,7 @@ def _run(trainer: PreferenceTrainer, folder: RunFolder, checkpoint: Path | None,
         processes().wait_for_everyone()  # until the first one has logged
         if evaluates and folder.evaluations.read()[-1]["step"] < trainer.state.global_step:
             trainer.evaluate()
-        _check_finite(trainer, pair)
+        _check_finite(trainer)
     except torch.OutOfMemoryError as error:
         raise UserError(
             "The GPU's memory is full: halve --batch-size and double --grad-accum, which is the same training, or give "
@@ -371,12 +371,12 @@ def _run(trainer: PreferenceTrainer, folder: RunFolder, checkpoint: Path | None,
         ) from error
 
 
-def _check_finite(trainer: PreferenceTrainer, pair: TokenizedPair) -> None:
-    """Refuse a model that the last step has made useless, which no loss shows any more."""
+def _check_finite(trainer: PreferenceTrainer) -> None:
+    """Refuse a model that the last step has made useless, which no loss of a step shows any more."""
     bad = not_finite(trainer.model)
-    with torch.no_grad(), trainer.accelerator.autocast():
-        ids = torch.tensor([pair["chosen_input_ids"]], device=trainer.model.device)
-        hidden = run_body(unwrap(trainer.model), ids, None).hidden
-    if bad or not bool(hidden.isfinite().all()):
-        where = f"The weight {bad[0]} is" if bad else "The hidden states of the model are"
-        raise Diverged(f"{where} not finite behind step {trainer.state.global_step}: give a smaller --lr.")
+    pairs = min(len(trainer.train_dataset), trainer.args.per_device_eval_batch_size)
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(pairs)])
+    loss, *_ = trainer.prediction_step(trainer.model, batch, prediction_loss_only=True)
+    if bad or not bool(loss.isfinite()):
+        what = f"The weight {bad[0]}" if bad else "The loss"
+        raise Diverged(f"{what} is not finite behind step {trainer.state.global_step}: give a smaller --lr.")

@@ -154,7 +154,8 @@ def _check_complete(name: str, model: nn.Module, found: Mapping[str, Any], conso
             "(num_hidden_layers)."
         )
     if unexpected and console is not None:
-        console.print(f"{name} has more than a {type(model).__name__}: {_some(unexpected)}.", markup=False)
+        told = f"{name} has more than a {type(model).__name__}: {_some(unexpected)}."
+        console.print(told, markup=False, soft_wrap=True)
 
 
 def _numberless(key: str) -> str:
@@ -184,7 +185,7 @@ def _with_merged_adapters(name: str, folder: str, dtype: torch.dtype, console: C
             base.resize_token_embeddings(rows)
         adapted = PeftModel.from_pretrained(base, folder)
         _check_adapters_complete(name, adapted, folder)
-        return adapted.merge_and_unload()
+        return adapted.merge_and_unload().requires_grad_(True)  # `peft` has frozen the base
 
 
 def _rows_with_adapters(folder: str, config: Any) -> int:
