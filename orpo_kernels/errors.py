@@ -11,8 +11,10 @@ import traceback
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = ("orpo-kernels", "torch", "transformers", "tokenizers", "accelerate", "peft", "datasets", "safetensors")
-PACKAGES += ("triton", "numpy", "matplotlib", "pyyaml", "rich", "typer")
+PACKAGES = (
+    *("orpo-kernels", "torch", "transformers", "tokenizers", "accelerate", "peft", "datasets", "safetensors"),
+    *("triton", "numpy", "matplotlib", "pyyaml", "rich", "typer"),
+)
 
 
 class UserError(ValueError):

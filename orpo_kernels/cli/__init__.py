@@ -51,5 +51,6 @@ def _run(words: list[str]) -> int:
     except SystemExit as stop:  # of `--help`, of completion
         status = stop.code
     except Exception as error:  # of the flags: a command's own errors end in it
-        status = end(error, Output(as_json))
+        from_file = getattr(getattr(error, "ctx", None), "default_map", None) or {}
+        status = end(error, Output(as_json or from_file.get("json") is True))
     return leave(status if isinstance(status, int) else int(status is not None))

@@ -23,7 +23,7 @@ from ..methods import METHODS
 from ..transformers import TokenizedPair
 from . import plots
 from .fit import check_is_ours
-from .folder import RunFolder, claim, write_whole
+from .folder import RunFolder, check_claim, claim, write_whole
 from .pretrained import compute_dtype, load_model, load_tokenizer
 from .processes import check_alone
 from .records import to_json
@@ -93,7 +93,7 @@ def compare(settings: CompareSettings, console: Console) -> Comparison:
     check_alone("compare")
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    claim(settings.output, "comparison")
+    check_claim(settings.output, "comparison")
     runs = [
         dataclasses.replace(settings, method=name, output=settings.output / name) for name in settings.method_names()
     ]
@@ -102,6 +102,7 @@ def compare(settings: CompareSettings, console: Console) -> Comparison:
     held_out = load_split(settings, tokenizer, console).held_out
     if not held_out:
         raise UserError(f"No pair of {settings.data} is held out: give a larger --eval-split.")
+    claim(settings.output, "comparison")
     before = _evaluated("before", settings.model, settings, tokenizer, held_out)
     found = Comparison(len(held_out), [before], [])
     for number, run in enumerate(runs, start=1):
@@ -109,7 +110,7 @@ def compare(settings: CompareSettings, console: Console) -> Comparison:
         try:
             found.outcomes.append(_outcome(run, tokenizer, held_out))
         except UserError as error:
-            if not RunFolder(run.output).results():  # what has not got anywhere would not elsewhere, either
+            if not RunFolder(run.output).evaluations.read():  # what cannot begin would not elsewhere, either
                 raise
             found.failed.append(Failure(run.method, str(error), str(run.output)))
             console.print(str(error), markup=False, soft_wrap=True)

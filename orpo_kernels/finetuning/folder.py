@@ -338,7 +338,8 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file; until all of it is on the disk, `path` is what it was."""
     scratch = path.with_name(f".{path.name}.unfinished")
     with scratch.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        # A file's name may hold bytes that are no UTF-8 (lone surrogates here): in JSON this is their escape.
+        file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(scratch, path)

@@ -15,7 +15,7 @@ from rich.progress import Progress
 from ..data import Preferences
 from ..errors import UserError
 from . import plots
-from .folder import claim, write_whole
+from .folder import check_claim, claim, write_whole
 from .held_out import Record, check_number, held_out_prompts, keys, record_of
 from .pretrained import compute_dtype, load_model, load_tokenizer
 from .processes import check_alone
@@ -42,13 +42,14 @@ def rate(settings: EvaluateSettings, console: Console) -> dict[str, Any]:
     check_alone("evaluate")
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    claim(settings.output, "evaluation")
+    check_claim(settings.output, "evaluation")
     names = list(filter(None, (settings.model, settings.against)))
     tokenizers = {name: load_tokenizer(name) for name in names}  # each model rates the pairs in its own tokens
     pairs = {name: load_pairs(settings, tokenizers[name], console) for name in names}
     offered = pairs[settings.model].offered
     asked, trained_on = _asked(settings, offered, names, console)
     which, left_out = _taken_by_all(asked, pairs, console)
+    claim(settings.output, "evaluation")
     scores = {name: _score(name, tokenizers[name], _at(which, pairs[name]), settings, console) for name in names}
 
     values, histogram, result = (settings.output / name for name in ("pairs.jsonl", "margins.png", "evaluation.json"))

@@ -19,7 +19,7 @@ from rich.console import Console
 from ..errors import Diverged, UserError, save_report
 from . import plots
 from .fit import Trained, check_is_ours, fit
-from .folder import RunFolder, claim, write_whole
+from .folder import RunFolder, check_claim, claim, write_whole
 from .pretrained import compute_dtype
 from .processes import processes
 from .records import to_json
@@ -84,7 +84,7 @@ def sweep(settings: SweepSettings, console: Console) -> Sweep:
 
     Raises `UserError` as `fit` does for what cannot begin, if nothing is held out, and if no run came to its end.
     """
-    claim(settings.output, "sweep")
+    check_claim(settings.output, "sweep")
     grid = [_run(settings, *values) for values in itertools.product(settings.beta_values(), settings.lr_values())]
     for run in grid:
         check_is_ours(run)
@@ -102,6 +102,7 @@ def sweep(settings: SweepSettings, console: Console) -> Sweep:
             console.print(f"This run failed: {found.failed[-1].reason}", markup=False, soft_wrap=True)
         gc.collect()  # the model, before the next one is loaded
         found.points = side_by_side(runs, settings.seed) if runs else []
+        claim(settings.output, "sweep")
         if processes().is_main_process:
             _write(found, settings.output)
     if not runs:
@@ -117,9 +118,9 @@ def _run(settings: SweepSettings, beta: float, lr: float) -> SweepSettings:
 def _others_go_on(error: Exception, run: SweepSettings) -> bool:
     """Whether it is this run's own fault, and every process knows of it.
 
-    What has not got anywhere would not elsewhere, either.
+    What has not come to its first evaluation, before the first step, would not elsewhere, either.
     """
-    began = bool(RunFolder(run.output).results())
+    began = bool(RunFolder(run.output).evaluations.read())
     return began and (isinstance(error, Diverged) or processes().num_processes == 1)
 
 
@@ -136,7 +137,10 @@ def _rate(trained: Trained) -> None:
         raise UserError(f"No pair of {trained.settings.data} is held out: give a larger --eval-split.")
     dtype, device = compute_dtype(trained.settings.dtype), trained.model.device.type
     with torch.autocast(device, dtype, enabled=dtype is not torch.float32):
-        scores = score(trained.model, trained.tokenizer, trained.held_out, trained.settings.batch_size)
+        try:
+            scores = score(trained.model, trained.tokenizer, trained.held_out, trained.settings.batch_size)
+        except Diverged as error:  # of which the other processes, if there are any, do not know
+            raise UserError(f"{error} Give a smaller --lr.") from error
     columns = {name: values.tolist() for name, values in vars(scores).items()}
     write_whole(trained.folder.scores, json.dumps(columns) + "\n")
 
@@ -200,7 +204,7 @@ def winner(points: list[Point]) -> Point:
     return min((point for point in points if point.as_good), key=lambda point: point.nll)
 
 
-def command_line(settings: TrainSettings, best: Point) -> list[str]:
+def command_line(settings: SweepSettings, best: Point) -> list[str]:
     """`orpo-kernels train` with the winner's lambda and learning rate, and all else as it was."""
     output = settings.output / "best"
     chosen = dataclasses.replace(settings, beta=best.beta, lr=best.lr, lrs="", output=output, resume=False)

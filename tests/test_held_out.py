@@ -1,0 +1,174 @@
+"""Held out means never trained on, whatever is evaluated later; and two models are compared on the same pairs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+pytest.importorskip("typer")
+pytest.importorskip("matplotlib")
+
+from orpo_kernels.finetuning import fit as fitting
+from orpo_kernels.finetuning.scoring import METRICS
+
+from .commands import Run, pair, run_in, save_tiny, write_rows
+from .training import tokenizer
+
+FAST = ("--batch-size", "2", "--max-steps", "1", "--lr", "1e-4")
+ROWS = [pair(number, length=1 + 3 * (number % 2)) for number in range(12)]  # every other one has a long prompt
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def data(tmp_path) -> str:
+    return write_rows(tmp_path / "pairs.jsonl", ROWS)
+
+
+@pytest.fixture
+def run(capsys) -> Run:
+    return run_in(capsys)
+
+
+@pytest.fixture
+def trained_on(monkeypatch) -> set[str]:
+    """The chosen answers that the trainer is given, as runs go by."""
+    seen: set[str] = set()
+    make = fitting.PreferenceTrainer
+
+    def spy(*args: Any, train_dataset: Any, **options: Any) -> Any:
+        for one in train_dataset:
+            answer = [
+                token
+                for token, label in zip(one["chosen_input_ids"], one["chosen_labels"], strict=True)
+                if label != -100
+            ]
+            seen.add(tokenizer().decode(answer, skip_special_tokens=True).strip())
+        return make(*args, train_dataset=train_dataset, **options)
+
+    monkeypatch.setattr(fitting, "PreferenceTrainer", spy)
+    return seen
+
+
+def evaluated(folder: Path, rows: list[dict[str, str]] = ROWS) -> set[str]:
+    """The chosen answers of the rows that an evaluation has rated."""
+    lines = (folder / "pairs.jsonl").read_text().splitlines()
+    return {rows[json.loads(line)["row"] - 1]["chosen"].strip() for line in lines}
+
+
+# --- one run, evaluated in other ways ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["", "model"])
+@pytest.mark.parametrize(
+    "flags", [("--max-length", 64), ("--max-length", 30, "--too-long", "leave-out"), ("--seed", 3)]
+)
+def test_what_was_trained_on_is_never_held_out(where, flags, run, model, data, tmp_path, trained_on):
+    """The training left pairs out that were too long; the evaluation takes others."""
+    summary = run("train", model, data, "--output", tmp_path / "run", "--eval-split", 6, *FAST, *flags)
+    assert len(trained_on) == summary["pairs"]
+    for number, more in enumerate([(), ("--max-length", 256), ("--max-length", 24), ("--seed", 1)]):
+        output = tmp_path / f"e{number}"
+        record = run("evaluate", tmp_path / "run" / where, data, "--eval-split", 6, "--output", output, *more)
+        assert record["pairs"] >= summary["held_out"]
+        assert not evaluated(output) & trained_on
+        assert record["trained_on"] == len(trained_on)
+
+
+def test_rows_that_come_later_change_no_side(run, model, data, tmp_path, trained_on):
+    summary = run("train", model, data, "--output", tmp_path / "run", "--eval-split", 6, *FAST)
+    rows = [pair(100), *ROWS[:5], pair(101), *ROWS[5:], pair(102)]
+    longer = write_rows(tmp_path / "longer.jsonl", rows)
+    record = run("evaluate", tmp_path / "run", longer, "--eval-split", 6, "--output", tmp_path / "e")
+    assert record["pairs"] == summary["held_out"] == 6
+    assert not evaluated(tmp_path / "e", rows) & trained_on
+
+
+def test_without_a_split_it_says_how_many_were_trained_on(run, model, data, tmp_path, capsys):
+    summary = run("train", model, data, "--output", tmp_path / "run", "--eval-split", 6, *FAST)
+    record = run("evaluate", tmp_path / "run", data, "--output", tmp_path / "e")
+    assert record["pairs"] == 12
+    assert record["trained_on"] == summary["pairs"]
+
+
+def test_what_either_model_was_trained_on_is_left_out(run, model, data, tmp_path, trained_on):
+    for seed in (0, 1):
+        run("train", model, data, "--output", tmp_path / f"run{seed}", "--eval-split", 6, "--seed", seed, *FAST)
+    assert 6 < len(trained_on) < 12  # else this shows nothing
+    arguments = ("evaluate", tmp_path / "run0", data, "--against", tmp_path / "run1", "--eval-split", 6)
+    record = run(*arguments, "--output", tmp_path / "e")
+    assert evaluated(tmp_path / "e") == {row["chosen"].strip() for row in ROWS} - trained_on
+    assert record["trained_on"] == len(trained_on)
+
+
+def test_a_run_that_begins_with_a_runs_model_inherits_what_that_was_trained_on(run, model, data, tmp_path, trained_on):
+    run("train", model, data, "--output", tmp_path / "first", "--eval-split", 6, *FAST)
+    before = set(trained_on)
+    for name, base in (("second", tmp_path / "first"), ("third", tmp_path / "first" / "model")):
+        trained_on.clear()
+        summary = run("train", base, data, "--output", tmp_path / name, "--eval-split", 6, "--seed", 1, *FAST)
+        assert summary["held_out"] == len({row["chosen"].strip() for row in ROWS} - trained_on - before) < 6
+        run("evaluate", tmp_path / name, data, "--eval-split", 6, "--output", tmp_path / f"e{name}")
+        assert not evaluated(tmp_path / f"e{name}") & (trained_on | before)
+
+
+def test_other_data_has_nothing_held_out(run, model, data, tmp_path):
+    run("train", model, data, "--output", tmp_path / "run", "--eval-split", 6, *FAST)
+    other = write_rows(tmp_path / "other.jsonl", [pair(number) for number in range(50, 56)])
+    said = run("evaluate", tmp_path / "run", other, "--eval-split", 2, "--output", tmp_path / "e", status=2)
+    assert "none of the 6 pairs" in said["error"]
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", '{"trained": 1, "held_out": []}', "\0"])
+def test_a_run_whose_record_is_gone_or_damaged(content, run, model, data, tmp_path):
+    run("train", model, data, "--output", tmp_path / "run", "--eval-split", 6, *FAST)
+    record = tmp_path / "run" / "split.json"
+    record.unlink() if content is None else record.write_text(content)
+    arguments = ("evaluate", tmp_path / "run", data, "--output", tmp_path / "e")
+    said = run(*arguments, "--eval-split", 6, status=2)
+    assert "no pair can be called held out" in said["error"]
+    assert run(*arguments)["pairs"] == 12  # nothing is called held out
+
+
+def test_the_same_models_folder_elsewhere_is_no_run(run, model, data, tmp_path):
+    """A folder whose neighbours look like a run's is taken for what it is."""
+    run("train", model, data, "--output", tmp_path / "run", "--eval-split", 6, *FAST)
+    other = save_tiny(tmp_path / "run" / "another")
+    record = run("evaluate", other, data, "--eval-split", 6, "--output", tmp_path / "e")
+    assert (record["pairs"], record["trained_on"]) == (6, 0)
+
+
+# --- two models ----------------------------------------------------------------------------------------------------
+
+
+def test_models_are_compared_on_the_pairs_that_both_take(run, model, data, tmp_path):
+    short = save_tiny(tmp_path / "short", max_position_embeddings=24)
+    arguments = (data, "--too-long", "leave-out", "--batch-size", 3)
+    alone = run("evaluate", short, *arguments, "--output", tmp_path / "alone")
+    assert 0 < alone["pairs"] < 12
+    for first, second in ((model, short), (short, model)):
+        record = run("evaluate", first, *arguments, "--against", second, "--output", tmp_path / "both")
+        assert record["pairs"] == alone["pairs"]
+        assert record["left_out"] == {first: 12 - 12 * (first == model) - alone["pairs"] * (first == short)} | {
+            second: 12 - 12 * (second == model) - alone["pairs"] * (second == short)
+        }
+        for name in METRICS:
+            value = {which: record["models"][which][name]["value"] for which in (first, second)}
+            assert record["difference"][name]["value"] == pytest.approx(value[first] - value[second])
+            assert value[short] == pytest.approx(alone["models"][short][name]["value"], rel=1e-5)
+        assert evaluated(tmp_path / "both") == evaluated(tmp_path / "alone")
+
+
+def test_models_that_take_no_pair_together(run, model, data, tmp_path):
+    write_rows(Path(data), [row for row in ROWS if len(row["prompt"]) > 30])
+    short = save_tiny(tmp_path / "short", max_position_embeddings=24)
+    arguments = ("evaluate", model, data, "--against", short, "--too-long", "leave-out")
+    assert "no pair" in run(*arguments, "--output", tmp_path / "e", status=2)["error"]
