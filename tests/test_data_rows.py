@@ -130,7 +130,8 @@ def test_what_is_beside_the_pair_is_used(row, pair, tmp_path):
     ("row", "reason"),
     [
         ({"prompt": "Summarise:", "input": "a long text", **ANSWERS}, "its column input holds text that is in no part"),
-        ({"question": "Who?", "context": "no", **ANSWERS}, "its column context"),
+        ({"question": "Is this known?", "context": "own", **ANSWERS}, "its column context"),
+        ({"question": "Is this known?", "context": "!!", **ANSWERS}, "its column context"),
         (
             {"question": "Who?", "context": "It is A who did it", "chosen": "It is A who did it", "rejected": "B"},
             "context",
@@ -477,8 +478,6 @@ values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=2),
     max_leaves=4,
 )
-NAMES = "context history system tools input instruction question messages weight images id score source notice response"
-names = st.sampled_from([*NAMES.split(), "documents", "enable_thinking", "chat_template_kwargs", "mood"])
 message_keys = st.sampled_from(["name", "id", "score", "mood", "reasoning_content", "tool_calls", "weight", "source"])
 messages = st.builds(
     lambda role, content, more: {"role": role, "content": content, **more},
@@ -488,9 +487,21 @@ messages = st.builds(
 )
 answers = sentences | messages.map(lambda m: [{**m, "role": "assistant"}]) | st.lists(sentences, min_size=1, max_size=3)
 questions = sentences | st.lists(messages, max_size=2).flatmap(lambda ms: sentences.map(lambda q: [*ms, user(q)]))
+columns = st.one_of(
+    *(st.tuples(st.just(name), sentences) for name in ("context", "system", "input", "question", "instruction")),
+    *(st.tuples(st.just(name), values) for name in ("id", "score", "source", "notice", "images", "mood")),
+    st.tuples(st.just("history"), st.lists(st.tuples(sentences, sentences).map(list), max_size=2)),
+    st.tuples(st.just("tools"), st.lists(st.fixed_dictionaries({"name": words, "description": sentences}), max_size=2)),
+    st.tuples(st.just("messages"), st.lists(messages, max_size=2)),
+    st.tuples(st.just("chat_template_kwargs"), st.dictionaries(words, sentences, max_size=2)),
+    st.tuples(st.just("weight"), st.floats(0, 9)),
+    # Whatever it is.
+    st.tuples(st.sampled_from(["history", "tools", "weight", "system", "enable_thinking", "documents"]), values),
+)
 odd_rows = st.builds(
-    lambda more, prompt, chosen, rejected: {**more, "prompt": prompt, "chosen": chosen, "rejected": rejected},
-    st.dictionaries(names, values | questions, max_size=3),
+    lambda more, name, prompt, chosen, rejected: {**dict(more), name: prompt, "chosen": chosen, "rejected": rejected},
+    st.lists(columns, max_size=2),
+    st.sampled_from(["prompt", "question", "instruction"]),
     questions,
     answers,
     answers,

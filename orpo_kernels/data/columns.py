@@ -131,7 +131,7 @@ class Fields:
         is_asked = name.lower() in ASKED
         if not texts or not (is_asked or carries_text(name, value)):
             return False
-        repeated = [_repeats(text, said.asked if is_asked else said.anywhere) for text in texts]
+        repeated = [said.repeats(text, only_asked=is_asked) for text in texts]
         if all(repeated):
             return True
         if name.lower() in WHOLE and isinstance(value, list) and len(texts) > 1 and all(repeated[:-1]):
@@ -160,30 +160,31 @@ def without_nulls(value: Any) -> Any:
 
 
 class _Said:
-    """The texts of pairs, with white space as single blanks, longest first: what is asked, and all there is."""
+    """The texts of pairs: what is asked, and what is answered."""
 
     def __init__(self, pairs: Iterable[Mapping[str, Any]]) -> None:
-        asked: set[str] = set()
-        answered: set[str] = set()
+        self.asked: set[str] = set()
+        self.answered: set[str] = set()
         for pair in pairs:
             for name in ("prompt", "chosen", "rejected"):
                 part = pair[name] if isinstance(pair[name], list) else [{"role": "", "content": pair[name]}]
                 for message in part:
                     is_answer = name != "prompt" and message["role"] in ("", "assistant")
-                    (answered if is_answer else asked).update(map(_flat, texts_of([message])))
-        self.asked = sorted(asked - {""}, key=len, reverse=True)
-        self.anywhere = sorted((asked | answered) - {""}, key=len, reverse=True)
+                    (self.answered if is_answer else self.asked).update(texts_of([message]))
 
-
-def _repeats(text: str, said: list[str]) -> bool:
-    """Whether a text stands in one of those that were said, or is made of them and the marks of a chat template."""
-    text = rest = _flat(text)
-    if any(text == other or (text in other and _bounded(text).search(other)) for other in said):
-        return True
-    for other in said:
-        if other in rest:
-            rest = _bounded(other).sub(" ", rest)
-    return rest != text and all(word.lower() in _SPEAKERS for word in re.findall(r"\w+", _MARKS.sub(" ", rest)))
+    def repeats(self, text: str, *, only_asked: bool) -> bool:
+        """Whether a text stands in one that was said, or is made of them and the marks of a chat template."""
+        said = self.asked if only_asked else self.asked | self.answered
+        if text in said:
+            return True
+        text = rest = _flat(text)
+        longest_first = sorted(filter(None, map(_flat, said)), key=len, reverse=True)
+        if any(text in other and _bounded(text).search(other) for other in longest_first):
+            return True
+        for other in longest_first:
+            if other in rest:
+                rest = _bounded(other).sub(" ", rest)
+        return rest != text and all(word.lower() in _SPEAKERS for word in re.findall(r"\w+", _MARKS.sub(" ", rest)))
 
 
 def _bounded(text: str) -> re.Pattern[str]:
@@ -191,6 +192,7 @@ def _bounded(text: str) -> re.Pattern[str]:
 
 
 def _flat(text: str) -> str:
+    """White space as single blanks: texts that differ in nothing else are the same."""
     return " ".join(text.split())
 
 

@@ -24,7 +24,6 @@ chosen answer, and several chosen ones with the one rejected.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -319,7 +318,7 @@ def _check(pair: Mapping[str, Any]) -> None:
         raise BadRow(f"the last message of its prompt is by {prompt[-1]['role']!r}, not by 'user' or 'tool'")
     for name in ("chosen", "rejected"):
         _check_answer(name, pair[name])
-    if json.dumps(pair["chosen"], default=str) == json.dumps(pair["rejected"], default=str):
+    if pair["chosen"] == pair["rejected"]:
         raise BadRow("its chosen and rejected answers are the same")
 
 
