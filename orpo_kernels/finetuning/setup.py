@@ -65,26 +65,19 @@ def load_pairs(settings: DataSettings, tokenizer: Any, console: Console, source:
     if not tokenized:
         raise UserError(f"{settings.data} has no pair that the tokenizer of {settings.model} can take.")
     _check_ids(tokenized, tokenizer, rows)
-    if max_length < settings.max_length and any(_longest(pair) == max_length for pair in tokenized):
-        console.print(
-            f"{tokenizer.name_or_path} has {positions} positions: pairs are cut to those, not to --max-length "
-            f"{settings.max_length}.",
-            markup=False,
-            soft_wrap=True,
-        )
     if cut := [lost for pair in tokenized if (lost := pair.get("cut_tokens"))]:
+        more = "--max-length takes more of them"
+        if max_length < settings.max_length:
+            more = f"{tokenizer.name_or_path} has {positions} positions, fewer than --max-length {settings.max_length}"
         console.print(
             f"{len(cut)} of {len(tokenized)} pairs have more than {max_length} tokens and were cut, by {sum(cut)} in "
-            "all: --too-long leave-out does without them, --max-length takes more of them.",
+            f"all: --too-long leave-out does without them, {more}.",
+            markup=False,
             soft_wrap=True,
         )
     if "text" in preferences.layouts and tokenizer.chat_template:
         console.print("Plain text for a model with a chat template: --layout chat would make messages of it.")
     return pairs
-
-
-def _longest(pair: TokenizedPair) -> int:
-    return max(len(pair["chosen_input_ids"]), len(pair["rejected_input_ids"]))
 
 
 def _check_ids(pairs: list[TokenizedPair], tokenizer: Any, rows: int | None) -> None:
