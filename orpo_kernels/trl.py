@@ -8,35 +8,56 @@ Config, data, callbacks, tokenisation and logged metrics are TRL's; the loss is 
 - Gradient accumulation and several processes are exact (see `orpo_kernels.transformers.trainer`).
 - Chosen and rejected answer share one pass over their prompt, where the model allows it (`packing`).
 - Metrics are read back from the device once in a step.
+- An evaluation's loss and metrics are those of its set, not means of batches: they do not depend on the batch size.
+- A row that TRL's tokenisation fails on, and one with an empty answer, with the same answer twice or with a `weight`
+  that is none, is left out and named (`unusable_pairs`). In TRL the first ends the run before it begins.
+- A column `tools` reaches the chat template; a column `weight` multiplies the pair's loss.
 
 Needs `trl` (`pip install orpo_kernels[trl]`).
 """
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, get_args
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
+from trl.data_utils import maybe_apply_chat_template, maybe_extract_prompt
 from trl.experimental.orpo import ORPOConfig
 from trl.experimental.orpo import ORPOTrainer as TRLORPOTrainer
 
+from .messages import SPOKEN
 from .methods import ORPO
+from .transformers.averages import Part
 from .transformers.body import unwrap
-from .transformers.collator import IGNORE_INDEX, End, Packing, end_turn
+from .transformers.collator import IGNORE_INDEX, End, Packing, Refusal, end_turn
 from .transformers.lm_head import resolve_lm_head
 from .transformers.packing import PackedPairs, pack_pairs
+from .transformers.pairs import warn_of_unusable
 from .transformers.sharing import refuses_shared_prompt
 from .transformers.trainer import PAIR_METRICS, PreferenceLossMixin, pair_metrics
 
 __all__ = ["ORPOConfig", "ORPOTrainer"]
 
-_BATCH_METRICS = ("nll_loss", "logits/chosen", "logits/rejected")
+_LOGITS = ("logits/chosen", "logits/rejected")
 _STEP_COUNTS = "step_counts"
+_WEIGHT = "weight"
+_TOKENISED = tuple(
+    f"{part}{column}"
+    for part, columns in {
+        "chosen_": ("input_ids", "attention_mask", "labels"),
+        "rejected_": ("input_ids", "attention_mask", "labels"),
+        "prompt_": ("input_ids", "attention_mask"),
+    }.items()
+    for column in columns
+)
+_REASON = "unusable"  # a column while rows are tokenised: why one cannot be used, "" where it can
 
 
 class ORPOTrainer(PreferenceLossMixin, TRLORPOTrainer):
@@ -54,15 +75,21 @@ class ORPOTrainer(PreferenceLossMixin, TRLORPOTrainer):
         sparse_eps: None (default): exact gradients; else as in `orpo_loss`, and what it leaves out is logged as
             `sparse/active_share` and `sparse/dropped_mass`.
 
+    `unusable_pairs` has, by the name of the set ("train", "eval"), the `Refusal`s (index and reason) of the rows that
+    were left out. Rendering is tried on every row where the processing_class is given.
+
     Logged are TRL's metrics, averaged over the pairs with two non-empty answers. `logits/chosen` and
     `logits/rejected`, the mean of all logits (of padding as well, in a padded batch, as in TRL), come from the mean
     hidden state and the mean row of the weight. They are left out for a model whose logits are soft-capped (Gemma 2),
     where that is not the mean, and where the hidden states cannot be seen (a body compiled with `.compile()`;
     `torch_compile=True` lets them be seen). TRL's `compute_metrics` gets NaN for them.
 
-    Raises `ValueError` or `TypeError` for an encoder-decoder model, and for a model or a parallel setup that the loss
-    cannot serve.
+    Raises `ValueError` or `TypeError` for an encoder-decoder model, for a set of which no row can be used, and for a
+    model or a parallel setup that the loss cannot serve.
     """
+
+    eval_dataset: Any
+    _logs_all_metrics = True  # whatever compute_metrics is
 
     def __init__(
         self,
@@ -78,8 +105,16 @@ class ORPOTrainer(PreferenceLossMixin, TRLORPOTrainer):
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}.")
         self.loss_is_scaled_for_ga = exact_accumulation
         self.end = end
-        _refuse_encoder_decoder(args[0] if args else options.get("model"))
-        super().__init__(*args, **options)
+        given = inspect.signature(TRLORPOTrainer.__init__).bind_partial(self, *args, **options).arguments
+        given.pop("self")
+        _refuse_encoder_decoder(given.get("model"))
+        for name in ("train_dataset", "eval_dataset"):
+            given[name] = _rendered(given.get(name), given.get("processing_class"), given.get("args"))
+        super().__init__(**given)
+        self.unusable_pairs: dict[str, list[Refusal]] = {}
+        self.train_dataset = self._usable(self.train_dataset, "train")
+        self.eval_dataset = self._usable(self.eval_dataset, "eval")
+        self.model_accepts_loss_kwargs = True  # transformers before 5.19: the loss is scaled already
         _refuse_encoder_decoder(self.model)  # one that came by its name
         self.method = ORPO(beta=self.beta)
         self.loss_options = {"sparse_eps": sparse_eps}
@@ -88,7 +123,7 @@ class ORPOTrainer(PreferenceLossMixin, TRLORPOTrainer):
         if packing == "shared" and reason:
             raise ValueError(f'{reason} Use packing="padded".')
         if packing != "padded" and not reason:
-            self.data_collator = partial(pack_pairs, padding_id=self.padding_value or 0)
+            self.data_collator = partial(_packed, padding_id=self.padding_value or 0)
 
     def _refuses_shared_prompt(self) -> str | None:
         if not self.use_dpo_data_collator:
@@ -97,11 +132,27 @@ class ORPOTrainer(PreferenceLossMixin, TRLORPOTrainer):
             return "generate_during_eval=True takes the prompts out of padded batches."
         return refuses_shared_prompt(self.model)
 
+    def _usable(self, rows: Any, name: str) -> Any:
+        """The rows without those that could not be rendered or tokenised."""
+        if isinstance(rows, dict):
+            return type(rows)({key: self._usable(part, f"{name}_{key}") for key, part in rows.items()})
+        if rows is None or _REASON not in rows.column_names:
+            return rows
+        unusable = [Refusal(index, reason) for index, reason in enumerate(rows[_REASON]) if reason]
+        self.unusable_pairs[name] = unusable
+        warn_of_unusable(unusable, len(rows), name, say=self.is_world_process_zero())
+        left_out = {one.index for one in unusable}
+        rows = rows.remove_columns(_REASON)
+        return rows.select([index for index in range(len(rows)) if index not in left_out]) if left_out else rows
+
     def loss_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        device = self.accelerator.device
+        weights = batch["pair_weights"] if "pair_weights" in batch else _pair_weights(batch.get(_WEIGHT, ()))
+        inputs = {} if weights is None else {"pair_weights": weights.to(device)}
         if "packed" in batch:
-            return {name: batch[name] for name in ("input_ids", "packed")}
-        tensors = self.concatenated_inputs(batch, padding_value=self.padding_value or 0, device=self.accelerator.device)
-        return {name: tensors[f"concatenated_{name}"] for name in ("input_ids", "attention_mask", "labels")}
+            return inputs | {name: batch[name] for name in ("input_ids", "packed")}
+        tensors = self.concatenated_inputs(batch, padding_value=self.padding_value or 0, device=device)
+        return inputs | {name: tensors[f"concatenated_{name}"] for name in ("input_ids", "attention_mask", "labels")}
 
     def compute_loss(
         self,
@@ -119,26 +170,51 @@ class ORPOTrainer(PreferenceLossMixin, TRLORPOTrainer):
         """The loss, 0-d, and TRL's metrics; NaN for what is not known."""
         inner = self.accelerator.unwrap_model(model)
         inputs = self.loss_inputs(batch)
-        with mean_hidden_states(inner, sides_of(**inputs)) as means:
-            loss, out = self.loss_step(model, inputs, batch.get(_STEP_COUNTS))
+        sides = sides_of(**{name: value for name, value in inputs.items() if name != "pair_weights"})
+        with mean_hidden_states(inner, sides / sides.sum((1, 2), keepdim=True)) as means:
+            if train_eval == "eval":
+                loss, out = self.evaluation_step(model, inputs)
+            else:
+                loss, out = self.loss_step(model, inputs, batch.get(_STEP_COUNTS))
+        logits = mean_logits(inner, means)
+        if train_eval == "eval" and self._evaluation is not None:
+            positions = sides.sum((1, 2))
+            parts = zip(_LOGITS, logits * positions, positions, strict=True)
+            self._evaluation.add({name: Part(total, weight) for name, total, weight in parts})
         of_pairs = self.accelerator.gather_for_metrics(pair_metrics(out)).nanmean(0)
-        of_batch = torch.cat((out.nll_loss[None].float(), mean_logits(inner, means)))
-        of_batch = self.accelerator.gather(of_batch[None]).mean(0)
+        of_batch = self.accelerator.gather(torch.cat((out.nll_loss[None].float(), logits))[None]).mean(0)
         values = torch.cat((of_pairs, of_batch)).tolist()
         prefix = "eval_" if train_eval == "eval" else ""
-        names = (f"{prefix}{name}" for name in (*PAIR_METRICS, *_BATCH_METRICS))
+        names = (f"{prefix}{name}" for name in (*PAIR_METRICS, "nll_loss", *_LOGITS))
         return loss, dict(zip(names, values, strict=True))
 
     def store_metrics(self, metrics: dict[str, float], train_eval: Any = "train") -> None:
         """What is not known is not logged: one NaN would be the mean of the whole interval."""
-        super().store_metrics({name: value for name, value in metrics.items() if not math.isnan(value)}, train_eval)
+        if self._evaluation is None:  # an evaluation has its own averages
+            metrics = {name: value for name, value in metrics.items() if not math.isnan(value)}
+            super().store_metrics(metrics, train_eval)
+
+    def evaluation_loop(self, *args: Any, **options: Any) -> Any:
+        output = super().evaluation_loop(*args, **options)
+        unknown = [key for key, value in output.metrics.items() if key.endswith(_LOGITS) and math.isnan(value)]
+        for key in unknown:
+            del output.metrics[key]
+        return output
 
     def tokenize_row(self, feature: dict[str, Any], model: Any = None) -> dict[str, Any]:
-        row = super().tokenize_row(feature, model)
+        """TRL's columns; where TRL fails, empty ones, and the reason in a column more."""
+        reason = feature.get(_REASON, "")
+        if not reason:
+            try:
+                row = super().tokenize_row(feature, model)
+            except (TypeError, ValueError) as error:
+                reason = f"TRL cannot tokenise it ({error})"
+        if reason:
+            return {**{name: [] for name in _TOKENISED}, _REASON: reason}
         if self.end == "single":
             for side in ("chosen", "rejected"):
                 self._end_once(row, side)
-        return row
+        return {**row, _REASON: ""}
 
     def _end_once(self, row: dict[str, Any], side: str) -> None:
         """Cut the side behind the first of its end tokens. A truncated answer has none and stays as it is."""
@@ -157,8 +233,74 @@ def _refuse_encoder_decoder(model: Any) -> None:
         )
 
 
+def _packed(rows: Sequence[Mapping[str, Any]], padding_id: int) -> dict[str, Any]:
+    weights = _pair_weights([row.get(_WEIGHT) for row in rows])
+    return pack_pairs(rows, padding_id) | ({} if weights is None else {"pair_weights": weights})
+
+
+def _pair_weights(weights: Sequence[float | None]) -> Tensor | None:
+    """(B,) float64; None where no pair has a weight."""
+    if all(weight is None for weight in weights):
+        return None
+    return torch.tensor([1.0 if weight is None else weight for weight in weights], dtype=torch.float64)
+
+
+# --- rows that TRL is given ----------------------------------------------------------------------------------------
+
+
+def _rendered(rows: Any, tokenizer: Any, config: Any) -> Any:
+    """The rows as TRL's own preparation renders them, but with their tools, and with the reason where one is unusable.
+
+    What TRL does then finds nothing left to render. Left to TRL is all where there is no tokenizer.
+    """
+    if rows is None or tokenizer is None or not hasattr(rows, "map"):
+        return rows
+    with PartialState().main_process_first():
+        return rows.map(_render_row, fn_kwargs={"tokenizer": tokenizer}, num_proc=config.dataset_num_proc)
+
+
+def _render_row(row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    try:
+        if reason := _why_unusable(row):
+            return dict.fromkeys(("prompt", "chosen", "rejected"), "") | {_REASON: reason}
+        row = {name: value for name, value in row.items() if value is not None}  # columns that other rows fill
+        row = maybe_extract_prompt(row)
+        row = maybe_apply_chat_template(row, processing_class=tokenizer, tools=row.get("tools"))
+    except Exception as error:  # of the template, or of TRL: this row's alone
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        return dict.fromkeys(("prompt", "chosen", "rejected"), "") | {_REASON: f"it cannot be rendered ({reason:.200})"}
+    return {name: row[name] for name in ("prompt", "chosen", "rejected")} | {_REASON: ""}
+
+
+def _why_unusable(row: Mapping[str, Any]) -> str | None:
+    for side in ("chosen", "rejected"):
+        if not _says_something(row.get(side)):
+            return f"its {side} response is empty"
+    if row["chosen"] == row["rejected"]:
+        return "its chosen and rejected responses are the same"
+    weight = row.get(_WEIGHT)
+    if weight is not None and not (isinstance(weight, int | float) and 0 <= weight < math.inf):
+        return f"its weight is {weight!r}, not a number of at least 0"
+    return None
+
+
+def _says_something(answer: Any) -> bool:
+    """Whether a text, or the last message of a chat, holds anything. What is neither is left to TRL."""
+    if isinstance(answer, str):
+        return bool(answer.strip())
+    message = answer[-1] if answer else {}
+    if not isinstance(message, Mapping):
+        return True
+    content = message.get("content")
+    said = content.strip() if isinstance(content, str) else content
+    return bool(said) or any(message.get(key) for key in SPOKEN)
+
+
+# --- mean logits ---------------------------------------------------------------------------------------------------
+
+
 def sides_of(input_ids: Tensor, packed: PackedPairs | None = None, **padded: Any) -> Tensor:
-    """(2, rows, T) fp32: the weights of the positions in the means over the chosen and over the rejected side.
+    """(2, rows, T) fp32, 0 or 1: the positions that the means over the chosen and over the rejected side are taken of.
 
     As TRL averages logits: over all positions but the last of each sequence, padding included. In a packed batch there
     is no such padding: over all tokens of each sequence.
@@ -171,7 +313,7 @@ def sides_of(input_ids: Tensor, packed: PackedPairs | None = None, **padded: Any
         segments = packed.segments.to(input_ids.device)
         others = torch.tensor([2, 1], device=segments.device)[:, None, None]  # rejected answers, chosen answers
         sides = ((segments >= 0) & (segments % 3 != others)).float()
-    return sides / sides.sum((1, 2), keepdim=True)
+    return sides
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from typing import Any
 
@@ -29,7 +30,11 @@ def trainer_of(trainer_class: Any, model: nn.Module, folder: Any, **options: Any
     """`options`: of the trainer where they are its own, else of the config."""
     own = ("peft_config", "exact_accumulation", "end", "packing", "compute_metrics", "callbacks")
     examples = options.pop("examples", None) or chat_examples()
-    arguments = settings(folder, **{"max_length": 96, **{k: v for k, v in options.items() if k not in own}})
+    # The evaluation set in one batch: of several, TRL averages the means.
+    arguments = settings(
+        folder,
+        **{"max_length": 96, "per_device_eval_batch_size": 5, **{k: v for k, v in options.items() if k not in own}},
+    )
     return trainer_class(
         model=model,
         args=ORPOConfig(**arguments),
@@ -209,6 +214,34 @@ def test_the_last_step_of_an_epoch_has_fewer_micro_batches(tmp_path):
     small.train()
     large.train()
     assert losses(small) == pytest.approx(losses(large), rel=1e-5)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_accumulation_where_trl_and_transformers_are_older(exact, tmp_path, monkeypatch):
+    """TRL before 1.15 says that its loss takes no counts; transformers before 5.19 then divides it once more."""
+    init, step = TRLORPOTrainer.__init__, transformers.Trainer.training_step
+
+    def older_init(trainer: Any, *args: Any, **options: Any) -> None:
+        init(trainer, *args, **options)
+        trainer.model_accepts_loss_kwargs = False
+
+    def older_step(trainer: Any, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        switch = trainer.loss_is_scaled_for_ga
+        trainer.loss_is_scaled_for_ga = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+        try:
+            return step(trainer, model, inputs, num_items_in_batch)
+        finally:
+            trainer.loss_is_scaled_for_ga = switch
+
+    options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "exact_accumulation": exact}
+    expected = trainer_of(ORPOTrainer, tiny(), tmp_path, **options)
+    expected.train()
+    monkeypatch.setattr(TRLORPOTrainer, "__init__", functools.wraps(init)(older_init))
+    monkeypatch.setattr(transformers.Trainer, "training_step", older_step)
+    older = trainer_of(ORPOTrainer, tiny(), tmp_path, **options)
+    older.train()
+    assert losses(older) == losses(expected)
+    assert grad_norms(older) == grad_norms(expected)
 
 
 def test_a_prompt_that_fills_max_length(tmp_path):

@@ -35,6 +35,10 @@ class ReferencedPairs(Dataset):
     def __init__(self, pairs: Any, logps: np.ndarray):
         self.pairs, self.logps = pairs, logps
 
+    @property
+    def lengths(self) -> Any:
+        return getattr(self.pairs, "lengths", None)
+
     def __len__(self) -> int:
         return len(self.pairs)
 

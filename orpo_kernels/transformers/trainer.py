@@ -12,13 +12,19 @@ step, as if it were one large batch. (A mean of the micro-batches' means weighs 
 counts are taken where the Trainer counts `num_items_in_batch`; like that, they are of all processes unless
 `average_tokens_across_devices=False`. The router loss of a mixture of experts is no sum over tokens: of it, the mean
 over the micro-batches is taken.
+
+**An evaluation** is the loss of its set, whatever the batches: the NLL of all its tokens, the pair loss of all its
+valid pairs, also over several processes. (The Trainer's own is a mean of batches.) Of the router loss it is the mean
+over batches, by their tokens.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -29,19 +35,26 @@ import torch.nn.functional as F
 from accelerate.data_loader import DataLoaderDispatcher
 from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
 from transformers import EvalPrediction, Trainer
+from transformers.trainer_utils import EvalLoopOutput
 
 from .. import PreferenceOutput
 from ..methods import Method, all_options, method_named
 from ..objective import denominators
 from ..sparsity import Sparsity, measured_sparsity
+from .averages import Averages, Part
 from .body import router_loss_coef, unwrap, wants_router_loss
 from .causal_lm import CausalLMPreferenceOutput, batch_rows, causal_lm_preference_loss
-from .collator import REFERENCE, PreferenceCollator
+from .collator import PreferenceCollator, Refusal
 from .engines import run_inside
 from .lm_head import resolve_lm_head
+from .pairs import COLUMNS, NAMED, GroupedByLength, UsablePairs, UsableStream, is_stream, lengths_of, warn_of_unusable
 from .reference import ReferencedPairs, has_reference, reference_logps
+from .rendering import KNOWN
 from .sharing import refuses_shared_prompt
+
+logger = logging.getLogger(__name__)
 
 _FROM_THE_STEP = ("nll_denominator", "pair_denominator")
 _OF_THE_ANSWERS = ("schedule", "memory_budget", "backend", "ignore_index")  # options without gradient as well
@@ -62,32 +75,43 @@ class PreferenceLossMixin:
     loss_options: Mapping[str, Any] = MappingProxyType({})
     args: Any
     accelerator: Any
+    train_dataset: Any
     model: Any
     current_gradient_accumulation_steps: int
     _compile_options: dict[str, Any] | None = None
     _sparsity: Sparsity | None = None
+    _evaluation: Averages | None = None  # of the evaluation that is running
+    _logs_all_metrics = False  # of an evaluation; or only those that compute_metrics gives as well
 
     def loss_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """What `causal_lm_preference_loss` takes of a batch: input_ids, attention_mask and labels, or packed, ..."""
         raise NotImplementedError
 
     def loss_step(
-        self, model: nn.Module, inputs: dict[str, Any], step_counts: Tensor | None = None
-    ) -> tuple[Tensor, PreferenceOutput]:
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        step_counts: Tensor | None = None,
+        counted: Tensor | None = None,
+    ) -> tuple[Tensor, CausalLMPreferenceOutput]:
         """Run the model on one micro-batch: its loss, to be called `backward` on as it is, and what it was made of.
 
         Args:
             model: the trainer's model, or DistributedDataParallel around it.
             inputs: as `loss_inputs` gives them.
             step_counts: what `_get_num_items_in_batch` gave for the optimizer step; None to average over `inputs`.
+            counted: (B,) bool, the pairs that are in the loss; by default all.
 
         Returns:
-            The 0-d loss, with the router's if the model has one; and the `PreferenceOutput`, whose `nll_loss` is the
-            mean over `inputs` in any case.
+            The 0-d loss, with the router's if the model has one; and what the loss function gave, whose `nll_loss` is
+            the mean over `inputs` in any case.
         """
         inner = self.accelerator.unwrap_model(model)
         self._compile_body(inner)
-        own_counts = self._counts(inputs)
+        own_counts = self._counts(inputs, counted)
+        if counted is not None:
+            weights = inputs.get("pair_weights")
+            inputs = {**inputs, "pair_weights": counted.double() if weights is None else weights * counted}
         counts, micro_batches, averaged = own_counts, 1, 1
         if step_counts is not None:
             counts, micro_batches = step_counts, self.current_gradient_accumulation_steps
@@ -103,7 +127,68 @@ class PreferenceLossMixin:
 
         out = run_inside(model, inner, loss_of, inputs)
         own_nll = out.nll_loss * (counts[0] / own_counts[0].clamp(min=1)).to(out.nll_loss.dtype)
-        return out.loss * averaged, out._replace(nll_loss=own_nll)
+        result = CausalLMPreferenceOutput(*out._replace(nll_loss=own_nll))
+        result.aux_loss = out.aux_loss
+        return out.loss * averaged, result
+
+    def evaluation_step(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, CausalLMPreferenceOutput]:
+        """`loss_step` without gradient, on a batch that the evaluation which is running, if one is, averages over."""
+        counted = self._counted(inputs)
+        with torch.no_grad():
+            loss, out = self.loss_step(model, inputs, counted=counted)
+            if self._evaluation is not None:
+                self._evaluation.add(self._evaluated(self.accelerator.unwrap_model(model), inputs, out, counted))
+        return loss, out
+
+    def _counted(self, inputs: dict[str, Any]) -> Tensor | None:
+        """(B,) bool, False for a pair that fills up the last batch of several processes; None where there is none."""
+        state, processes = self.accelerator.gradient_state, self.accelerator.num_processes
+        if processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return None
+        pairs = inputs["packed"].answers.num_pairs if "packed" in inputs else len(inputs["labels"]) // 2
+        place = torch.arange(pairs, device=inputs["input_ids"].device) + self.accelerator.process_index * pairs
+        return place < state.remainder
+
+    def _evaluated(
+        self, inner: nn.Module, inputs: dict[str, Any], out: CausalLMPreferenceOutput, counted: Tensor | None
+    ) -> dict[str, Part]:
+        """What a batch adds to the metrics of its evaluation and to the parts of its loss."""
+        nll_count, pairs = self._counts(inputs, counted)
+        valid = out.valid_pairs if counted is None else out.valid_pairs & counted
+        router = torch.zeros_like(out.loss) if out.aux_loss is None else out.aux_loss.to(out.loss)
+        coef = router_loss_coef(unwrap(inner)) if out.aux_loss is not None else 0.0
+        mask = inputs.get("attention_mask")
+        tokens = nll_count.new_tensor(inputs["input_ids"].numel()) if mask is None else mask.sum()
+        return averaged_metrics(out, valid, nll_count) | {
+            _PAIR_LOSS: Part((out.loss - self.method.alpha * out.nll_loss - coef * router) * pairs, pairs),
+            _ROUTER_LOSS: Part(coef * router * tokens, tokens),
+        }
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """The Trainer's, with the loss and the metrics of the whole set in place of means over its batches."""
+        self._evaluation = Averages()
+        try:
+            output = super().evaluation_loop(  # type: ignore[misc]
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+            means = self._evaluation.means(self.accelerator)
+        finally:
+            self._evaluation = None
+        loss = means.pop(_PAIR_LOSS, 0.0) + means.pop(_ROUTER_LOSS, 0.0)
+        if "nll_loss" in means:
+            output.metrics[f"{metric_key_prefix}_loss"] = self.method.alpha * means["nll_loss"] + loss
+        for name, value in means.items():
+            key = f"{metric_key_prefix}_{name}"
+            if self._logs_all_metrics or key in output.metrics:
+                output.metrics[key] = value
+        return output
 
     def train(self, *arguments: Any, **options: Any) -> Any:
         """As the Trainer's, but also several processes may evaluate before they train.
@@ -138,14 +223,30 @@ class PreferenceLossMixin:
             counts = self.accelerator.gather(counts[None]).sum(0)
         return counts
 
-    def _counts(self, inputs: dict[str, Any]) -> Tensor:
-        """(2,) float64: what the two means of the loss divide by. Nothing is read on the host."""
-        batch = {name: value for name, value in inputs.items() if name != "reference_logps"}
+    def _counts(self, inputs: dict[str, Any], counted: Tensor | None = None) -> Tensor:
+        """(2,) float64: what the two means of the loss divide by. Nothing is read on the host, but for `counted`."""
+        batch = {name: value for name, value in inputs.items() if name not in ("reference_logps", "pair_weights")}
         ignored = {name: value for name, value in self.loss_options.items() if name == "ignore_index"}
         rows = batch_rows(
             **batch, **ignored, prompt_nll=self.method.prompt_nll, nll_reduction=self.method.nll_reduction
         )
+        if counted is not None:
+            rows = rows.select(counted[rows.pair])
         return torch.stack(denominators(rows, None, None))
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """With group_by_length, by the tokens of prompt and answers."""
+        pairs = self.train_dataset if train_dataset is None else train_dataset
+        if not _groups_by_length(self.args) or (lengths := lengths_of(pairs)) is None:
+            return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return GroupedByLength(self.args.train_batch_size * self.args.gradient_accumulation_steps, lengths, seed)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        """An evaluation keeps the order of the pairs, so that predictions are theirs, also with group_by_length."""
+        if not _groups_by_length(self.args) or eval_dataset is None or is_stream(eval_dataset):
+            return super()._get_eval_sampler(eval_dataset)  # type: ignore[misc]
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def _check_setup(self) -> None:
         """Refuse, before the first step, what the loss would bypass."""
@@ -193,6 +294,11 @@ class PreferenceLossMixin:
             body.forward = torch.compile(body.forward, **self._compile_options)
 
 
+def _groups_by_length(args: Any) -> bool:
+    """train_sampling_strategy="group_by_length", which was group_by_length=True before transformers 5."""
+    return getattr(args, "train_sampling_strategy", "") == "group_by_length" or getattr(args, "group_by_length", False)
+
+
 class PreferenceTrainer(PreferenceLossMixin, Trainer):
     """`transformers.Trainer` with the loss of a preference-tuning method (`orpo_kernels.methods`).
 
@@ -200,15 +306,18 @@ class PreferenceTrainer(PreferenceLossMixin, Trainer):
         data_collator: a `PreferenceCollator`, or anything that makes the same batches. With `packing="auto"`, its
             default, prompts are shared if the model allows it (`refuses_shared_prompt`). SFT leaves the rejected
             answers out of the batches that it trains on.
-        train_dataset, eval_dataset: raw examples (prompt, chosen, rejected), or pairs that `tokenize_pair` made. Of a
-            `datasets.Dataset`, other columns are left out; `remove_unused_columns=False` keeps them.
+        train_dataset, eval_dataset: raw examples (prompt, chosen, rejected; `tokenize_pair` says what else they may
+            hold), or pairs that it made. With a `PreferenceCollator` they are looked through and tokenised here, once
+            (`pairs.py`): what cannot be used is left out, said in a warning and held in `unusable_pairs`; what
+            `max_length` cuts is said, too.
         method: "orpo", "sft", "dpo", "simpo" or "cpo".
         beta: the strength of the preference, by default the method's own.
         loss_options: the method's other options (alpha, prompt_nll, nll_reduction, gamma), and what else
             `causal_lm_preference_loss` takes: schedule, memory_budget, backend, ...
         ref_model: DPO's reference; by default the model as it is given here, of a `peft` model without its adapters.
         compute_metrics: `preference_metrics` by default. Another one gets `predictions` (pairs, 9), the columns being
-            `METRICS`, NaN where a pair has an empty answer, and `label_ids` (pairs), 0 for those pairs.
+            `METRICS`, NaN where a pair has an empty answer (nll_loss: that of the pair's batch), and `label_ids`
+            (pairs), 0 for those pairs.
 
     Logs, in training and as `eval_...` in evaluation: rewards/chosen, rewards/rejected, rewards/accuracies,
     rewards/margins, logps/chosen, logps/rejected, log_odds_ratio, log_odds_chosen and nll_loss, under TRL's names and
@@ -221,11 +330,14 @@ class PreferenceTrainer(PreferenceLossMixin, Trainer):
 
     `reference_seconds` is what it took here, or what reading it took.
 
+    `unusable_pairs`: by the name of the set ("train", "eval", "eval_<name>", ...), the `Refusal`s (index and reason)
+    of all pairs that were left out; of a stream, of those so far, in this process (not those that workers of the data
+    loader have left out).
+
     Raises `ValueError` or `TypeError` for a missing collator, for options that are not the caller's or not the
-    method's, and for a model or a parallel setup that the loss cannot serve.
+    method's, for a set of which no pair can be used, and for a model or a parallel setup that the loss cannot serve.
     """
 
-    train_dataset: Any
     eval_dataset: Any
     _signature_columns: Any
 
@@ -253,7 +365,8 @@ class PreferenceTrainer(PreferenceLossMixin, Trainer):
         self.method, self.loss_options = _method_and_options(method, beta, loss_options or {})
         self.ref_model = ref_model
         self.reference_seconds = 0.0
-        self._sums: Tensor | None = None
+        self.unusable_pairs: dict[str, list[Refusal]] = {}
+        self._recent = Averages()  # since the last log
         options.setdefault("compute_metrics", preference_metrics)
         super().__init__(model, args, data_collator=data_collator, **options)
         self.model_accepts_loss_kwargs = True  # transformers before 5.19: the loss is scaled already
@@ -261,14 +374,49 @@ class PreferenceTrainer(PreferenceLossMixin, Trainer):
         if isinstance(data_collator, PreferenceCollator) and data_collator.packing == "auto":
             packing: Any = "padded" if refuses_shared_prompt(self.model) else "shared"
             self.data_collator = replace(data_collator, packing=packing)
-        if self.method.needs_reference:
-            self.train_dataset = self._with_reference(self.train_dataset)
-            self.eval_dataset = self._with_reference(self.eval_dataset)
+        self.train_dataset = self._prepared(self.train_dataset, "train")
+        self.eval_dataset = self._prepared(self.eval_dataset, "eval")
+
+    def _prepared(self, pairs: Any, name: str) -> Any:
+        """The pairs as they go into batches: those that can be used, with what the method needs of a reference."""
+        if isinstance(pairs, dict):
+            return {key: self._prepared(part, f"{name}_{key}") for key, part in pairs.items()}
+        pairs = self._usable(pairs, name)
+        return self._with_reference(pairs) if self.method.needs_reference else pairs
+
+    def _usable(self, pairs: Any, name: str) -> Any:
+        # A collator of the caller's may read more of an example than we know.
+        is_prepared = isinstance(pairs, UsablePairs | UsableStream | ReferencedPairs)
+        if pairs is None or is_prepared or type(self.data_collator) is not PreferenceCollator:
+            return pairs
+        if is_stream(pairs):
+            return UsableStream(pairs, self.data_collator, partial(self._leave_out, name))
+        usable = UsablePairs(pairs, self.data_collator, not self.args.disable_tqdm and self.is_local_process_zero())
+        self.unusable_pairs[name] = usable.unusable
+        say = self.is_world_process_zero()
+        warn_of_unusable(usable.unusable, len(usable) + len(usable.unusable), name, say)
+        if usable.cut_pairs and say:
+            logger.warning(
+                "%d of the %d pairs of the %s set are longer than max_length=%s and are cut, by %d tokens in all.",
+                *(usable.cut_pairs, len(usable), name, self.data_collator.max_length, usable.cut_tokens),
+            )
+        return usable
+
+    def _leave_out(self, name: str, refusal: Refusal) -> None:
+        """A pair of a stream, whose every epoch may come by here."""
+        known = self.unusable_pairs.setdefault(name, [])
+        if refusal in known:
+            return
+        known.append(refusal)
+        if len(known) <= NAMED:
+            rest = f" Of further ones nothing is said; trainer.unusable_pairs[{name!r}] has them."
+            logger.warning(
+                "Pair %d of the %s set cannot be used and is left out: %s.%s",
+                *(refusal.index, name, refusal.reason, rest if len(known) == NAMED else ""),
+            )
 
     def _with_reference(self, pairs: Any) -> Any:
         """The pairs with the reference's log-probabilities, if they do not have them."""
-        if isinstance(pairs, dict):
-            return {name: self._with_reference(part) for name, part in pairs.items()}
         if pairs is None or has_reference(pairs) or not isinstance(self.data_collator, PreferenceCollator):
             return pairs  # a batch without them is refused by the loss
         model = self.model if self.ref_model is None else self.ref_model.to(self.args.device)
@@ -302,7 +450,7 @@ class PreferenceTrainer(PreferenceLossMixin, Trainer):
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
         loss, out = self.loss_step(model, self.loss_inputs(inputs), num_items_in_batch)
-        self._record(out, self._counts(inputs)[0])
+        self._recent.add(averaged_metrics(out, out.valid_pairs, self._counts(inputs)[0]))
         return (loss, out) if return_outputs else loss
 
     def prediction_step(
@@ -313,8 +461,7 @@ class PreferenceTrainer(PreferenceLossMixin, Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Loss, metrics (B, 9) in place of logits, and which pairs are valid (B,) in place of labels."""
-        with torch.no_grad():
-            loss, out = self.loss_step(model, self.loss_inputs(self._prepare_inputs(inputs)))
+        loss, out = self.evaluation_step(model, self.loss_inputs(self._prepare_inputs(inputs)))
         if prediction_loss_only:
             return loss, None, None
         nll = out.nll_loss.expand(len(out.valid_pairs), 1)
@@ -322,28 +469,14 @@ class PreferenceTrainer(PreferenceLossMixin, Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs.update(self._recorded())
+            logs.update(self._recent.means(self.accelerator))
+            self._recent = Averages()
         super().log(logs, start_time)
 
-    def _record(self, out: PreferenceOutput, nll_count: Tensor) -> None:
-        """Add to the sums that the next log divides: so many metrics, valid pairs, NLL and its tokens. No host read."""
-        metrics = pair_metrics(out).double()
-        rest = torch.stack((out.valid_pairs.sum(), out.nll_loss * nll_count, nll_count))
-        sums = torch.cat((metrics.nansum(0), rest))
-        self._sums = sums if self._sums is None else self._sums + sums
-
-    def _recorded(self) -> dict[str, float]:
-        """Means over all that was recorded since the last call, by all processes."""
-        if self._sums is None:
-            return {}
-        *metrics, pairs, nll, nll_count = self.accelerator.gather(self._sums[None]).sum(0).tolist()
-        self._sums = None
-        means = {name: metric / pairs for name, metric in zip(PAIR_METRICS, metrics, strict=True) if pairs}
-        return means | ({"nll_loss": nll / nll_count} if nll_count else {})
-
-    def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **options: Any) -> Any:
-        if self.method.needs_reference:
-            dataset = self._with_reference(dataset)
+    def _get_dataloader(
+        self, dataset: Any, description: str, *args: Any, is_training: bool = False, **options: Any
+    ) -> Any:
+        dataset = self._prepared(dataset, description.lower())
         if self.accelerator.num_processes == 1 and self.accelerator.dispatch_batches is None:
             # Of a stream, Accelerate would cut all tensors to as many rows as the first of them has.
             self.accelerator.dataloader_config.dispatch_batches = False
@@ -351,7 +484,7 @@ class PreferenceTrainer(PreferenceLossMixin, Trainer):
         if is_training and not self.method.is_preference and isinstance(collator, PreferenceCollator):
             self.data_collator = replace(collator, answers="chosen")
         try:
-            loader = super()._get_dataloader(dataset, *args, is_training=is_training, **options)
+            loader = super()._get_dataloader(dataset, description, *args, is_training=is_training, **options)
         finally:
             self.data_collator = collator
         if isinstance(loader, DataLoaderDispatcher) and self.accelerator.num_processes > 1:
@@ -364,8 +497,7 @@ class PreferenceTrainer(PreferenceLossMixin, Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         """The columns that are kept are those the collator reads, not the arguments of the model's forward."""
         if self._signature_columns is None:
-            tokenised = [f"{side}_{part}" for side in ("chosen", "rejected") for part in ("input_ids", "labels")]
-            self._signature_columns = ["prompt", "chosen", "rejected", *tokenised, *REFERENCE]
+            self._signature_columns = [*sorted(KNOWN), *COLUMNS]
 
 
 class ORPOTrainer(PreferenceTrainer):
@@ -404,6 +536,17 @@ PAIR_METRICS = (
 METRICS = (*PAIR_METRICS, "nll_loss")
 
 
+_PAIR_LOSS, _ROUTER_LOSS = "pair_loss", "router_loss"  # the parts of a loss beside its NLL
+
+
+def averaged_metrics(out: PreferenceOutput, valid: Tensor, nll_count: Tensor) -> dict[str, Part]:
+    """What a batch adds to `METRICS`: the pairs that are `valid` (B,) bool, and its NLL, a mean over `nll_count`."""
+    sums = pair_metrics(out).double().masked_fill(~valid[:, None], 0).sum(0)
+    pairs = valid.sum()
+    parts = {name: Part(total, pairs) for name, total in zip(PAIR_METRICS, sums, strict=True)}
+    return parts | {"nll_loss": Part(out.nll_loss * nll_count, nll_count)}
+
+
 def pair_metrics(out: PreferenceOutput) -> Tensor:
     """(B, 8) fp32: `PAIR_METRICS` of every pair, as TRL defines them; NaN for a pair with an empty answer."""
     chosen, rejected = out.chosen_rewards, out.rejected_rewards
@@ -422,7 +565,7 @@ def pair_metrics(out: PreferenceOutput) -> Tensor:
 
 
 def preference_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """The means of `METRICS` over the valid pairs, for `compute_metrics`; nll_loss is a mean over batches."""
+    """The means of `METRICS` over the valid pairs, for `compute_metrics`. (For nll_loss the trainer puts the set's.)"""
     values = prediction.predictions
     values = np.concatenate(values) if isinstance(values, list) else np.asarray(values)
     valid = ~np.isnan(values)
