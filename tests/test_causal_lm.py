@@ -546,12 +546,6 @@ def test_other_adapters_on_the_head_are_refused_by_class():
         causal_lm_orpo_loss(model, **make_batch())
 
 
-def test_trained_tokens_of_a_tied_head_are_refused_by_class():
-    model = with_lora(build("Llama, tied"), trainable_token_indices=[1, 2])
-    with pytest.raises(TypeError, match=r"peft\.utils\.other\.TrainableTokensWrapper"):
-        causal_lm_orpo_loss(model, **make_batch())
-
-
 def test_lora_on_a_head_that_is_quantized_or_hooked_is_refused():
     batch = make_batch()
     quantized_model = llama()

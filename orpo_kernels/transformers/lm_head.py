@@ -1,8 +1,8 @@
 """The lm head of a Hugging Face model as the numbers the loss needs: logits = cap(scale * (W h + b)).
 
 The loss multiplies by the head's weight itself and never calls the head. Whatever a head does beyond a matrix product
-and the transform above would be bypassed. So a head that is anything but a plain `nn.Linear`, or plain LoRA around one,
-is refused here by its class, and `probe.py` checks the rest once against the model's own logits.
+and the transform above would be bypassed. So a head that is anything but a plain `nn.Linear`, or plain LoRA or trained
+tokens around one, is refused here by its class, and `probe.py` checks the rest once against the model's own logits.
 
 **LoRA on the head** adds s * B A dropout(h) to W h. That is one product of longer vectors,
 
@@ -11,10 +11,15 @@ is refused here by its class, and `probe.py` checks the rest once against the mo
 which is exact with dropout too. (The merged weight W + s * B A rounds small steps of B A away in 16 bits.) W is copied
 for it, V * (H + r) elements from the forward to the backward pass; but the gradient of the frozen W is not made, only
 that of B, (V, r), and of the longer hidden states, through which A gets its own.
+
+**Trained tokens** (`peft`'s trainable_token_indices, on a head that is tied to the embeddings) put rows D of their own
+in the place of k rows of W, which is a product of that form, too: [W, E] @ [h, (D - W_k) h], where E (V, k) has a 1 in
+the row of each token.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -47,6 +52,56 @@ class LoRA:
     dropout: nn.Module
     scaling: float
 
+    def features(self, hidden: Tensor) -> Tensor:
+        """(..., r): what the hidden states (..., H) are continued with."""
+        return self.scaling * self.down(self.dropout(match_dtype(hidden, self.down.weight)))
+
+    def mean_features(self, hidden: Tensor) -> Tensor:
+        """The same in fp32, without dropout."""
+        return self.scaling * (hidden @ self.down.weight.float().t())
+
+    @property
+    def columns(self) -> Tensor:
+        """(V, r): what the weight is continued with."""
+        return self.up.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return None if self.up.bias is None else self.scaling * self.up.bias
+
+    @property
+    def identity(self) -> tuple:
+        return weakref.ref(self.up), self.scaling
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedTokens:
+    """Rows of a tied head that `peft` trains in place of the weight's own."""
+
+    weight: Tensor  # of the head, (V, H)
+    indices: tuple[int, ...]  # of the k rows
+    rows: Tensor  # (k, H)
+
+    bias = None
+
+    def features(self, hidden: Tensor) -> Tensor:
+        own = self.weight[list(self.indices)]
+        difference = self.rows.to(torch.promote_types(own.dtype, torch.float32)) - own
+        return match_dtype(hidden, own) @ difference.to(own.dtype).t()
+
+    def mean_features(self, hidden: Tensor) -> Tensor:
+        return hidden @ (self.rows.float() - self.weight[list(self.indices)].float()).t()
+
+    @property
+    def columns(self) -> Tensor:
+        place = torch.tensor(self.indices, device=self.weight.device)
+        ones = self.weight.new_zeros(self.weight.shape[0], len(self.indices))
+        return ones.scatter_(0, place[None], 1.0)
+
+    @property
+    def identity(self) -> tuple:
+        return weakref.ref(self.rows), self.indices
+
 
 class Operands(NamedTuple):
     """What the loss multiplies: [weight, low_rank] @ hidden + bias.
@@ -64,8 +119,8 @@ class Operands(NamedTuple):
 class LMHead:
     """logits = cap(logit_scale * (weight @ h + bias)), where cap(z) = logit_softcap * tanh(z / logit_softcap), or z.
 
-    `weight` (V, H) and `bias` (V) are the model's own parameters, tied to the embeddings or not; `lora` the adapters
-    that are active on them.
+    `weight` (V, H) and `bias` (V) are the model's own parameters, tied to the embeddings or not; `lora` and `tokens`
+    the adapters that are active on them.
     """
 
     weight: Tensor
@@ -73,19 +128,24 @@ class LMHead:
     logit_scale: float
     logit_softcap: float | None
     lora: tuple[LoRA, ...] = ()
+    tokens: tuple[TrainedTokens, ...] = ()
+
+    @property
+    def adapters(self) -> tuple[LoRA | TrainedTokens, ...]:
+        return *self.lora, *self.tokens
 
     def operands(self, hidden: Tensor) -> Operands:
         """Hidden states (..., H) and head as one product, adapters included."""
         hidden, weight, bias = match_dtype(hidden, self.weight), self.weight, self.bias
-        if not self.lora:
+        if not self.adapters:
             return Operands(hidden, weight, bias, None)
-        down = [lora.scaling * lora.down(lora.dropout(match_dtype(hidden, lora.down.weight))) for lora in self.lora]
-        for lora in self.lora:
-            if lora.up.bias is not None:
-                shift = lora.scaling * lora.up.bias.to(weight.dtype)
+        for adapter in self.adapters:
+            if adapter.bias is not None:
+                shift = adapter.bias.to(weight.dtype)
                 bias = shift if bias is None else bias + shift
-        hidden = torch.cat([hidden, *(part.to(hidden.dtype) for part in down)], dim=-1)
-        return Operands(hidden, weight, bias, torch.cat([lora.up.weight for lora in self.lora], dim=1))
+        features = [adapter.features(hidden).to(hidden.dtype) for adapter in self.adapters]
+        columns = torch.cat([adapter.columns for adapter in self.adapters], dim=1)
+        return Operands(torch.cat([hidden, *features], dim=-1), weight, bias, columns)
 
     def mean_logits(self, hidden: Tensor) -> Tensor:
         """(...) fp32: the mean over the vocabulary of the logits of hidden states (..., H), without making them.
@@ -97,11 +157,10 @@ class LMHead:
         if self.logit_softcap is not None:
             return torch.full_like(hidden[..., 0], torch.nan)
         logits = hidden @ _mean_row(self.weight)
-        for lora in self.lora:
-            up = _mean_row(lora.up.weight)
-            logits = logits + lora.scaling * (hidden @ lora.down.weight.float().t() @ up)
-        biases = [(self.bias, 1.0), *((lora.up.bias, lora.scaling) for lora in self.lora)]
-        shift = sum(scaling * bias.float().mean() for bias, scaling in biases if bias is not None)
+        for adapter in self.adapters:
+            logits = logits + adapter.mean_features(hidden) @ _mean_row(adapter.columns)
+        biases = [self.bias, *(adapter.bias for adapter in self.adapters)]
+        shift = sum(bias.float().mean() for bias in biases if bias is not None)
         return self.logit_scale * (logits + shift)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -126,31 +185,57 @@ def match_dtype(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def resolve_lm_head(model: nn.Module) -> LMHead:
-    """Weight, bias, scale, soft-cap and LoRA of `model`'s head: a `PreTrainedModel`, or a `peft` model around one.
+    """Weight, bias, scale, soft-cap and adapters of `model`'s head: a `PreTrainedModel`, or a `peft` model around one.
 
-    Raises `TypeError` for a head that is not exactly an `nn.Linear` with ordinary floating-point parameters, or LoRA
-    around one (DoRA and other variants, quantized, parametrized, sharded, offloaded), and `ValueError` for one that is
-    changed by hooks.
+    Raises `TypeError` for a head that is not exactly an `nn.Linear` with ordinary floating-point parameters, or LoRA or
+    trained tokens around one (DoRA and other variants, quantized, parametrized, sharded, offloaded), and `ValueError`
+    for one that is changed by hooks.
     """
     inner = unwrap(model)
-    module, lora = head_layers(inner)
+    module, lora, tokens = head_layers(inner)
     scale, softcap = logit_transform(inner.config.get_text_config(decoder=True))
-    return LMHead(module.weight, module.bias, scale, softcap, lora)
+    return LMHead(module.weight, module.bias, scale, softcap, lora, tokens)
 
 
-def head_layers(model: PreTrainedModel) -> tuple[nn.Linear, tuple[LoRA, ...]]:
-    """The plain `nn.Linear` that is the head, out of `peft`'s wrappers, and the LoRA that is active on it."""
+class HeadLayers(NamedTuple):
+    """The plain `nn.Linear` that is the head, out of `peft`'s wrappers, and what is active on it."""
+
+    linear: nn.Linear
+    lora: tuple[LoRA, ...]
+    tokens: tuple[TrainedTokens, ...]
+
+
+def head_layers(model: PreTrainedModel) -> HeadLayers:
     head = model.get_output_embeddings()
     if head is None:
         raise TypeError(f"{type(model).__name__} has no output embeddings (get_output_embeddings() is None).")
     lora: tuple[LoRA, ...] = ()
+    tokens: tuple[TrainedTokens, ...] = ()
     if type(head).__name__ == "ModulesToSaveWrapper":
         adapters = [] if head.disable_adapters else head.active_adapters
         head = head.modules_to_save[adapters[0]] if adapters else head.original_module
     elif _class_name(head) == "peft.tuners.lora.layer.Linear":
         head, lora = head.base_layer, _active_lora(head)
+    if _class_name(head) == "peft.utils.other.TrainableTokensWrapper":
+        head, tokens = head.original_module, _active_tokens(head)
     _check_module(head)
-    return head, lora
+    return HeadLayers(head, lora, tokens)
+
+
+def _active_tokens(wrapper: Any) -> tuple[TrainedTokens, ...]:
+    """The rows that the forward of `peft`'s wrapper would put into the weight."""
+    layer = wrapper.token_adapter
+    _check_hooks(wrapper)
+    _check_hooks(layer)
+    if layer.merged and layer.disable_adapters:
+        raise ValueError("The lm head has merged adapters that are disabled; call unmerge_adapter() on the model.")
+    if layer.merged or layer.disable_adapters:
+        return ()
+    active = [name for name in wrapper.active_adapters if name in layer.trainable_tokens_delta]
+    weight = layer.base_layer.weight
+    return tuple(
+        TrainedTokens(weight, tuple(layer.token_indices[name]), layer.trainable_tokens_delta[name]) for name in active
+    )
 
 
 def _active_lora(layer: Any) -> tuple[LoRA, ...]:
@@ -185,7 +270,7 @@ def _check_module(head: nn.Module) -> None:
         raise TypeError(
             f"The lm head is a {_class_name(head)}, not a plain torch.nn.Linear, and what it does beyond one would be "
             "bypassed. Leave lm_head out of quantization, remove parametrizations from it, and of adapters put plain "
-            "LoRA on it or train it in full (modules_to_save=['lm_head'])."
+            "LoRA on it, train some tokens (trainable_token_indices) or all of it (modules_to_save=['lm_head'])."
         )
     _check_hooks(head)
     for parameter in (head.weight, head.bias):

@@ -39,11 +39,11 @@ def verify_lm_head(model: nn.Module, inner: PreTrainedModel, head: LMHead, input
     """
     state = (
         type(inner),
-        weakref.ref(head_layers(inner)[0]),
+        weakref.ref(head_layers(inner).linear),
         head.weight.dtype,
         head.logit_scale,
         head.logit_softcap,
-        tuple((weakref.ref(lora.up), lora.scaling) for lora in head.lora),
+        tuple(adapter.identity for adapter in head.adapters),
         wants_router_loss(inner),
     )
     if _verified.get(model) == state:
