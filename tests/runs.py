@@ -3,6 +3,7 @@
 python -m tests.runs killed trl FOLDER
 python -m torch.distributed.run --nproc-per-node 2 -m tests.runs together transformers FOLDER
 python -m torch.distributed.run --nproc-per-node 2 -m tests.runs sharded trl FOLDER
+python -m torch.distributed.run --nproc-per-node 2 -m tests.runs evaluated trl FOLDER
 python -m torch.distributed.run --nproc-per-node 2 -m tests.runs smollm2 fsdp2 FOLDER
 """
 
@@ -33,8 +34,10 @@ class Kill(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def make_trainer(kind: str, folder: Any, model: Any = None, callbacks: Any = None, **changes: Any) -> Any:
-    """Either of our trainers, with shuffled data and, where the trainer leaves it in, dropout."""
+def make_trainer(
+    kind: str, folder: Any, model: Any = None, callbacks: Any = None, evaluates: bool = False, **changes: Any
+) -> Any:
+    """Either of our trainers, with shuffled data and, where the trainer leaves it in, dropout. TRL's may `evaluate`."""
     model = tiny(attention_dropout=0.1) if model is None else model
     arguments = settings(folder, **{"train_sampling_strategy": "random", **changes})
     if kind == "trl":
@@ -44,7 +47,10 @@ def make_trainer(kind: str, folder: Any, model: Any = None, callbacks: Any = Non
 
         data = Dataset.from_list(chat_examples())
         args = ORPOConfig(**arguments, max_length=96)
-        return ORPOTrainer(model, args, train_dataset=data, processing_class=tokenizer(), callbacks=callbacks)
+        held_out = {"eval_dataset": Dataset.from_list(chat_examples(7))} if evaluates else {}
+        return ORPOTrainer(
+            model, args, train_dataset=data, processing_class=tokenizer(), callbacks=callbacks, **held_out
+        )
 
     from transformers import TrainingArguments
 
@@ -81,6 +87,15 @@ def together(kind: str, folder: Path) -> None:
     assert type(trainer.model_wrapped).__name__ == "DistributedDataParallel"
     if trainer.is_world_process_zero():
         (folder / "logs.json").write_text(json.dumps(trainer.state.log_history))
+    leave(trainer)
+
+
+def evaluated(kind: str, folder: Path) -> None:
+    """One of two processes: seven pairs in batches of two, so that one fills up the last."""
+    trainer = make_trainer(kind, folder, tiny(), evaluates=True, ddp_backend="gloo")
+    metrics = trainer.evaluate()
+    if trainer.is_world_process_zero():
+        (folder / "metrics.json").write_text(json.dumps(metrics))
     leave(trainer)
 
 
@@ -165,7 +180,7 @@ def main() -> None:
     if what == "killed":
         interrupted(kind, folder, [Kill()]).train()
     else:
-        {"together": together, "sharded": sharded, "smollm2": smollm2}[what](kind, Path(folder))
+        {"together": together, "sharded": sharded, "evaluated": evaluated, "smollm2": smollm2}[what](kind, Path(folder))
 
 
 if __name__ == "__main__":
