@@ -160,6 +160,11 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
     return (value.double() - truth.double()).norm().item() / norm if norm else float(value.double().norm())
 
 
+def answer_logps(out: ORPOOutput) -> Tensor:
+    """(2B,) those of all answers: a vector, in which errors do not cancel as they may in the loss."""
+    return torch.cat((out.chosen_logps, out.rejected_logps)).detach()
+
+
 def random_rows(
     generator: torch.Generator, num_positions: int, vocab: int, pairs: int, num_rows: int, weighted: bool = False
 ) -> Rows:

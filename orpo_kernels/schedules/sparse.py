@@ -199,7 +199,9 @@ def block_of(p: Projection, residual: Tensor, log_odds: Tensor, columns: Tensor,
     # (Entries rounded to 16 bits may add up to a little more than their row.)
     record_block(columns.shape[0] / p.vocab_size, dropped.clamp(min=0) * torch.sigmoid(-log_odds))
     profile = mass.div_(mass.amax().clamp(min=torch.finfo(mass.dtype).tiny))
-    amount = dropped.to(mass.dtype) / profile.sum().clamp(min=1)  # 1 at least, where anything was dropped at all
+    # Summed twice side by side: torch shares a sum to a single number among threads, whose count would change its bits.
+    whole = profile.expand(2, -1).sum(1)[0].clamp(min=1)  # 1 at least, where anything was dropped at all
+    amount = dropped.to(mass.dtype) / whole
     return Block(columns=columns, bounds=bounds, entries=entries, amount=amount, profile=profile)
 
 

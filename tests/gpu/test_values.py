@@ -8,13 +8,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.confidence import GAPS, SIDES, confident, exact_results, results
 from orpo_kernels import ORPOOutput, measured_sparsity, orpo_loss, reference
 from orpo_kernels.ops import why_not
 
-from ..batches import IGNORE, batches, plain_loss, relative_error
+from ..batches import IGNORE, Batch, answer_logps, batches, plain_loss, relative_error
 from ..test_loss import assert_as_good_as_plain, serves, share_fixtures
 from ..test_sparse import assert_as_good_as_exact, confident_head, keep_sparse
 from .inputs import DTYPES, SPARSE, all_of_a_call, on, packed, realistic
@@ -36,12 +37,17 @@ def test_matches_definition(dtype, batch, schedule, device, backend):
     assert_as_good_as_plain(batch, at_home, dtype, dtype)
 
 
+# Many short answers: the errors of a few log-probabilities may cancel.
 SIZES = [
-    pytest.param({"length": 128, "size": 576, "vocab": 49152}, id="SmolLM2"),
-    pytest.param({"length": 97, "size": 577, "vocab": 50257}, id="odd"),
-    pytest.param({"length": 64, "size": 2048, "vocab": 128256}, id="Llama-3.2-1B"),
-    pytest.param({"length": 33, "size": 2304, "vocab": 100003, "logit_softcap": 30.0, "logit_scale": 0.5}, id="capped"),
+    pytest.param({"pairs": 16, "length": 16, "size": 576, "vocab": 49152}, id="SmolLM2"),
+    pytest.param({"pairs": 15, "length": 13, "size": 577, "vocab": 50257}, id="odd"),
+    pytest.param({"pairs": 16, "length": 8, "size": 2048, "vocab": 128256}, id="Llama-3.2-1B"),
+    pytest.param(
+        {"pairs": 13, "length": 5, "size": 2304, "vocab": 100003, "logit_softcap": 30.0, "logit_scale": 0.5},
+        id="capped",
+    ),
 ]
+TINY = 4 * torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize("sizes", SIZES)
@@ -51,21 +57,28 @@ def test_error_is_at_most_twice_plains(dtype, schedule, sizes, device, backend):
     """err(ours) <= 2 * err(plain torch in the same dtype, on the same GPU) + tiny, at the sizes of real heads."""
     batch = realistic(dtype, device, **sizes)
     batch = replace(batch, train_weight=schedule != "single_pass", train_bias=schedule != "single_pass")
-    out, grads = batch.run(orpo_loss, schedule=schedule, backend=backend)
+    assert_at_most_twice_plains_error(*batch.run(orpo_loss, schedule=schedule, backend=backend), batch)
+
+
+def assert_at_most_twice_plains_error(out: ORPOOutput, grads: dict[str, Tensor], batch: Batch) -> None:
+    """Plain torch's is that of `batch` in its own dtype."""
     plain_out, plain_grads = batch.run(plain_loss)
     true_out, true_grads = batch.to(torch.float64).run(reference.orpo_loss)
-    tiny = 4 * torch.finfo(torch.float32).eps
-    for name in ("chosen_logps", "rejected_logps"):
-        ours, plain, true = (getattr(o, name).detach() for o in (out, plain_out, true_out))
-        assert relative_error(ours, true) <= 2 * relative_error(plain, true) + tiny, name
-    # One number, in which plain's errors may happen to cancel out: it may be as far off as plain's vectors are.
-    fair = max(relative_error(plain_out.chosen_logps, true_out.chosen_logps), torch.finfo(dtype).eps)
-    assert relative_error(out.loss.detach(), true_out.loss.detach()) <= 2 * fair + tiny
+    dtype = batch.hidden.dtype
+    assert_logps_at_most_twice_plains_error(out, plain_out, true_out)
+    # One number, in which plain's errors may happen to cancel out: it may be as far off as plain's vector is.
+    fair = max(relative_error(answer_logps(plain_out), answer_logps(true_out)), torch.finfo(dtype).eps)
+    assert relative_error(out.loss.detach(), true_out.loss.detach()) <= 2 * fair + TINY
     assert grads.keys() == true_grads.keys()
     for name, true in true_grads.items():
         ours, plain = relative_error(grads[name], true), relative_error(plain_grads[name], true)
-        assert ours <= 2 * plain + tiny, (name, ours, plain)
+        assert ours <= 2 * plain + TINY, (name, ours, plain)
         assert grads[name].dtype == dtype
+
+
+def assert_logps_at_most_twice_plains_error(out: ORPOOutput, plain: ORPOOutput, true: ORPOOutput) -> None:
+    ours, theirs, exact = map(answer_logps, (out, plain, true))
+    assert relative_error(ours, exact) <= 2 * relative_error(theirs, exact) + TINY
 
 
 @pytest.mark.parametrize("softcap", [None, 8.0])
@@ -105,9 +118,7 @@ def test_evaluation(dtype, sizes, device, backend):
         out, plain_out = batch.run(orpo_loss, backend=backend)[0], batch.run(plain_loss)[0]
         true_out = batch.to(torch.float64).run(reference.orpo_loss)[0]
     assert not out.loss.requires_grad
-    for name in ("chosen_logps", "rejected_logps"):
-        ours, plain, true = (getattr(o, name) for o in (out, plain_out, true_out))
-        assert relative_error(ours, true) <= 2 * relative_error(plain, true) + 4 * torch.finfo(torch.float32).eps
+    assert_logps_at_most_twice_plains_error(out, plain_out, true_out)
 
 
 @pytest.mark.parametrize("schedule", TRAINING)
@@ -155,8 +166,8 @@ def test_empty_batches(empty, schedule, device, backend):
 @pytest.mark.parametrize("schedule", TRAINING)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_non_contiguous_inputs(dtype, schedule, device, backend):
-    """Strided hidden states and a transposed weight are what contiguous copies of them are."""
-    batch = realistic(dtype, device, length=19, size=72, vocab=1001)
+    """Strided hidden states and a transposed weight: as exact as contiguous ones, though not by the same GEMM."""
+    batch = realistic(dtype, device, pairs=16, length=5, size=72, vocab=1001)
     batch = replace(batch, train_weight=schedule != "single_pass", train_bias=schedule != "single_pass")
     strange = replace(
         batch,
@@ -164,16 +175,14 @@ def test_non_contiguous_inputs(dtype, schedule, device, backend):
         weight=batch.weight.t().contiguous().t(),
         labels=batch.labels.repeat_interleave(2, 1)[:, ::2],
     )
-    out, grads = batch.run(orpo_loss, schedule=schedule, backend=backend)
     leaves = [t.detach().requires_grad_(schedule != "single_pass") for t in (strange.weight, strange.bias)]
     hidden = strange.hidden.detach().requires_grad_()
     assert not hidden.is_contiguous()
     assert not leaves[0].is_contiguous()
-    other = orpo_loss(
+    out = orpo_loss(
         hidden, leaves[0], strange.labels, bias=leaves[1], schedule=schedule, backend=backend, **strange.options
     )
-    other.loss.backward()
-    torch.testing.assert_close(other.loss, out.loss)
-    for name, leaf in {"hidden": hidden, "weight": leaves[0], "bias": leaves[1]}.items():
-        if name in grads:
-            assert relative_error(leaf.grad, grads[name]) <= 2 * torch.finfo(dtype).eps, name
+    out.loss.backward()
+    found = {"hidden": hidden.grad, "weight": leaves[0].grad, "bias": leaves[1].grad}
+    grads = {name: grad for name, grad in found.items() if grad is not None}
+    assert_at_most_twice_plains_error(out, grads, batch)
