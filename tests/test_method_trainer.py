@@ -341,5 +341,10 @@ def test_pairs_may_bring_their_reference(tmp_path):
 
 def test_a_pair_that_cannot_be_used_is_named(tmp_path):
     broken = [*chat_examples(2), {**chat_examples(1)[0], "rejected": ""}]
+    trainer = trainer_of(tmp_path, "dpo", train_dataset=broken)
+    assert [(one.index, one.reason) for one in trainer.unusable_pairs["train"]] == [
+        (2, "its rejected response is empty")
+    ]
+    assert len(trainer.train_dataset.logps) == 2
     with pytest.raises(ValueError, match="Pair 2 of the data cannot be used: its rejected response is empty"):
-        trainer_of(tmp_path, "dpo", train_dataset=broken)
+        reference_module.reference_logps(tiny(), broken, collator(), trainer.accelerator, folder=tmp_path, batch_size=2)
