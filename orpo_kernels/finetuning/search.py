@@ -24,7 +24,7 @@ from .pretrained import compute_dtype
 from .processes import processes
 from .records import to_json
 from .scoring import Scores, intervals, score
-from .settings import SweepSettings, TrainSettings, train_arguments
+from .settings import SweepSettings, train_arguments
 
 COMPARED = ("accuracy", "log_odds", "nll")
 
