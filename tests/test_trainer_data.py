@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from typing import Any
@@ -374,6 +375,26 @@ def test_a_run_in_groups_goes_on_where_it_was(tmp_path):
     resumed = trainer_of(tmp_path / "half", max_steps=10, **options)
     resumed.train(resume_from_checkpoint=True)
     assert losses(resumed) == pytest.approx(losses(whole), rel=1e-5)
+
+
+def test_the_flag_of_the_command(tmp_path, monkeypatch):
+    pytest.importorskip("rich")
+    from orpo_kernels.cli import main
+
+    tiny(initializer_range=0.02).save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(pair) + "\n" for pair in chat_examples(24)))
+    samplers = []
+    grouped = PreferenceTrainer._get_train_sampler
+    monkeypatch.setattr(
+        PreferenceTrainer, "_get_train_sampler", lambda *args: samplers.append(grouped(*args)) or samplers[-1]
+    )
+    flags = ["--batch-size", "2", "--max-steps", "1", "--eval-split", "0", "--output"]
+    for name, more in (("plain", []), ("grouped", ["--group-by-length"])):
+        folder = str(tmp_path / name)
+        assert main(["train", str(tmp_path / "model"), str(pairs), *flags, folder, *more, "--json"]) == 0
+    assert [isinstance(sampler, GroupedByLength) for sampler in samplers] == [False, True]
 
 
 # --- weights -------------------------------------------------------------------------------------------------------

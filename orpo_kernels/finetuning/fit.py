@@ -326,6 +326,7 @@ def _arguments(settings: TrainSettings, folder: RunFolder, pairs: int, has_held_
         weight_decay=0.0,
         bf16=compute_dtype(settings.dtype) is torch.bfloat16,
         seed=settings.seed,
+        train_sampling_strategy="group_by_length" if settings.group_by_length else "random",
         logging_steps=1,
         logging_nan_inf_filter=False,
         include_num_input_tokens_seen="all",

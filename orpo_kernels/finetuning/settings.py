@@ -157,6 +157,7 @@ class TrainSettings(DataSettings):
     merge: bool = setting(False, "With --lora: save the model with the adapters merged as well.")
     gradient_checkpointing: bool = setting(False, "Hold few activations, compute them twice.")
     packing: Packing = setting("auto", "Whether both answers share one prompt. auto: if the model allows it.")
+    group_by_length: bool = setting(False, "Put pairs of similar length into one batch: less padding, less chance.")
     seed: int = setting(0, "Of the split, the order of the pairs, and the adapters.")
 
     def __post_init__(self) -> None:
