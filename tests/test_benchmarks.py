@@ -447,7 +447,7 @@ def test_kept_pages_are_not_faulted_in_again() -> None:
     command = [sys.executable, "-c", FAULTS]
     lines = subprocess.run(command, capture_output=True, text=True, check=True, cwd=PROJECT).stdout.splitlines()
     (_, before), (_, inside), (_, after) = ([int(n) for n in line.split()] for line in lines)
-    assert before > 50 < after  # as few as that with huge pages
+    assert before >= 32 <= after  # as few as that with huge pages, of 2 MiB
     assert inside < 10
 
 
