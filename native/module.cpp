@@ -1,20 +1,25 @@
 // The Python module `orpo_kernels._native`. Tensors come in through DLPack, without a copy and without PyTorch's
 // headers; shapes, dtypes and indices are checked here, so that no kernel reads or writes where it should not.
 
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include "dispatch.h"
 #include "kernels.h"
+#include "label_rows.h"
+#include "odds_ratio.h"
 #include "sequence_sums.h"
 #include "threads.h"
 
@@ -89,6 +94,19 @@ T* vector(const Array& array, const std::string& name, int64_t size) {
   if (size > 1 && array.stride(0) != 1)
     refuse(name + " has stride " + std::to_string(array.stride(0)) + ", it must be 1");
   return static_cast<T*>(array.data());
+}
+
+double number(const Array& array, const std::string& name) {
+  if (array.size() != 1 || array.dtype() != nb::dtype<double>()) refuse(name + " must be one number of float64");
+  return *static_cast<const double*>(array.data());
+}
+
+// Integers whose columns lie side by side; how far apart the rows are.
+std::pair<const int64_t*, int64_t> table(const Array& array, const std::string& name, int64_t rows, int64_t columns) {
+  check_shape(array, name, {rows, columns});
+  if (array.dtype() != nb::dtype<int64_t>()) refuse(name + " has elements of " + type_of(array) + ", it must be int64");
+  if (columns > 1 && array.stride(1) != 1) refuse("the columns of " + name + " must lie side by side");
+  return {static_cast<const int64_t*>(array.data()), array.stride(0)};
 }
 
 const int64_t* indices(const Array& array, const std::string& name, int64_t size, int64_t limit) {
@@ -209,6 +227,74 @@ void sums(const Array& log_odds, const Array& sequence, const Array& scored, con
   sequence_sums(a);
 }
 
+void pairs(const Array& log_odds, const Array& sequence, const Array& scored, const Array& nll_weight,
+           const Array& mean_logps, const Array& scored_rows, const Array& nll,
+           const std::optional<Array>& pair_weight, double alpha, double beta, const Array& nll_count,
+           const Array& pair_count, const Array& numbers, const Array& valid, const Array& grad) {
+  check_shape(log_odds, "log_odds", {-1});
+  check_shape(valid, "valid", {-1});
+  const int64_t rows = log_odds.shape(0), pairs = valid.shape(0);
+  const OddsRatio a{
+      vector<double>(log_odds, "log_odds", rows),
+      indices(sequence, "sequence", rows, 2 * pairs),
+      vector<bool>(scored, "scored", rows),
+      vector<double>(nll_weight, "nll_weight", rows),
+      rows,
+      vector<double>(mean_logps, "mean_logps", 2 * pairs),
+      vector<double>(scored_rows, "scored_rows", 2 * pairs),
+      vector<double>(nll, "nll", 2 * pairs),
+      pair_weight ? vector<double>(*pair_weight, "pair_weight", pairs) : nullptr,
+      pairs,
+      alpha,
+      beta,
+      number(nll_count, "nll_count"),
+      number(pair_count, "pair_count"),
+      vector<double>(numbers, "numbers", 3 + 3 * pairs),
+      vector<bool>(valid, "valid", pairs),
+      vector<double>(grad, "grad", rows),
+  };
+  const nb::gil_scoped_release release;
+  odds_ratio(a);
+}
+
+int64_t rows_of_labels(const Array& labels, const std::optional<Array>& nll_labels, bool shift, int64_t ignore_index,
+                       bool per_sequence, const Array& position, const Array& target, const Array& sequence,
+                       const Array& scored, const Array& nll_weight) {
+  check_shape(labels, "labels", {-1, -1});
+  const int64_t pairs = labels.shape(0) / 2, length = labels.shape(1);
+  const auto [own, stride] = table(labels, "labels", 2 * pairs, length);
+  const auto [other, nll_stride] = nll_labels ? table(*nll_labels, "nll_labels", pairs, length)
+                                              : std::pair<const int64_t*, int64_t>{nullptr, 0};
+  const int64_t most = (2 + nll_labels.has_value()) * pairs * length;
+  const Labels a{own, other, stride, nll_stride, pairs, length, shift, ignore_index, per_sequence};
+  const LabelRows out{vector<int64_t>(position, "position", most), vector<int64_t>(target, "target", most),
+                      vector<int64_t>(sequence, "sequence", most), vector<bool>(scored, "scored", most),
+                      vector<double>(nll_weight, "nll_weight", most)};
+  const nb::gil_scoped_release release;
+  return label_rows(a, out);
+}
+
+void counts(const Array& sequence, const Array& scored, const Array& nll_weight, int64_t pairs, const Array& out) {
+  check_shape(sequence, "sequence", {-1});
+  const int64_t rows = sequence.shape(0);
+  const int64_t* s = indices(sequence, "sequence", rows, 2 * pairs);
+  const bool* is_scored = vector<bool>(scored, "scored", rows);
+  const double* weight = vector<double>(nll_weight, "nll_weight", rows);
+  double* to = vector<double>(out, "out", 2);
+  const Counts found = count_rows(s, is_scored, weight, rows, pairs);
+  to[0] = found.nll;
+  to[1] = found.pairs;
+}
+
+std::pair<int64_t, int64_t> bounds(const Array& index) {
+  check_shape(index, "index", {-1});
+  const int64_t size = index.shape(0);
+  const int64_t* values = vector<int64_t>(index, "index", size);
+  if (!size) return {0, 0};
+  const auto [low, high] = std::minmax_element(values, values + size);
+  return {*low, *high};
+}
+
 void exp_into(const Array& x, const Array& out, int64_t repeats, int threads) {
   check_shape(x, "x", {-1});
   const int64_t count = x.shape(0);
@@ -244,6 +330,13 @@ NB_MODULE(_native, m) {
   m.def("scatter_rows_", scatter_rows_, "out"_a, "position"_a, "rows"_a, "coefficient"_a, "threads"_a);
   m.def("sequence_sums", sums, "log_odds"_a, "sequence"_a, "scored"_a, "nll_weight"_a, "mean_logps"_a,
         "scored_rows"_a, "nll"_a);
+  m.def("odds_ratio", pairs, "log_odds"_a, "sequence"_a, "scored"_a, "nll_weight"_a, "mean_logps"_a, "scored_rows"_a,
+        "nll"_a, "pair_weight"_a.none(), "alpha"_a, "beta"_a, "nll_count"_a, "pair_count"_a, "numbers"_a, "valid"_a,
+        "grad"_a);
+  m.def("label_rows", rows_of_labels, "labels"_a, "nll_labels"_a.none(), "shift"_a, "ignore_index"_a, "per_sequence"_a,
+        "position"_a, "target"_a, "sequence"_a, "scored"_a, "nll_weight"_a, "How many rows were written.");
+  m.def("count_rows", counts, "sequence"_a, "scored"_a, "nll_weight"_a, "pairs"_a, "out"_a);
+  m.def("bounds", bounds, "index"_a, "The least and the largest of some integers; (0, 0) of none.");
   m.def("exp", exp_into, "x"_a, "out"_a, "repeats"_a, "threads"_a,
         "exp(x) into `out`, which has room for it once a thread; to be tested, and timed by `repeats`.");
   m.def("isa", [] { return std::string(kernels->isa); }, "The instruction set whose kernels run.");

@@ -3,11 +3,9 @@
 
 #include "sequence_sums.h"
 
-#include <cmath>
+#include "log_sigmoid.h"
 
 namespace orpo {
-
-static double log_sigmoid(double x) { return (x < 0 ? x : 0.0) - std::log1p(std::exp(-std::fabs(x))); }
 
 void sequence_sums(const SequenceSums& a) {
   for (int64_t i = 0; i < a.sequences; ++i) a.mean_logps[i] = a.scored_rows[i] = a.nll[i] = 0;

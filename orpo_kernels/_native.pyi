@@ -33,6 +33,41 @@ def sequence_sums(
     scored_rows: Tensor,
     nll: Tensor,
 ) -> None: ...
+def odds_ratio(
+    log_odds: Tensor,
+    sequence: Tensor,
+    scored: Tensor,
+    nll_weight: Tensor,
+    mean_logps: Tensor,
+    scored_rows: Tensor,
+    nll: Tensor,
+    pair_weight: Tensor | None,
+    alpha: float,
+    beta: float,
+    nll_count: Tensor,
+    pair_count: Tensor,
+    numbers: Tensor,
+    valid: Tensor,
+    grad: Tensor,
+) -> None: ...
+def label_rows(
+    labels: Tensor,
+    nll_labels: Tensor | None,
+    shift: bool,
+    ignore_index: int,
+    per_sequence: bool,
+    position: Tensor,
+    target: Tensor,
+    sequence: Tensor,
+    scored: Tensor,
+    nll_weight: Tensor,
+) -> int:
+    """How many rows were written."""
+
+def count_rows(sequence: Tensor, scored: Tensor, nll_weight: Tensor, pairs: int, out: Tensor) -> None: ...
+def bounds(index: Tensor) -> tuple[int, int]:
+    """The least and the largest of some integers; (0, 0) of none."""
+
 def exp(x: Tensor, out: Tensor, repeats: int, threads: int) -> None:
     """exp(x) into `out`, which has room for it once a thread; to be tested, and timed by `repeats`."""
 

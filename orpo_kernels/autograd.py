@@ -11,6 +11,7 @@ large to be kept until the backward pass.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -90,9 +91,9 @@ class PairLossFunction(torch.autograd.Function):
         dtype: torch.dtype,
         sequence_group: Group | None,
     ) -> tuple[Tensor, ...]:
-        *metrics, grad = pair_loss(token_log_odds, rows, alpha, beta, counts, ops, sequence_group)
-        ctx.save_for_backward(grad)
-        outputs = outputs_of(metrics, dtype)
+        loss = pair_loss(token_log_odds, rows, alpha, beta, counts, ops, sequence_group)
+        ctx.save_for_backward(loss.grad)
+        outputs = outputs_of(loss.numbers, loss.valid_pairs, dtype)
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 
@@ -168,20 +169,21 @@ def loss_and_gradients(
         bias=zeros(bias, needs_bias, True),
         accumulate=len(groups) > 1,
     )
-    results = []
+    losses = []
     with no_autocast(hidden):
         for group in groups:
             p = Projection(hidden, weight, bias, group.position, group.target, options)
             schedule = schedule_of(p)
             log_odds, kept = schedule.forward(p)
-            *metrics, grad = pair_loss(log_odds, group, alpha, beta, counts, options.ops)
+            loss = pair_loss(log_odds, group, alpha, beta, counts, options.ops)
             if any(needs):
-                schedule.backward(p, kept, grad.to(p.sum_dtype), grads)
-            results.append(metrics)
+                schedule.backward(p, kept, loss.grad.to(p.sum_dtype), grads)
+            losses.append(loss)
             del kept
     # A pair's metrics come from its own group and are 0 in every other.
-    totals = [torch.stack(values).sum(0) for values in zip(*results, strict=True)]
-    return outputs_of(totals, accumulation_dtype(hidden.dtype)), grads
+    numbers = torch.stack([loss.numbers for loss in losses]).sum(0) if len(losses) > 1 else losses[0].numbers
+    valid = torch.stack([loss.valid_pairs for loss in losses]).any(0) if len(losses) > 1 else losses[0].valid_pairs
+    return outputs_of(numbers, valid, accumulation_dtype(hidden.dtype)), grads
 
 
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -201,9 +203,11 @@ def groups_of_pairs(rows: Rows, largest: int) -> list[Rows]:
     return [rows.select(index) for index in order.split([*counts, count])]
 
 
-def outputs_of(metrics: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """What a Function returns: loss and metrics in `dtype`, the last, `valid_pairs`, as bool."""
-    return *(metric.to(dtype) for metric in metrics[:-1]), metrics[-1].bool()
+def outputs_of(numbers: Tensor, valid_pairs: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """What a Function returns: the loss and the metrics of `PairLoss` one by one, numbers in `dtype`."""
+    loss, nll_loss, or_loss, of_pairs = numbers.to(dtype).split([1, 1, 1, len(numbers) - 3])
+    # The loss is nobody's view: people divide it in place.
+    return loss.reshape(()).clone(), nll_loss.view(()), or_loss.view(()), *of_pairs.view(3, -1).unbind(), valid_pairs
 
 
 def refuse_second_derivative() -> None:
@@ -214,9 +218,10 @@ def refuse_second_derivative() -> None:
         )
 
 
-def no_autocast(hidden: Tensor) -> torch.autocast:
+def no_autocast(hidden: Tensor) -> AbstractContextManager:
     """Inside, every dtype is the plan's choice."""
-    return torch.autocast(hidden.device.type, enabled=False)
+    device = hidden.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _scaled(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .ops import host_ops, is_readable
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -51,13 +53,14 @@ def check_targets(name: str, target: Tensor, vocab_size: int) -> None:
     """Targets in [0, V). On a GPU the check is asynchronous, so as not to wait for the device."""
     if not target.numel() or not is_readable(target):
         return
-    valid = ((target >= 0) & (target < vocab_size)).all()
     if target.device.type != "cpu":
+        valid = ((target >= 0) & (target < vocab_size)).all()
         torch._assert_async(valid, f"{name} holds a token id outside [0, {vocab_size}), the rows of the weight")
-    elif not valid:
-        low, high = target.aminmax()
+        return
+    low, high = host_ops(target).bounds(target)
+    if low < 0 or high >= vocab_size:
         raise ValueError(
-            f"{name} holds token ids from {int(low)} to {int(high)}, but weight has {vocab_size} rows: ids must be in "
+            f"{name} holds token ids from {low} to {high}, but weight has {vocab_size} rows: ids must be in "
             f"[0, {vocab_size}), or ignore_index where there is no target"
         )
 
@@ -66,12 +69,13 @@ def check_positions(position: Tensor, num_positions: int) -> None:
     """Positions in [0, N). On a GPU the check is asynchronous."""
     if not position.numel() or not is_readable(position):
         return
-    valid = ((position >= 0) & (position < num_positions)).all()
     if position.device.type != "cpu":
+        valid = ((position >= 0) & (position < num_positions)).all()
         torch._assert_async(valid, f"rows.position holds a position outside [0, {num_positions}), those of hidden")
-    elif not valid:
-        low, high = position.aminmax()
-        raise ValueError(f"rows.position runs from {int(low)} to {int(high)}, but hidden has {num_positions} positions")
+        return
+    low, high = host_ops(position).bounds(position)
+    if low < 0 or high >= num_positions:
+        raise ValueError(f"rows.position runs from {low} to {high}, but hidden has {num_positions} positions")
 
 
 def check_pair_weight(weight: Tensor | None) -> None:
@@ -104,8 +108,3 @@ def check_denominator(name: str, denominator: int | Tensor | None) -> None:
             raise ValueError(f"{name} has shape {tuple(denominator.shape)}, it must be an int or a 0-d tensor")
     elif denominator is not None and not denominator > 0:
         raise ValueError(f"{name} is {denominator}, it must be positive, or None for the batch's own count")
-
-
-def is_readable(tensor: Tensor) -> bool:
-    """False for a tensor without data (fake or meta), as in memory accounting and tracing."""
-    return tensor.device.type != "meta" and not isinstance(tensor, torch._subclasses.FakeTensor)

@@ -77,7 +77,7 @@ def orpo_loss_op(
     outputs, grads = loss_and_gradients(hidden, weight, bias, rows, options, alpha, beta, counts, needs)
     made = zip((hidden, weight, bias), (grads.hidden, grads.weight, grads.bias), strict=True)
     return [
-        *outputs,
+        *(output.clone() for output in outputs),  # an operator's results share no memory
         *(hidden.new_empty(0) if t is None or grad is None else grad.to(gradient_dtype(t.dtype)) for t, grad in made),
     ]
 

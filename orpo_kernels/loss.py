@@ -18,7 +18,7 @@ from .objective import NO_GROUPS, denominators
 from .parallel import Groups
 from .planning import accumulation_dtype
 from .projection import HeadOptions, facts_of
-from .rows import Rows, averaged_over_sequences, check_reduction, padded_rows
+from .rows import Rows, averaged_over_sequences, check_reduction, padded_rows, rows_from_labels
 
 
 class ORPOOutput(NamedTuple):
@@ -139,7 +139,10 @@ def orpo_loss(
             )
         check_reduction(nll_reduction)
         reduction = nll_reduction if groups.sequence is None else "token"  # the mean is taken over all ranks, later
-        return hidden.flatten(0, 1), padded_rows(labels, nll_labels, shift, ignore_index, reduction, pair_weight)
+        if torch.compiler.is_compiling():  # a graph of fixed shapes has as many rows as labels; its operator drops some
+            return hidden.flatten(0, 1), padded_rows(labels, nll_labels, shift, ignore_index, reduction, pair_weight)
+        choices = {"shift": shift, "ignore_index": ignore_index, "nll_reduction": reduction}
+        return hidden.flatten(0, 1), rows_from_labels(labels, nll_labels, pair_weight=pair_weight, **choices)
 
     return _loss(
         inputs,

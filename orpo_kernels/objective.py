@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .ops import host_ops
 from .parallel import Group, Groups, summed
 from .rows import Rows
 
@@ -48,16 +49,21 @@ class SequenceSums(NamedTuple):
 
 
 class PairLoss(NamedTuple):
-    """What one evaluation of the objective gives; float64, scalars 0-d, the rest as named."""
+    """What one evaluation of the objective gives. B pairs, R rows."""
 
-    loss: Tensor
-    nll_loss: Tensor
-    or_loss: Tensor
-    chosen_logps: Tensor  # (B,)
-    rejected_logps: Tensor  # (B,)
-    log_odds: Tensor  # (B,) d_i, 0 where the pair is not valid
+    numbers: Tensor  # (3 + 3B,) float64, side by side what the properties below name, in their order
     valid_pairs: Tensor  # (B,) bool
-    grad: Tensor  # (R,) dloss / d token_log_odds
+    grad: Tensor  # (R,) float64, dloss / d token_log_odds
+
+    @property
+    def totals(self) -> Tensor:
+        """(3,) loss, NLL and OR."""
+        return self.numbers[:3]
+
+    @property
+    def of_pairs(self) -> Tensor:
+        """(3, B) length-averaged log-probabilities of the chosen and of the rejected answers, and the log-odds d_i."""
+        return self.numbers[3:].view(3, -1)
 
 
 class Denominators(NamedTuple):
@@ -74,20 +80,29 @@ def denominators(
 
     Both are divided by the number of ranks that hold other pairs: their losses and gradients will be averaged.
     """
+    given = nll, pairs
+    own = _counts(rows, groups).unbind() if nll is None or pairs is None else given
     device = rows.position.device
-    if nll is None or pairs is None:
-        counts = torch.stack((rows.nll_weight.sum(), _count_pairs(rows, groups)))
+    counts = (mine if count is None else as_scalar(count, device) for mine, count in zip(own, given, strict=True))
+    return Denominators(*(counts if groups.replicas == 1 else (count / groups.replicas for count in counts)))
+
+
+def _counts(rows: Rows, groups: Groups) -> Tensor:
+    """(2,) float64: the NLL weight and the number of valid pairs, of the groups' ranks together."""
+    if groups.sequence is None:
+        counts = host_ops(rows.position).count_rows(rows)
+    else:
+        scored_rows = segment_sum(rows.scored.double(), rows.sequence, 2 * rows.num_pairs)
+        summed(scored_rows, [groups.sequence], "the number of rows of every sequence")
+        counts = torch.stack((rows.nll_weight.sum(), _valid_pairs(scored_rows).sum(dtype=torch.float64)))
         summed(counts[:1], [groups.sequence], "the number of NLL rows")
-        summed(counts, [groups.data], "the numbers of NLL rows and pairs")
-        nll, pairs = counts[0] if nll is None else nll, counts[1] if pairs is None else pairs
-    given = (as_scalar(nll, device), as_scalar(pairs, device))
-    return Denominators(*(count / groups.replicas for count in given))
+    return summed(counts, [groups.data], "the numbers of NLL rows and pairs")
 
 
-def _count_pairs(rows: Rows, groups: Groups) -> Tensor:
+def count_rows(rows: Rows) -> Tensor:
+    """(2,) float64: the sum of the rows' NLL weights, and the number of pairs of which both answers are scored."""
     scored_rows = segment_sum(rows.scored.double(), rows.sequence, 2 * rows.num_pairs)
-    summed(scored_rows, [groups.sequence], "the number of rows of every sequence")
-    return _valid_pairs(scored_rows).sum(dtype=torch.float64)
+    return torch.stack((rows.nll_weight.sum(), _valid_pairs(scored_rows).sum(dtype=torch.float64)))
 
 
 def as_scalar(count: int | Tensor, device: torch.device) -> Tensor:
@@ -165,8 +180,8 @@ def odds_ratio(
     or_grad = torch.where(rows.scored & (share != 0), share * torch.exp(log_share[rows.sequence] + log_token), 0)
     grad = beta * or_grad - alpha * nll_share * rows.nll_weight * log_token.exp()
 
-    chosen_logps, rejected_logps = mean_logps.view(2, -1)
-    return PairLoss(alpha * nll_loss + beta * or_loss, nll_loss, or_loss, chosen_logps, rejected_logps, d, valid, grad)
+    loss = alpha * nll_loss + beta * or_loss
+    return PairLoss(torch.cat((torch.stack((loss, nll_loss, or_loss)), mean_logps, d)), valid, grad)
 
 
 def segment_sum(values: Tensor, segment: Tensor, num_segments: int) -> Tensor:

@@ -12,6 +12,7 @@ One GEMM here is 2 * R * V * H FLOP over the R rows that matter. The schedules (
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -127,7 +128,7 @@ class Work:
     def needs_head(self) -> bool:
         return self.needs_weight or self.needs_bias
 
-    @property
+    @functools.cached_property
     def gemm_dtype(self) -> torch.dtype:
         return gemm_dtype(self.dtype, self.device, self.backend)
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .ops import host_ops
 from .parallel import Groups, VocabShard, summed
 
 DTYPES = {  # of the vectors that have a number for each row
@@ -161,7 +162,14 @@ def rows_from_labels(
         ValueError: odd batch, shapes that do not fit together, unknown reduction.
         TypeError: labels that are not int64, weights that are not float64, or that are on different devices.
     """
-    return padded_rows(labels, nll_labels, shift, ignore_index, nll_reduction, pair_weight).live()
+    check_labels(labels, nll_labels, nll_reduction)
+    rows = host_ops(labels).label_rows(labels, nll_labels, shift, ignore_index, nll_reduction == "sequence")
+    return rows if pair_weight is None else replace(rows, pair_weight=pair_weight)
+
+
+def label_rows(labels: Tensor, nll_labels: Tensor | None, shift: bool, ignore_index: int, per_sequence: bool) -> Rows:
+    """The rows of labels that are in order: those of the labels first, then those of the NLL's other targets."""
+    return padded_rows(labels, nll_labels, shift, ignore_index, "sequence" if per_sequence else "token").live()
 
 
 def padded_rows(

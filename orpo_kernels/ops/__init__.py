@@ -12,6 +12,7 @@ import os
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 BACKENDS = ("auto", "torch", "native", "triton")
 MODULES = {"torch": ".torch_ops", "native": ".native", "triton": ".triton"}
@@ -89,7 +90,23 @@ def is_interpreted() -> bool:
 
 def select(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> ModuleType:
     """The module that serves `backend` for tensors of `dtype` on `device`; raises as `resolve`."""
-    return importlib.import_module(MODULES[resolve(backend, device, dtype)], __name__)
+    return _module(resolve(backend, device, dtype))
 
 
-__all__ = ["BACKENDS", "backends", "is_interpreted", "resolve", "select"]
+def host_ops(tensor: Tensor) -> ModuleType:
+    """The module for what is done with a few numbers a row where `tensor`, of any dtype, is: native or eager."""
+    is_host = tensor.device.type in CPUS and is_readable(tensor) and not torch.compiler.is_compiling()
+    return _module("native" if is_host and _not_built() is None else "torch")
+
+
+@functools.cache
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(MODULES[name], __name__)
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """False for a tensor without data (fake or meta), as in memory accounting and tracing."""
+    return tensor.device.type != "meta" and not isinstance(tensor, torch._subclasses.FakeTensor)
+
+
+__all__ = ["BACKENDS", "backends", "host_ops", "is_interpreted", "is_readable", "resolve", "select"]

@@ -11,25 +11,28 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.dlpack import to_dlpack
 
 from .. import _native
 from ..gemm import WeightSlices, project, project_slice
-from ..objective import SequenceSums, odds_ratio
-from ..rows import Rows
+from ..objective import Denominators, PairLoss, SequenceSums
+from ..rows import DTYPES, Rows
 
 
-def call(function: Any, *arguments: Any) -> None:
-    """`function(*arguments)`, which writes into some of them; nothing for tensors without data."""
-    if any(isinstance(argument, FakeTensor) for argument in arguments):
-        return
-    # DLPack refuses tensors that require grad; kernels read vectors with stride 1.
-    function(*(prepared(argument) if isinstance(argument, Tensor) else argument for argument in arguments))
+def call(function: Any, *arguments: Any) -> Any:
+    """`function(*arguments)`, which writes into some of them; nothing for tensors without data.
 
-
-def prepared(tensor: Tensor) -> Tensor:
-    """Without its history, a vector with its numbers side by side; those that are written are made so."""
-    tensor = tensor.detach()
-    return tensor.contiguous() if tensor.dim() == 1 else tensor
+    A tensor is given as its memory in a DLPack capsule, ten times cheaper to make than by `__dlpack__`; a vector with
+    its numbers side by side (those that are written are made so).
+    """
+    given = []
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            if isinstance(argument, FakeTensor):
+                return None
+            argument = to_dlpack(argument.contiguous() if argument.dim() == 1 else argument)
+        given.append(argument)
+    return function(*given)
 
 
 def project_log_odds(
@@ -125,10 +128,49 @@ def sequence_sums(token_log_odds: Tensor, rows: Rows) -> SequenceSums:
     return SequenceSums(*sums)
 
 
+def odds_ratio(
+    token_log_odds: Tensor, rows: Rows, sums: SequenceSums, alpha: float, beta: float, counts: Denominators
+) -> PairLoss:
+    """See `objective.odds_ratio`."""
+    loss = PairLoss(
+        numbers=token_log_odds.new_empty(3 + 3 * rows.num_pairs),
+        valid_pairs=token_log_odds.new_empty(rows.num_pairs, dtype=torch.bool),
+        grad=torch.empty_like(token_log_odds),
+    )
+    of_rows = (token_log_odds, rows.sequence, rows.scored, rows.nll_weight)
+    call(_native.odds_ratio, *of_rows, *sums, rows.pair_weight, float(alpha), float(beta), *counts, *loss)
+    return loss
+
+
+def label_rows(labels: Tensor, nll_labels: Tensor | None, shift: bool, ignore_index: int, per_sequence: bool) -> Rows:
+    """See `rows.label_rows`."""
+    labels, nll_labels = (None if t is None else t.contiguous() for t in (labels, nll_labels))
+    most = labels.numel() + (0 if nll_labels is None else nll_labels.numel())
+    vectors = [labels.new_empty(most, dtype=dtype) for dtype in DTYPES.values()]
+    count = call(_native.label_rows, labels, nll_labels, shift, ignore_index, per_sequence, *vectors)
+    position, target, sequence, scored, nll_weight = (vector[:count] for vector in vectors)
+    return Rows(position, target, sequence, scored, nll_weight, labels.shape[0] // 2)
+
+
+def count_rows(rows: Rows) -> Tensor:
+    """See `objective.count_rows`."""
+    counts = rows.nll_weight.new_empty(2)
+    call(_native.count_rows, rows.sequence, rows.scored, rows.nll_weight, rows.num_pairs, counts)
+    return counts
+
+
+def bounds(index: Tensor) -> tuple[int, int]:
+    """See `torch_ops.bounds`."""
+    return call(_native.bounds, index)
+
+
 __all__ = [
+    "bounds",
     "column_statistics",
+    "count_rows",
     "gather_columns",
     "gather_rows",
+    "label_rows",
     "odds_ratio",
     "project_log_odds",
     "project_residual",

@@ -11,7 +11,8 @@ Splitting the target off is what keeps a confident row right: `z_y - logsumexp(z
 while m is good at any gap. The residual's entries lie in [-1, 1] and sum to zero whatever the gap, so it loses nothing
 in a low-precision matrix; all that is small or large about a row is in the one number dloss/dm, kept in fp32.
 
-The two operations on pairs, `sequence_sums` and `odds_ratio`, are the mathematics of `objective` itself.
+The operations on rows and pairs (`label_rows`, `count_rows`, `sequence_sums`, `odds_ratio`) are those of `rows` and of
+`objective` themselves.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor
 
 from ..gemm import WeightSlices, even_chunks, project, project_slice
-from ..objective import odds_ratio, sequence_sums
+from ..objective import count_rows, odds_ratio, sequence_sums
+from ..rows import label_rows
 
 ROWS_AT_A_TIME = 512  # of temporaries H wide
 
@@ -160,6 +162,12 @@ def scatter_rows_(out: Tensor, position: Tensor, rows: Tensor, coefficient: Tens
             out.index_add_(0, position[some], values)
 
 
+def bounds(index: Tensor) -> tuple[int, int]:
+    """The least and the largest of some integers on the host, of which there must be one."""
+    low, high = index.aminmax()
+    return int(low), int(high)
+
+
 def _transform(
     logits: Tensor, logit_scale: float, logit_softcap: float | None, want_slope: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -199,9 +207,12 @@ def _finish(z: Tensor, index: Tensor, target_value: Tensor, slope: Tensor | None
 
 
 __all__ = [
+    "bounds",
     "column_statistics",
+    "count_rows",
     "gather_columns",
     "gather_rows",
+    "label_rows",
     "odds_ratio",
     "project_log_odds",
     "project_residual",

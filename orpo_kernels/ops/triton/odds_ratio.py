@@ -78,8 +78,7 @@ def odds_ratio_kernel(
     NLL,  # (2B,) float64
     NLL_COUNT,  # () float64, what the NLL is divided by
     PAIR_COUNT,  # () float64, what the odds-ratio term is divided by
-    LOSSES,  # (3,) float64, out: loss, NLL, OR
-    PAIR_LOG_ODDS,  # (B,) float64, out
+    NUMBERS,  # (3 + 3B,) float64, out: loss, NLL, OR; chosen and rejected log-probabilities, log-odds
     VALID,  # (B,) bool, out
     GRAD,  # (R,) float64, out
     # shapes
@@ -121,23 +120,28 @@ def odds_ratio_kernel(
             or_sum -= tl.where(weight != 0.0, weight * logsigmoid(pair_d), 0.0)  # weight 0 wins over an infinite d
             nll_sum += tl.load(NLL + o_b, mask=m_b, other=0.0)
             nll_sum += tl.load(NLL + num_pairs + o_b, mask=m_b, other=0.0)
-            tl.store(PAIR_LOG_ODDS + o_b, pair_d, mask=m_b)
+            a_chosen = tl.load(MEAN_LOGPS + o_b, mask=m_b, other=0.0)
+            a_rejected = tl.load(MEAN_LOGPS + num_pairs + o_b, mask=m_b, other=0.0)
+            tl.store(NUMBERS + 3 + o_b, a_chosen, mask=m_b)
+            tl.store(NUMBERS + 3 + num_pairs + o_b, a_rejected, mask=m_b)
+            tl.store(NUMBERS + 3 + 2 * num_pairs + o_b, pair_d, mask=m_b)
             tl.store(VALID + o_b, pair_valid, mask=m_b)
         nll_loss = tl.sum(nll_sum, 0) * nll_share
         or_loss = tl.sum(or_sum, 0) * pair_share
-        tl.store(LOSSES, alpha * nll_loss + beta * or_loss)
-        tl.store(LOSSES + 1, nll_loss)
-        tl.store(LOSSES + 2, or_loss)
+        tl.store(NUMBERS, alpha * nll_loss + beta * or_loss)
+        tl.store(NUMBERS + 1, nll_loss)
+        tl.store(NUMBERS + 2, or_loss)
 
 
 def odds_ratio(
     token_log_odds: Tensor, rows: Rows, sums: SequenceSums, alpha: float, beta: float, counts: Denominators
 ) -> PairLoss:
     """See `objective.odds_ratio`."""
-    losses = token_log_odds.new_empty(3)
-    log_odds = token_log_odds.new_empty(rows.num_pairs)
-    valid = torch.empty_like(log_odds, dtype=torch.bool)
-    grad = torch.empty_like(token_log_odds)
+    loss = PairLoss(
+        numbers=token_log_odds.new_empty(3 + 3 * rows.num_pairs),
+        valid_pairs=token_log_odds.new_empty(rows.num_pairs, dtype=torch.bool),
+        grad=torch.empty_like(token_log_odds),
+    )
     launch(
         odds_ratio_kernel,
         (max(1, -(-len(rows) // BLOCK)),),
@@ -148,10 +152,7 @@ def odds_ratio(
         rows.pair_weight,
         *sums,
         *counts,
-        losses,
-        log_odds,
-        valid,
-        grad,
+        *loss,
         len(rows),
         rows.num_pairs,
         float(alpha),
@@ -159,6 +160,4 @@ def odds_ratio(
         BLOCK=BLOCK,
         num_warps=4,
     )
-    chosen_logps, rejected_logps = sums.mean_logps.view(2, -1)
-    loss, nll_loss, or_loss = losses
-    return PairLoss(loss, nll_loss, or_loss, chosen_logps, rejected_logps, log_odds, valid, grad)
+    return loss
