@@ -141,8 +141,15 @@ def orpo_loss(
         reduction = nll_reduction if groups.sequence is None else "token"  # the mean is taken over all ranks, later
         if torch.compiler.is_compiling():  # a graph of fixed shapes has as many rows as labels; its operator drops some
             return hidden.flatten(0, 1), padded_rows(labels, nll_labels, shift, ignore_index, reduction, pair_weight)
-        choices = {"shift": shift, "ignore_index": ignore_index, "nll_reduction": reduction}
-        return hidden.flatten(0, 1), rows_from_labels(labels, nll_labels, pair_weight=pair_weight, **choices)
+        rows = rows_from_labels(
+            labels,
+            nll_labels,
+            shift=shift,
+            ignore_index=ignore_index,
+            nll_reduction=reduction,
+            pair_weight=pair_weight,
+        )
+        return hidden.flatten(0, 1), rows
 
     return _loss(
         inputs,

@@ -80,11 +80,12 @@ def denominators(
 
     Both are divided by the number of ranks that hold other pairs: their losses and gradients will be averaged.
     """
-    given = nll, pairs
-    own = _counts(rows, groups).unbind() if nll is None or pairs is None else given
-    device = rows.position.device
-    counts = (mine if count is None else as_scalar(count, device) for mine, count in zip(own, given, strict=True))
-    return Denominators(*(counts if groups.replicas == 1 else (count / groups.replicas for count in counts)))
+    own = _counts(rows, groups) if nll is None or pairs is None else None
+    counts = [
+        own[index] if own is not None and count is None else as_scalar(count, rows.position.device)  # type: ignore[arg-type]
+        for index, count in enumerate((nll, pairs))
+    ]
+    return Denominators(*(counts if groups.replicas == 1 else [count / groups.replicas for count in counts]))
 
 
 def _counts(rows: Rows, groups: Groups) -> Tensor:

@@ -144,7 +144,8 @@ def odds_ratio(
 
 def label_rows(labels: Tensor, nll_labels: Tensor | None, shift: bool, ignore_index: int, per_sequence: bool) -> Rows:
     """See `rows.label_rows`."""
-    labels, nll_labels = (None if t is None else t.contiguous() for t in (labels, nll_labels))
+    labels = labels.contiguous()
+    nll_labels = None if nll_labels is None else nll_labels.contiguous()
     most = labels.numel() + (0 if nll_labels is None else nll_labels.numel())
     vectors = [labels.new_empty(most, dtype=dtype) for dtype in DTYPES.values()]
     count = call(_native.label_rows, labels, nll_labels, shift, ignore_index, per_sequence, *vectors)
