@@ -3,7 +3,7 @@
     hidden, weight, bias --TokenLogOdds--> m (R,) --PairLossFunction--> loss
 
 All that is vocabulary-sized is in the first, whose gradient is residual GEMMs (`schedules`); all that knows about
-pairs is in the second, whose gradient is a vector that its forward pass has already computed (`objective`).
+pairs is in the second, whose gradient is a vector that its forward pass has already computed (`Method.loss`).
 `GroupedLoss` runs both for a group of pairs at a time inside its forward pass, where the residual of all rows is too
 large to be kept until the backward pass.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -19,7 +20,8 @@ import torch
 from torch import Tensor
 
 from .gemm import even_chunks
-from .objective import Denominators, pair_loss
+from .methods import Method
+from .objective import Denominators, PairLoss
 from .parallel import Group
 from .planning import FACTOR_SLICE, accumulation_dtype
 from .projection import HeadOptions, Projection
@@ -76,22 +78,35 @@ class TokenLogOdds(torch.autograd.Function):
         return grads.hidden, of_weight, _cast(grads.bias, weight.dtype), None, None, None, of_columns
 
 
+@dataclass(frozen=True)
+class Objective:
+    """What the log-odds of a call's rows are for: a method, and what it needs beside them.
+
+    Attributes:
+        method: whose `loss` it is.
+        counts: what the means are divided by.
+        ops: the backend.
+        sequence_group, reference: see `Method.loss`.
+    """
+
+    method: Method
+    counts: Denominators
+    ops: ModuleType
+    sequence_group: Group | None = None
+    reference: Tensor | None = None
+
+    def __call__(self, token_log_odds: Tensor, rows: Rows) -> PairLoss:
+        return self.method.loss(token_log_odds, rows, self.counts, self.ops, self.sequence_group, self.reference)
+
+
 class PairLossFunction(torch.autograd.Function):
-    """(token log-odds (R,), rows, alpha, beta, denominators, backend, dtype) -> loss and the metrics of `PairLoss`."""
+    """(token log-odds (R,), rows, objective, dtype) -> loss and the metrics of `PairLoss`."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        token_log_odds: Tensor,
-        rows: Rows,
-        alpha: float,
-        beta: float,
-        counts: Denominators,
-        ops: ModuleType,
-        dtype: torch.dtype,
-        sequence_group: Group | None,
+        ctx: Any, token_log_odds: Tensor, rows: Rows, objective: Objective, dtype: torch.dtype
     ) -> tuple[Tensor, ...]:
-        loss = pair_loss(token_log_odds, rows, alpha, beta, counts, ops, sequence_group)
+        loss = objective(token_log_odds, rows)
         ctx.save_for_backward(loss.grad)
         outputs = outputs_of(loss.numbers, loss.valid_pairs, dtype)
         ctx.mark_non_differentiable(*outputs[1:])
@@ -101,7 +116,7 @@ class PairLossFunction(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple:
         refuse_second_derivative()
         (grad,) = ctx.saved_tensors
-        return grad * upstream, None, None, None, None, None, None, None
+        return grad * upstream, None, None, None
 
 
 class GroupedLoss(torch.autograd.Function):
@@ -118,13 +133,10 @@ class GroupedLoss(torch.autograd.Function):
         bias: Tensor | None,
         rows: Rows,
         options: HeadOptions,
-        alpha: float,
-        beta: float,
-        counts: Denominators,
+        objective: Objective,
     ) -> tuple[Tensor, ...]:
-        outputs, grads = loss_and_gradients(
-            hidden, weight, bias, rows, options, alpha, beta, counts, ctx.needs_input_grad[:3]
-        )
+        needs = ctx.needs_input_grad[:3]
+        outputs, grads = loss_and_gradients(hidden, weight, bias, rows, options, objective, needs)
         ctx.dtypes = (hidden.dtype, weight.dtype, weight.dtype)
         ctx.save_for_backward(grads.hidden, grads.weight, grads.bias)
         ctx.mark_non_differentiable(*outputs[1:])
@@ -137,7 +149,7 @@ class GroupedLoss(torch.autograd.Function):
             None if grad is None else _scaled(grad, upstream, dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return *grads, None, None, None, None, None
+        return *grads, None, None, None
 
 
 def loss_and_gradients(
@@ -146,9 +158,7 @@ def loss_and_gradients(
     bias: Tensor | None,
     rows: Rows,
     options: HeadOptions,
-    alpha: float,
-    beta: float,
-    counts: Denominators,
+    objective: Objective,
     needs: Sequence[bool],
 ) -> tuple[tuple[Tensor, ...], Gradients]:
     """Loss, metrics and, for an upstream gradient of 1, the gradients of those of (hidden, weight, bias) in `needs`.
@@ -175,7 +185,7 @@ def loss_and_gradients(
             p = Projection(hidden, weight, bias, group.position, group.target, options)
             schedule = schedule_of(p)
             log_odds, kept = schedule.forward(p)
-            loss = pair_loss(log_odds, group, alpha, beta, counts, options.ops)
+            loss = objective(log_odds, group)
             if any(needs):
                 schedule.backward(p, kept, loss.grad.to(p.sum_dtype), grads)
             losses.append(loss)

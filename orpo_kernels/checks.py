@@ -102,7 +102,12 @@ def check_options(logit_scale: float, logit_softcap: float | None, sparse_eps: f
         raise ValueError(f"sparse_eps is {sparse_eps}, it must be a probability in [0, 1), or None for exact gradients")
 
 
-def check_denominator(name: str, denominator: int | Tensor | None) -> None:
+def check_denominators(nll: int | Tensor | None, pairs: int | Tensor | None) -> None:
+    _check_denominator("nll_denominator", nll)
+    _check_denominator("pair_denominator", pairs)
+
+
+def _check_denominator(name: str, denominator: int | Tensor | None) -> None:
     if isinstance(denominator, Tensor):
         if denominator.numel() != 1:
             raise ValueError(f"{name} has shape {tuple(denominator.shape)}, it must be an int or a 0-d tensor")

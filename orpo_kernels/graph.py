@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autograd import gradient_dtype, loss_and_gradients
+from .autograd import Objective, gradient_dtype, loss_and_gradients
 from .checks import check_pair_weight, check_positions, check_targets
+from .head import Compute, Head
+from .methods import METHODS, Method
 from .objective import as_scalar, denominators
 from .planning import accumulation_dtype
 from .projection import HeadOptions, needs_grad, operand_dtype
@@ -42,8 +44,9 @@ def orpo_loss_op(
     pair_weight: Tensor | None,
     nll_denominator: Tensor | None,
     pair_denominator: Tensor | None,
-    alpha: float,
-    beta: float,
+    method: str,
+    method_numbers: list[float],
+    reference: Tensor | None,
     logit_scale: float,
     logit_softcap: float | None,
     schedule: str,
@@ -53,7 +56,7 @@ def orpo_loss_op(
     dtype: torch.dtype,
     needs: list[bool],
 ) -> list[Tensor]:
-    """Loss, metrics, and gradients (of no elements where not in `needs`)."""
+    """Loss, metrics, and gradients (of no elements where not in `needs`); the method as `_method_of` takes it."""
     rows = Rows(position, target, sequence, scored, nll_weight, num_pairs, padded, pair_weight).live()
     check_targets("labels", rows.target, weight.shape[0])
     check_positions(rows.position, hidden.shape[0])
@@ -74,7 +77,8 @@ def orpo_loss_op(
         needs=needs,
     )
     counts = denominators(rows, nll_denominator, pair_denominator)
-    outputs, grads = loss_and_gradients(hidden, weight, bias, rows, options, alpha, beta, counts, needs)
+    objective = Objective(_method_of(method, method_numbers), counts, options.ops, reference=reference)
+    outputs, grads = loss_and_gradients(hidden, weight, bias, rows, options, objective, needs)
     made = zip((hidden, weight, bias), (grads.hidden, grads.weight, grads.bias), strict=True)
     return [
         *(output.clone() for output in outputs),  # an operator's results share no memory
@@ -114,21 +118,22 @@ orpo_loss_op.register_autograd(_backward, setup_context=_setup_context)
 
 def loss_in_a_graph(
     hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    head: Head,
     rows: Rows,
+    method: Method,
     nll_denominator: int | Tensor | None,
     pair_denominator: int | Tensor | None,
-    *options: Any,
+    reference: Tensor | None,
+    compute: Compute,
 ) -> tuple[Tensor, ...]:
-    """Loss and metrics by the operator. `options`: as `orpo_loss_op` takes them from `alpha` to `sparse_eps`."""
+    """Loss and metrics by the operator."""
     counts = [
         None if count is None else as_scalar(count, hidden.device) for count in (nll_denominator, pair_denominator)
     ]
     loss, *rest = orpo_loss_op(
         hidden,
-        weight,
-        bias,
+        head.weight,
+        head.bias,
         rows.position,
         rows.target,
         rows.sequence,
@@ -138,8 +143,20 @@ def loss_in_a_graph(
         rows.padded,
         rows.pair_weight,
         *counts,
-        *options,
+        method.name,
+        [float(getattr(method, option)) for option in method.numbers],
+        reference,
+        head.logit_scale,
+        head.logit_softcap,
+        compute.schedule,
+        compute.memory_budget,
+        compute.backend,
+        compute.sparse_eps,
         operand_dtype(hidden),
-        needs_grad(hidden, weight, bias),
+        needs_grad(hidden, head.weight, head.bias),
     )
     return loss, *(metric.detach() for metric in rest[: METRICS - 1])
+
+
+def _method_of(name: str, numbers: list[float]) -> Method:
+    return METHODS[name](**dict(zip(METHODS[name].numbers, numbers, strict=True)))

@@ -4,42 +4,62 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .autograd import TokenLogOdds
 from .checks import check_head, check_positions, check_same_device, check_targets
-from .parallel import Groups, VocabShard, local_head
+from .parallel import NO_GROUPS, Groups, VocabShard, local_head
 from .projection import HeadOptions, needs_grad
 
 
 @dataclass(frozen=True)
+class Compute:
+    """How to compute; see `orpo_loss`."""
+
+    schedule: str = "auto"
+    memory_budget: int | None = None
+    backend: str = "auto"
+    sparse_eps: float | None = None
+
+
+@dataclass(frozen=True)
 class Head:
-    """What rows of hidden states are multiplied by.
+    """What rows of hidden states are multiplied by, and what becomes of the logits.
 
     Attributes:
         weight: (V, H), of a shard its rows alone; with the columns of `low_rank` behind its own, if there are any.
         bias: (V,) or None.
         columns: (V, r) those of `low_rank` again, where they alone are to get a gradient; else None.
         shard: which rows of the whole lm-head these are, where other ranks hold the rest; else None.
+        logit_scale, logit_softcap: see `orpo_loss`.
     """
 
     weight: Tensor
     bias: Tensor | None
     columns: Tensor | None
     shard: VocabShard | None
+    logit_scale: float
+    logit_softcap: float | None
 
     @classmethod
-    def local(cls, weight: Tensor, bias: Tensor | None, low_rank: Tensor | None, groups: Groups) -> Head:
+    def local(
+        cls,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        low_rank: Tensor | None = None,
+        logit_scale: float = 1.0,
+        logit_softcap: float | None = None,
+        groups: Groups = NO_GROUPS,
+    ) -> Head:
         """The head of a call's arguments. The ranks exchange here: before anything that one of them may refuse."""
         local, bias, columns = (local_head(tensor, groups.vocab) for tensor in (weight, bias, low_rank))
         assert local is not None
         shard = VocabShard.of(groups.vocab, local) if groups.vocab is not None else None
         if columns is not None:
             local, columns = _extended(local, columns)
-        return cls(local, bias, columns, shard)
+        return cls(local, bias, columns, shard, logit_scale, logit_softcap)
 
     @property
     def vocab_size(self) -> int:
@@ -57,9 +77,9 @@ class Head:
         check_positions(position, hidden.shape[0])
 
     def planned(
-        self, hidden: Tensor, num_rows: int, largest_pair: Callable[[], int] | None = None, **options: Any
+        self, hidden: Tensor, num_rows: int, compute: Compute, largest_pair: Callable[[], int] | None = None
     ) -> HeadOptions:
-        """How to compute so many rows. options: logit_scale, logit_softcap, schedule, memory_budget, backend, ..."""
+        """How so many rows of `hidden` are computed."""
         return HeadOptions.planned(
             hidden,
             self.weight,
@@ -68,7 +88,9 @@ class Head:
             largest_pair=largest_pair,
             needs=needs_grad(hidden, self.weight if self.columns is None else self.columns, self.bias),
             shard=self.shard,
-            **options,
+            logit_scale=self.logit_scale,
+            logit_softcap=self.logit_softcap,
+            **vars(compute),
         )
 
     def token_log_odds(self, hidden: Tensor, position: Tensor, target: Tensor, options: HeadOptions) -> Tensor:

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import check_targets
-from .head import Head
+from .head import Compute, Head
 from .parallel import Groups
 from .planning import accumulation_dtype
-from .projection import HeadOptions, facts_of
+from .projection import facts_of
 
 
 @torch.compiler.disable(
@@ -57,35 +57,29 @@ def token_logps(
         ValueError, TypeError, RuntimeError: as `orpo_loss`.
     """
     groups = Groups.of(vocab_group=vocab_group)
-
-    def prepare() -> tuple[Head, Tensor, Tensor, HeadOptions]:
-        head = Head.local(weight, bias, None, groups)  # the ranks exchange: before what one of them may refuse
-        if targets.shape != hidden.shape[:-1]:
-            raise ValueError(
-                f"targets has shape {tuple(targets.shape)}, but hidden {tuple(hidden.shape)} "
-                f"asks for {tuple(hidden.shape[:-1])}"
-            )
-        if targets.dtype != torch.int64:
-            raise TypeError(f"targets is {targets.dtype}, it must be torch.int64")
-        head.check(hidden, targets, "targets")
-        flat = targets.flatten()
-        position = (flat != ignore_index).nonzero().squeeze(1)
-        target = flat[position]
-        check_targets("targets", target, head.vocab_size)
-        options = head.planned(
-            hidden,
-            len(target),
-            logit_scale=logit_scale,
-            logit_softcap=logit_softcap,
-            schedule=schedule,
-            memory_budget=memory_budget,
-            backend=backend,
-            sparse_eps=sparse_eps,
-        )
-        return head, position, target - head.shard.start if head.shard else target, options
-
-    head, position, target, options = groups.together(prepare, weight.device)
+    with groups.together(weight.device):
+        head = Head.local(weight, bias, None, logit_scale, logit_softcap, groups)
+        position, target = _targets_of(hidden, head, targets, ignore_index)
+        options = head.planned(hidden, len(target), Compute(schedule, memory_budget, backend, sparse_eps))
     groups.agree(facts_of(head.weight, len(target), options), weight.device)
+    target = target - head.shard.start if head.shard else target
     log_odds = head.token_log_odds(hidden.reshape(-1, hidden.shape[-1]), position, target, options)
     logps = F.logsigmoid(log_odds).to(accumulation_dtype(hidden.dtype))
     return logps.new_zeros(targets.numel()).index_put((position,), logps).view(targets.shape)
+
+
+def _targets_of(hidden: Tensor, head: Head, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """The flat positions that have a target, and the targets, both (R,)."""
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"targets has shape {tuple(targets.shape)}, but hidden {tuple(hidden.shape)} "
+            f"asks for {tuple(hidden.shape[:-1])}"
+        )
+    if targets.dtype != torch.int64:
+        raise TypeError(f"targets is {targets.dtype}, it must be torch.int64")
+    head.check(hidden, targets, "targets")
+    flat = targets.flatten()
+    position = (flat != ignore_index).nonzero().squeeze(1)
+    target = flat[position]
+    check_targets("targets", target, head.vocab_size)
+    return position, target

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .autograd import GroupedLoss, PairLossFunction
-from .checks import check_denominator, check_options, check_pair_weight, check_same_device
-from .graph import loss_in_a_graph
-from .head import Head
-from .objective import NO_GROUPS, denominators
-from .parallel import Groups
-from .planning import accumulation_dtype
-from .projection import HeadOptions, facts_of
-from .rows import Rows, averaged_over_sequences, check_reduction, padded_rows, rows_from_labels
+from .call import Call
+from .checks import check_denominators, check_options, check_same_device
+from .head import Compute, Head
+from .methods import ORPO
+from .parallel import NO_GROUPS, Groups
+from .rows import Rows, check_reduction, padded_rows, rows_from_labels
 
 
 class ORPOOutput(NamedTuple):
@@ -120,54 +115,24 @@ def orpo_loss(
             failed.
     """
     groups = groups_of(data_group, vocab_group, sequence_group)
-
-    def inputs() -> tuple[Tensor, Rows]:
-        if hidden.dim() != 3:
-            raise ValueError(
-                f"hidden has shape {tuple(hidden.shape)}, it must be (2B, T, H); see orpo_loss_from_rows for flat"
-            )
-        if labels.shape != hidden.shape[:2]:
-            raise ValueError(
-                f"labels has shape {tuple(labels.shape)}, but hidden {tuple(hidden.shape)} "
-                f"asks for {tuple(hidden.shape[:2])}"
-            )
-        check_same_device("hidden", hidden, "labels", labels)
-        if shift and groups.sequence is not None:
-            raise ValueError(
-                "shift is True, but with a sequence_group the last position's label is on another rank: shift the "
-                "labels before the sequences are split, and pass shift=False"
-            )
-        check_reduction(nll_reduction)
-        reduction = nll_reduction if groups.sequence is None else "token"  # the mean is taken over all ranks, later
-        if torch.compiler.is_compiling():  # a graph of fixed shapes has as many rows as labels; its operator drops some
-            return hidden.flatten(0, 1), padded_rows(labels, nll_labels, shift, ignore_index, reduction, pair_weight)
-        rows = rows_from_labels(
+    compute = Compute(schedule, memory_budget, backend, sparse_eps)
+    check_denominators(nll_denominator, pair_denominator)
+    with groups.together(weight.device):
+        head = Head.local(weight, bias, None, logit_scale, logit_softcap, groups)
+        check_padded(hidden, labels, shift, nll_reduction, groups)
+        average = groups.sequence is not None and nll_reduction == "sequence"  # over all ranks, later
+        make = padded_rows if torch.compiler.is_compiling() else rows_from_labels
+        rows = make(
             labels,
             nll_labels,
             shift=shift,
             ignore_index=ignore_index,
-            nll_reduction=reduction,
+            nll_reduction="token" if average else nll_reduction,
             pair_weight=pair_weight,
         )
-        return hidden.flatten(0, 1), rows
-
-    return _loss(
-        inputs,
-        weight,
-        groups,
-        bias=bias,
-        average_sequences=groups.sequence is not None and nll_reduction == "sequence",
-        beta=beta,
-        alpha=alpha,
-        nll_denominator=nll_denominator,
-        pair_denominator=pair_denominator,
-        logit_scale=logit_scale,
-        logit_softcap=logit_softcap,
-        schedule=schedule,
-        memory_budget=memory_budget,
-        backend=backend,
-        sparse_eps=sparse_eps,
-    )
+        call = Call.prepared(hidden.flatten(0, 1), rows, head, compute, groups)
+    method = ORPO(beta=beta, alpha=alpha)
+    return ORPOOutput(*call.loss(method, nll_denominator, pair_denominator, average_sequences=average))
 
 
 def orpo_loss_from_rows(
@@ -206,28 +171,13 @@ def orpo_loss_from_rows(
     trained lm-head's residual exceeds the budget as a whole while its fp32 gradient does not.
     """
 
-    def inputs() -> tuple[Tensor, Rows]:
-        if hidden.dim() != 2:
-            raise ValueError(f"hidden has shape {tuple(hidden.shape)}, it must be (N, H); see orpo_loss for (2B, T, H)")
-        return hidden, rows
-
-    return _loss(
-        inputs,
-        weight,
-        groups_of(data_group, vocab_group, sequence_group),
-        bias=bias,
-        low_rank=low_rank,
-        beta=beta,
-        alpha=alpha,
-        nll_denominator=nll_denominator,
-        pair_denominator=pair_denominator,
-        logit_scale=logit_scale,
-        logit_softcap=logit_softcap,
-        schedule=schedule,
-        memory_budget=memory_budget,
-        backend=backend,
-        sparse_eps=sparse_eps,
-    )
+    groups = groups_of(data_group, vocab_group, sequence_group)
+    compute = Compute(schedule, memory_budget, backend, sparse_eps)
+    check_denominators(nll_denominator, pair_denominator)
+    with groups.together(weight.device):
+        head = Head.local(weight, bias, low_rank, logit_scale, logit_softcap, groups)
+        call = Call.prepared(hidden, rows, head, compute, groups)
+    return ORPOOutput(*call.loss(ORPO(beta=beta, alpha=alpha), nll_denominator, pair_denominator))
 
 
 def groups_of(data_group: Any, vocab_group: Any, sequence_group: Any) -> Groups:
@@ -242,68 +192,24 @@ def groups_of(data_group: Any, vocab_group: Any, sequence_group: Any) -> Groups:
     return Groups.of(data_group, vocab_group, sequence_group)
 
 
-def _loss(
-    inputs: Callable[[], tuple[Tensor, Rows]],
-    weight: Tensor,
-    groups: Groups,
-    *,
-    bias: Tensor | None,
-    low_rank: Tensor | None = None,
-    average_sequences: bool = False,
-    beta: float,
-    alpha: float,
-    nll_denominator: int | Tensor | None,
-    pair_denominator: int | Tensor | None,
-    schedule: str,
-    **head_options: Any,
-) -> ORPOOutput:
-    """The loss of `inputs()`, hidden (N, H) and rows, whose checks are of this call as well.
-
-    head_options: logit_scale, logit_softcap, memory_budget, backend, sparse_eps.
-    """
-
-    def checked_inputs() -> tuple[Tensor, Rows]:
-        check_denominator("nll_denominator", nll_denominator)
-        check_denominator("pair_denominator", pair_denominator)
-        return inputs()
-
-    if torch.compiler.is_compiling():
-        hidden, rows = checked_inputs()
-        head = Head.local(weight, bias, low_rank, groups)
-        head.check(hidden, rows.position, "rows")
-        check_options(*(head_options[name] for name in ("logit_scale", "logit_softcap", "sparse_eps")))
-        names = ("logit_scale", "logit_softcap", "schedule", "memory_budget", "backend", "sparse_eps")
-        in_order = [{"schedule": schedule, **head_options}[name] for name in names]
-        counts = (nll_denominator, pair_denominator)
-        return ORPOOutput(*loss_in_a_graph(hidden, head.weight, bias, rows, *counts, alpha, beta, *in_order))
-
-    def prepare() -> tuple[Tensor, Head, Rows, HeadOptions]:
-        head = Head.local(weight, bias, low_rank, groups)  # the ranks exchange: before what one of them may refuse
-        hidden, rows = checked_inputs()
-        head.check(hidden, rows.position, "rows")
-        rows = rows.live()
-        head.check_values(hidden, rows.position, rows.target, "labels")
-        check_pair_weight(rows.pair_weight)
-        plan_with = partial(head.planned, hidden, len(rows), largest_pair=rows.largest_pair, **head_options)
-        options = plan_with(schedule=schedule)
-        # Groups of pairs would accumulate the gradient of the whole weight, and other ranks have other groups.
-        if options.plan.group_rows and (head.columns is not None or groups.sequence is not None):
-            options = plan_with(schedule="recompute")
-        return hidden, head, rows, options
-
-    hidden, head, rows, options = groups.together(prepare, weight.device)
-    groups.agree({"num_pairs": rows.num_pairs, **facts_of(head.weight, len(rows), options)}, weight.device)
-    if average_sequences:
-        rows = averaged_over_sequences(rows, groups)
-    counts = denominators(rows, nll_denominator, pair_denominator, groups)
-    rows = rows.of_shard(options.shard)
-    if options.plan.group_rows:
-        outputs = GroupedLoss.apply(hidden, head.weight, head.bias, rows, options, alpha, beta, counts)
-    else:
-        token_log_odds = head.token_log_odds(hidden, rows.position, rows.target, options)
-        dtype = accumulation_dtype(hidden.dtype)
-        outputs = PairLossFunction.apply(token_log_odds, rows, alpha, beta, counts, options.ops, dtype, groups.sequence)
-    return ORPOOutput(*outputs)
+def check_padded(hidden: Tensor, labels: Tensor, shift: bool, nll_reduction: str, groups: Groups) -> None:
+    """What a padded batch's shapes tell."""
+    if hidden.dim() != 3:
+        raise ValueError(
+            f"hidden has shape {tuple(hidden.shape)}, it must be (2B, T, H); see orpo_loss_from_rows for flat"
+        )
+    if labels.shape != hidden.shape[:2]:
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)}, but hidden {tuple(hidden.shape)} "
+            f"asks for {tuple(hidden.shape[:2])}"
+        )
+    check_same_device("hidden", hidden, "labels", labels)
+    if shift and groups.sequence is not None:
+        raise ValueError(
+            "shift is True, but with a sequence_group the last position's label is on another rank: shift the "
+            "labels before the sequences are split, and pass shift=False"
+        )
+    check_reduction(nll_reduction)
 
 
 class ORPOLoss(nn.Module):

@@ -20,13 +20,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from types import ModuleType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .objective import LARGEST_LOGP
+from .objective import LARGEST_LOGP, Denominators, PairLoss, odds_ratio_loss, reciprocal, segment_sum
+from .parallel import Group, summed
+from .rows import Rows
 
 
 class Answers(NamedTuple):
@@ -70,6 +73,7 @@ class Method:
             rewards are of that kind.
         needs_reference: whether it compares with a reference model.
         is_preference: whether it looks at the rejected answer at all.
+        numbers: the names of the options that its loss is computed with.
     """
 
     beta: float = 0.1
@@ -81,6 +85,7 @@ class Method:
     length_averaged: ClassVar[bool] = False
     needs_reference: ClassVar[bool] = False
     is_preference: ClassVar[bool] = True
+    numbers: ClassVar[tuple[str, ...]] = ("beta", "alpha")
 
     @property
     def forward_passes(self) -> int:
@@ -109,6 +114,50 @@ class Method:
         """(B,) the loss of each pair, from the scores (2B,) of its answers, the chosen ones first. Differentiable."""
         raise NotImplementedError
 
+    def loss(
+        self,
+        token_log_odds: Tensor,
+        rows: Rows,
+        counts: Denominators,
+        ops: ModuleType,
+        sequence_group: Group | None = None,
+        reference: Tensor | None = None,
+    ) -> PairLoss:
+        """The loss of `rows` from their token log-odds (R,) float64, and its gradient by autograd over O(rows) numbers.
+
+        A method that has its gradient by hand (ORPO) brings that here. The rows may be those of a few whole pairs.
+
+        ops: the backend.
+        sequence_group: its ranks hold the sequences' other rows; they all get the same loss, and as many times the
+            gradient of their own rows as there are ranks.
+        reference: (2B,) float64, the reference's scores, where the method needs them.
+        """
+        with torch.enable_grad():
+            own = token_log_odds.detach().requires_grad_()
+            answers, nll_loss = _sums(F.logsigmoid(own), rows, counts, sequence_group)
+            scores = self.scores(answers)
+            of_pairs = torch.where(answers.valid_pairs, self.pair_losses(scores, reference), 0)
+            if rows.pair_weight is not None:
+                of_pairs = torch.where(rows.pair_weight != 0, rows.pair_weight * of_pairs, 0)
+            pair_loss = of_pairs.sum() * reciprocal(counts.pairs)
+            loss = self.alpha * nll_loss + pair_loss
+            (grad,) = torch.autograd.grad(loss, own)
+        totals = torch.stack((loss, nll_loss, pair_loss))
+        numbers = torch.cat((totals, scores, answers.log_odds)).detach()
+        return PairLoss(numbers, answers.valid_pairs, grad if sequence_group is None else grad * sequence_group.size)
+
+
+def _sums(logps: Tensor, rows: Rows, counts: Denominators, sequence_group: Group | None) -> tuple[Answers, Tensor]:
+    """The answers, and the NLL, of rows with the log-probabilities (R,)."""
+    nll_weight = rows.weighted_nll()
+    nll = torch.where(nll_weight != 0, -nll_weight * logps, 0)  # weight 0 wins over an infinite logp
+    columns = (torch.where(rows.scored, logps, 0), rows.scored.double(), nll)
+    sums = torch.stack([segment_sum(column, rows.sequence, 2 * rows.num_pairs) for column in columns])
+    if sequence_group is not None:  # the other ranks' part is a constant here
+        sums = sums + (summed(sums.detach().clone(), [sequence_group], "the sums of the sequences") - sums.detach())
+    logps, tokens, nll = sums
+    return Answers(logps, tokens), nll.sum() * reciprocal(counts.nll)
+
 
 @dataclass(frozen=True)
 class SFT(Method):
@@ -132,7 +181,7 @@ class SFT(Method):
 class ORPO(Method):
     """Odds ratio preference optimization (arXiv 2403.07691, eq. 6 and 7): TRL's `ORPOTrainer`.
 
-    `orpo_loss` is this in one fused function, right for answers of any confidence; `pair_losses` is for looking at it.
+    Its loss is fused, and right for answers of any confidence; `pair_losses` is for looking at it.
     """
 
     alpha: float = 1.0
@@ -143,6 +192,18 @@ class ORPO(Method):
 
     def pair_losses(self, scores: Tensor, reference: Tensor | None = None) -> Tensor:
         return -self.beta * F.logsigmoid(_margins(zeta(scores)))
+
+    def loss(
+        self,
+        token_log_odds: Tensor,
+        rows: Rows,
+        counts: Denominators,
+        ops: ModuleType,
+        sequence_group: Group | None = None,
+        reference: Tensor | None = None,
+    ) -> PairLoss:
+        """By the kernels of the odds ratio, whose gradient is made by hand (`objective`)."""
+        return odds_ratio_loss(token_log_odds, rows, self.alpha, self.beta, counts, ops, sequence_group)
 
 
 @dataclass(frozen=True)
@@ -175,6 +236,7 @@ class SimPO(Method):
 
     name: ClassVar[str] = "simpo"
     length_averaged: ClassVar[bool] = True
+    numbers: ClassVar[tuple[str, ...]] = ("beta", "alpha", "gamma")
 
     def pair_losses(self, scores: Tensor, reference: Tensor | None = None) -> Tensor:
         return -F.logsigmoid(self.beta * _margins(scores) - self.gamma)

@@ -33,10 +33,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .ops import host_ops
-from .parallel import Group, Groups, summed
+from .parallel import NO_GROUPS, Group, Groups, summed
 from .rows import Rows
 
-NO_GROUPS = Groups()
 LARGEST_LOGP = -torch.finfo(torch.float64).tiny  # stands in for a log-probability that rounds to 0, where zeta is inf
 
 
@@ -113,7 +112,7 @@ def as_scalar(count: int | Tensor, device: torch.device) -> Tensor:
     return torch.full((), count, dtype=torch.float64, device=device)
 
 
-def pair_loss(
+def odds_ratio_loss(
     token_log_odds: Tensor,
     rows: Rows,
     alpha: float,
@@ -159,7 +158,7 @@ def sequence_sums(token_log_odds: Tensor, rows: Rows) -> SequenceSums:
 def odds_ratio(
     token_log_odds: Tensor, rows: Rows, sums: SequenceSums, alpha: float, beta: float, counts: Denominators
 ) -> PairLoss:
-    """Loss, metrics and the gradient of every row. `rows.nll_weight` holds its pair's weight already (`pair_loss`)."""
+    """Loss, metrics and the gradient of every row. `rows.nll_weight` holds its pair's weight already."""
     mean_logps, scored_rows, nll = sums
     nll_share, pair_share = reciprocal(counts.nll), reciprocal(counts.pairs)
     nll_loss = nll.sum() * nll_share

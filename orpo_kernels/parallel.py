@@ -25,18 +25,16 @@ ends the others' next collective (at once with gloo, after the group's timeout w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 LEAST_SHARD = 2  # rows of the lm-head: with one, a rank that owns the target has no other column to compare it with
-
-T = TypeVar("T")
 
 
 class PeerError(RuntimeError):
@@ -143,31 +141,32 @@ class Groups:
         """Ranks of the data group: the share of a rank in a mean over the batch is multiplied by it."""
         return self.data.size if self.data else 1
 
-    def together(self, make: Callable[[], T], device: torch.device) -> T:
-        """`make()`, or an error on every rank where it fails on one.
+    def together(self, device: torch.device) -> AbstractContextManager[None]:
+        """Inside, an error of one rank becomes an error on every rank.
 
         Nothing is asked of a group on whose device that would mean to wait for its work (a data group of GPUs).
         """
-        if not self:
-            return make()
-        result, error, failed = None, None, 0
+        return self._failing_together(device) if self else nullcontext()
+
+    @contextmanager
+    def _failing_together(self, device: torch.device) -> Iterator[None]:
+        error: Exception | None = None
         try:
-            result = make()
+            yield
         except PeerError:
             raise  # there is nobody to tell
         except Exception as own:
-            error, failed = own, 1
+            error = own
         for group in (self.vocab, self.sequence, self.data):
             if group is None or (group is self.data and device.type != "cpu"):
                 continue
+            failed = int(error is not None)  # the next group hears of it too
             flags = [flag for (flag,) in group.gather_numbers([failed], device, "whether all inputs are in order")]
             if any(flags) and error is None:
                 ranks = ", ".join(str(rank) for rank, flag in enumerate(flags) if flag)
                 error = PeerError(f"rank {ranks} of {group.name} refused its inputs; its own output says why")
-            failed = int(error is not None)  # the next group hears of it too
         if error is not None:
             raise error
-        return result  # type: ignore[return-value]
 
     def agree(self, facts: dict[str, int], device: torch.device) -> None:
         """Raise ValueError where ranks that work on the same rows or sequences differ in what must be the same."""
@@ -180,6 +179,9 @@ class Groups:
                     raise ValueError(
                         f"{name} differs between the ranks of {group.name}, which is not possible: {values}"
                     )
+
+
+NO_GROUPS = Groups()
 
 
 # --- data and sequence groups --------------------------------------------------------------------------------------

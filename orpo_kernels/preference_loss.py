@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check_denominator, check_pair_weight
-from .head import Head
-from .loss import orpo_loss_from_rows
-from .methods import ORPO, Answers, Method
-from .objective import NO_GROUPS, denominators, reciprocal, segment_sum
-from .planning import accumulation_dtype
+from .call import Call
+from .checks import check_denominators
+from .head import Compute, Head
+from .loss import groups_of
+from .methods import Answers, Method
+from .objective import segment_sum
+from .parallel import NO_GROUPS
 from .rows import Rows
 
 
@@ -57,9 +58,14 @@ def preference_loss_from_rows(
     low_rank: Tensor | None = None,
     nll_denominator: int | Tensor | None = None,
     pair_denominator: int | Tensor | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    data_group: Any = None,
+    vocab_group: Any = None,
+    sequence_group: Any = None,
     **options: Any,
 ) -> PreferenceOutput:
-    """The loss of `method` for any layout, by the kernels of `orpo_loss`: ORPO is that loss itself.
+    """The loss of `method` for any layout, by the kernels of `orpo_loss`; what that can, every method can.
 
     Args:
         hidden, weight, rows, bias, low_rank: as in `orpo_loss_from_rows`. A row's `nll_weight` is that of the method's
@@ -67,71 +73,34 @@ def preference_loss_from_rows(
         method: an instance of one of `orpo_kernels.methods`.
         reference_logps: (2B,) summed log-probabilities of the answers under the reference model, for DPO.
         nll_denominator, pair_denominator: as in `orpo_loss`: the whole batch's counts make accumulation exact.
-        options: logit_scale, logit_softcap, schedule, memory_budget, backend, sparse_eps, as in `orpo_loss`.
-
-    The GEMMs are those of `token_logps`: a trained head's residual is held as a whole or not at all (groups of pairs,
-    which know each other's gradient, are ORPO's alone).
+        data_group, vocab_group, sequence_group: as in `orpo_loss_from_rows`.
+        options: schedule, memory_budget, backend, sparse_eps, as in `orpo_loss`.
 
     Raises as `orpo_loss_from_rows`; `ValueError` for a method that needs reference_logps and has none, or of a wrong
     shape.
     """
-    if isinstance(method, ORPO):
-        out = orpo_loss_from_rows(
-            hidden,
-            weight,
-            rows,
-            bias=bias,
-            low_rank=low_rank,
-            beta=method.beta,
-            alpha=method.alpha,
-            nll_denominator=nll_denominator,
-            pair_denominator=pair_denominator,
-            **options,
-        )
-        return PreferenceOutput(
-            loss=out.loss,
-            nll_loss=out.nll_loss,
-            chosen_logps=out.chosen_logps,
-            rejected_logps=out.rejected_logps,
-            chosen_rewards=method.beta * out.chosen_logps,
-            rejected_rewards=method.beta * out.rejected_logps,
-            preferred=out.chosen_logps > out.rejected_logps,
-            log_odds=out.log_odds,
-            valid_pairs=out.valid_pairs,
-        )
-
-    check_denominator("nll_denominator", nll_denominator)
-    check_denominator("pair_denominator", pair_denominator)
-    check_pair_weight(rows.pair_weight)
-    rows = rows.live()
-    reference = _checked_reference(reference_logps, method, rows)
-    logps = row_logps(hidden, weight, rows, bias=bias, low_rank=low_rank, **options)
-    answers = answers_of(logps, rows)
-    counts = denominators(rows, nll_denominator, pair_denominator)
-
-    nll_weight = rows.weighted_nll()
-    nll_rows = torch.where(nll_weight != 0, -nll_weight * logps, 0)  # weight 0 wins over an infinite logp
-    nll_loss = nll_rows.sum() * reciprocal(counts.nll)
-    scores = method.scores(answers)
-    pair_losses = torch.where(answers.valid_pairs, method.pair_losses(scores, reference), 0)
-    if rows.pair_weight is not None:
-        pair_losses = torch.where(rows.pair_weight != 0, rows.pair_weight * pair_losses, 0)
-    loss = method.alpha * nll_loss + pair_losses.sum() * reciprocal(counts.pairs)
-
-    dtype = accumulation_dtype(hidden.dtype)
-    chosen_logps, rejected_logps = scores.detach().to(dtype).view(2, -1)
-    gains = method.gains(scores.detach(), reference).to(dtype)
+    groups = groups_of(data_group, vocab_group, sequence_group)
+    compute = Compute(**options)
+    check_denominators(nll_denominator, pair_denominator)
+    with groups.together(weight.device):
+        head = Head.local(weight, bias, low_rank, logit_scale, logit_softcap, groups)
+        reference = _checked_reference(reference_logps, method, rows)
+        call = Call.prepared(hidden, rows, head, compute, groups)
+    loss, nll_loss, _, chosen_logps, rejected_logps, log_odds, valid_pairs = call.loss(
+        method, nll_denominator, pair_denominator, reference
+    )
+    gains = method.gains(torch.cat((chosen_logps, rejected_logps)).double(), reference).to(loss.dtype)
     chosen_gains, rejected_gains = gains.view(2, -1)
     return PreferenceOutput(
-        loss=loss.to(dtype),
-        nll_loss=nll_loss.detach().to(dtype),
+        loss=loss,
+        nll_loss=nll_loss,
         chosen_logps=chosen_logps,
         rejected_logps=rejected_logps,
         chosen_rewards=method.beta * chosen_gains,
         rejected_rewards=method.beta * rejected_gains,
         preferred=chosen_gains > rejected_gains,
-        log_odds=answers.log_odds.detach().to(dtype),
-        valid_pairs=answers.valid_pairs,
+        log_odds=log_odds,
+        valid_pairs=valid_pairs,
     )
 
 
@@ -145,28 +114,13 @@ def row_logps(
     low_rank: Tensor | None = None,
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
-    schedule: str = "auto",
-    memory_budget: int | None = None,
-    backend: str = "auto",
-    sparse_eps: float | None = None,
+    **options: Any,
 ) -> Tensor:
     """(R,) float64 log-probabilities of live rows, differentiable. Arguments as in `orpo_loss_from_rows`."""
-    if hidden.dim() != 2:
-        raise ValueError(f"hidden has shape {tuple(hidden.shape)}, it must be (N, H)")
-    head = Head.local(weight, bias, low_rank, NO_GROUPS)
-    head.check(hidden, rows.position, "rows")
-    head.check_values(hidden, rows.position, rows.target, "labels")
-    options = head.planned(
-        hidden,
-        len(rows),
-        logit_scale=logit_scale,
-        logit_softcap=logit_softcap,
-        schedule=schedule,
-        memory_budget=memory_budget,
-        backend=backend,
-        sparse_eps=sparse_eps,
-    )
-    return F.logsigmoid(head.token_log_odds(hidden, rows.position, rows.target, options))
+    head = Head.local(weight, bias, low_rank, logit_scale, logit_softcap)
+    call = Call.prepared(hidden, rows, head, Compute(**options), NO_GROUPS)
+    assert call.options is not None
+    return F.logsigmoid(head.token_log_odds(hidden, rows.position, rows.target, call.options))
 
 
 def answers_of(logps: Tensor, rows: Rows) -> Answers:
@@ -179,7 +133,8 @@ def answers_of(logps: Tensor, rows: Rows) -> Answers:
 def _checked_reference(reference_logps: Tensor | None, method: Method, rows: Rows) -> Tensor | None:
     """(2B,) float64, in the method's kind of score. What the method does not need is not looked at."""
     if not method.needs_reference or reference_logps is None:
-        return None  # the method says what it misses
+        method.gains(rows.nll_weight.new_empty(0))  # says what it misses
+        return None
     if reference_logps.shape != (2 * rows.num_pairs,):
         raise ValueError(
             f"reference_logps has shape {tuple(reference_logps.shape)}, but the batch has {rows.num_pairs} pairs: it "

@@ -174,10 +174,10 @@ def label_rows(labels: Tensor, nll_labels: Tensor | None, shift: bool, ignore_in
 
 def padded_rows(
     labels: Tensor,
-    nll_labels: Tensor | None,
-    shift: bool,
-    ignore_index: int,
-    nll_reduction: str,
+    nll_labels: Tensor | None = None,
+    shift: bool = False,
+    ignore_index: int = -100,
+    nll_reduction: str = "token",
     pair_weight: Tensor | None = None,
 ) -> Rows:
     """`rows_from_labels` before the rows that count for nothing are dropped: as many as labels, whatever they hold."""

@@ -153,7 +153,8 @@ def test_opcheck(dtype, needs, weighted):
     )
     vectors = (rows.position, rows.target, rows.sequence, rows.scored, rows.nll_weight)
     count = torch.tensor(3.0, dtype=torch.float64)
-    options = (True, rows.pair_weight, None, count, 1.0, 0.1, 1.0, None, "auto", None, "torch", None, dtype, needs)
+    method = ("orpo", [0.1, 1.0], None)  # beta, alpha; no reference
+    options = (True, rows.pair_weight, None, count, *method, 1.0, None, "auto", None, "torch", None, dtype, needs)
     torch.library.opcheck(orpo_loss_op, (hidden, weight, bias, *vectors, rows.num_pairs, *options))
 
 

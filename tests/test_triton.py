@@ -20,7 +20,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from orpo_kernels import orpo_loss_from_rows, reference
 from orpo_kernels.gemm import WeightSlices
-from orpo_kernels.objective import Denominators, pair_loss
+from orpo_kernels.objective import Denominators, odds_ratio_loss
 from orpo_kernels.ops import torch_ops
 from orpo_kernels.ops import triton as triton_ops
 
@@ -278,8 +278,8 @@ def test_pair_loss(seed, pairs, rows, spread, count, weighted):
     log_odds = (torch.randn(len(batch), generator=generator, dtype=torch.float64) * spread).to(DEVICE)
     nll = batch.nll_weight.sum() if count is None else torch.tensor(count, dtype=torch.float64, device=DEVICE)
     counts = Denominators(nll, torch.tensor(count or 1.0, dtype=torch.float64, device=DEVICE))
-    ours = pair_loss(log_odds, batch, 0.7, 0.1, counts, triton_ops)
-    mirror = pair_loss(log_odds, batch, 0.7, 0.1, counts, torch_ops)
+    ours = odds_ratio_loss(log_odds, batch, 0.7, 0.1, counts, triton_ops)
+    mirror = odds_ratio_loss(log_odds, batch, 0.7, 0.1, counts, torch_ops)
     for name, a, b in zip(ours._fields, ours, mirror, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-300, msg=lambda m, name=name: f"{name}: {m}")
 
