@@ -9,9 +9,11 @@ Config, data, callbacks, tokenisation and logged metrics are TRL's; the loss is 
 - Chosen and rejected answer share one pass over their prompt, where the model allows it (`packing`).
 - Metrics are read back from the device once in a step.
 - An evaluation's loss and metrics are those of its set, not means of batches: they do not depend on the batch size.
-- A row that TRL's tokenisation fails on, and one with an empty answer, with the same answer twice or with a `weight`
-  that is none, is left out and named (`unusable_pairs`). In TRL the first ends the run before it begins.
-- A column `tools` reaches the chat template; a column `weight` multiplies the pair's loss.
+- Rows are used whole, or left out and named (`unusable_pairs`): an empty answer, the same answer twice, a chat template
+  that loses or changes text, a column of text that nothing reads. In TRL the first ends the run before it begins, and
+  the others are trained as they come out.
+- `tools`, `tool_calls` and `chat_template_kwargs` reach the chat template; a column `weight` multiplies a pair's loss.
+- How many rows `max_length` cuts, and how many of them it leaves without an answer, is said.
 
 Needs `trl` (`pip install orpo_kernels[trl]`).
 """
@@ -19,7 +21,9 @@ Needs `trl` (`pip install orpo_kernels[trl]`).
 from __future__ import annotations
 
 import inspect
+import logging
 import math
+import os.path
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -28,11 +32,10 @@ from typing import Any, get_args
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
-from trl.data_utils import maybe_apply_chat_template, maybe_extract_prompt
+from trl.data_utils import maybe_extract_prompt
 from trl.experimental.orpo import ORPOConfig
 from trl.experimental.orpo import ORPOTrainer as TRLORPOTrainer
 
-from .messages import SPOKEN
 from .methods import ORPO
 from .transformers.averages import Part
 from .transformers.body import unwrap
@@ -40,10 +43,14 @@ from .transformers.collator import IGNORE_INDEX, End, Packing, Refusal, end_turn
 from .transformers.lm_head import resolve_lm_head
 from .transformers.packing import PackedPairs, pack_pairs
 from .transformers.pairs import warn_of_unusable
+from .transformers.rendering import Rendered, UnusablePair, render_pair
 from .transformers.sharing import refuses_shared_prompt
+from .transformers.tokenization import numbers_of
 from .transformers.trainer import PAIR_METRICS, PreferenceLossMixin, pair_metrics
 
 __all__ = ["ORPOConfig", "ORPOTrainer"]
+
+logger = logging.getLogger(__name__)
 
 _LOGITS = ("logits/chosen", "logits/rejected")
 _STEP_COUNTS = "step_counts"
@@ -57,7 +64,9 @@ _TOKENISED = tuple(
     }.items()
     for column in columns
 )
+_NOTHING = dict.fromkeys(("prompt", "chosen", "rejected"), "")
 _REASON = "unusable"  # a column while rows are tokenised: why one cannot be used, "" where it can
+_CUT = "cut"  # another: 0, 1 where a side is as long as max_length allows, 2 where an answer is empty with that
 
 
 class ORPOTrainer(PreferenceLossMixin, TRLORPOTrainer):
@@ -141,8 +150,14 @@ class ORPOTrainer(PreferenceLossMixin, TRLORPOTrainer):
         unusable = [Refusal(index, reason) for index, reason in enumerate(rows[_REASON]) if reason]
         self.unusable_pairs[name] = unusable
         warn_of_unusable(unusable, len(rows), name, say=self.is_world_process_zero())
+        cut = [kind for kind in rows[_CUT] if kind]
+        if cut and self.is_world_process_zero():
+            logger.warning(
+                f"{len(cut)} of {len(rows)} rows of {name} reach max_length={self.max_length} and were cut, or end "
+                f"there; {cut.count(2)} of them have no answer left on a side and count in the NLL alone."
+            )
         left_out = {one.index for one in unusable}
-        rows = rows.remove_columns(_REASON)
+        rows = rows.remove_columns([_REASON, _CUT])
         return rows.select([index for index in range(len(rows)) if index not in left_out]) if left_out else rows
 
     def loss_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -210,11 +225,14 @@ class ORPOTrainer(PreferenceLossMixin, TRLORPOTrainer):
             except (TypeError, ValueError) as error:
                 reason = f"TRL cannot tokenise it ({error})"
         if reason:
-            return {**{name: [] for name in _TOKENISED}, _REASON: reason}
+            return {**{name: [] for name in _TOKENISED}, _REASON: reason, _CUT: 0}
+        sides = [(row[f"{side}_input_ids"], row[f"{side}_labels"]) for side in ("chosen", "rejected")]
+        is_cut = any(len(ids) >= self.max_length for ids, _ in sides)
+        is_empty = any(set(labels) <= {IGNORE_INDEX} for _, labels in sides)
         if self.end == "single":
             for side in ("chosen", "rejected"):
                 self._end_once(row, side)
-        return {**row, _REASON: ""}
+        return {**row, _REASON: "", _CUT: is_cut + (is_cut and is_empty)}
 
     def _end_once(self, row: dict[str, Any], side: str) -> None:
         """Cut the side behind the first of its end tokens. A truncated answer has none and stays as it is."""
@@ -249,9 +267,9 @@ def _pair_weights(weights: Sequence[float | None]) -> Tensor | None:
 
 
 def _rendered(rows: Any, tokenizer: Any, config: Any) -> Any:
-    """The rows as TRL's own preparation renders them, but with their tools, and with the reason where one is unusable.
+    """The rows as text, rendered as everywhere here (`rendering.py`), and the reason where one is unusable.
 
-    What TRL does then finds nothing left to render. Left to TRL is all where there is no tokenizer.
+    TRL then finds nothing left to render: it tokenises, and cuts. Left to it is all where there is no tokenizer.
     """
     if rows is None or tokenizer is None or not hasattr(rows, "map"):
         return rows
@@ -261,39 +279,40 @@ def _rendered(rows: Any, tokenizer: Any, config: Any) -> Any:
 
 def _render_row(row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
     try:
-        if reason := _why_unusable(row):
-            return dict.fromkeys(("prompt", "chosen", "rejected"), "") | {_REASON: reason}
         row = {name: value for name, value in row.items() if value is not None}  # columns that other rows fill
-        row = maybe_extract_prompt(row)
-        row = maybe_apply_chat_template(row, processing_class=tokenizer, tools=row.get("tools"))
-    except Exception as error:  # of the template, or of TRL: this row's alone
+        chosen, rejected = render_pair(_with_prompt(row), tokenizer)
+        numbers_of(row)
+        for name, side in (("chosen", chosen), ("rejected", rejected)):
+            if len(side.answers) > 1:
+                raise UnusablePair(
+                    f"its {name} answer has several turns, and TRL's tokenisation would train what is said between them"
+                )
+    except UnusablePair as unusable:
+        return _NOTHING | {_REASON: str(unusable)}
+    except Exception as error:  # of TRL, or of the tokenizer: this row's alone
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        return dict.fromkeys(("prompt", "chosen", "rejected"), "") | {_REASON: f"it cannot be rendered ({reason:.200})"}
-    return {name: row[name] for name in ("prompt", "chosen", "rejected")} | {_REASON: ""}
+        return _NOTHING | {_REASON: f"it cannot be rendered ({reason:.200})"}
+    prompt = os.path.commonprefix([chosen.prompt, rejected.prompt])  # noqa: RUF071 (strings, not paths)
+    answers = (_closed(side, tokenizer)[len(prompt) :] for side in (chosen, rejected))
+    return dict(zip(_NOTHING, (prompt, *answers), strict=True)) | {_REASON: ""}
 
 
-def _why_unusable(row: Mapping[str, Any]) -> str | None:
-    for side in ("chosen", "rejected"):
-        if not _says_something(row.get(side)):
-            return f"its {side} response is empty"
-    if row["chosen"] == row["rejected"]:
-        return "its chosen and rejected responses are the same"
-    weight = row.get(_WEIGHT)
-    if weight is not None and not (isinstance(weight, int | float) and 0 <= weight < math.inf):
-        return f"its weight is {weight!r}, not a number of at least 0"
-    return None
+def _with_prompt(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with its prompt apart from its answers; TRL finds it in conversations that both begin with it."""
+    is_apart = isinstance(row.get("prompt"), list) or all(isinstance(row.get(name), str) for name in _NOTHING)
+    return row if is_apart else maybe_extract_prompt(row)
 
 
-def _says_something(answer: Any) -> bool:
-    """Whether a text, or the last message of a chat, holds anything. What is neither is left to TRL."""
-    if isinstance(answer, str):
-        return bool(answer.strip())
-    message = answer[-1] if answer else {}
-    if not isinstance(message, Mapping):
-        return True
-    content = message.get("content")
-    said = content.strip() if isinstance(content, str) else content
-    return bool(said) or any(message.get(key) for key in SPOKEN)
+def _closed(side: Rendered, tokenizer: Any) -> str:
+    """The text, up to the end of its turn where the template may open another one unasked."""
+    if not side.opens_next:
+        return side.text
+    stop = side.answers[-1][1]
+    behind = side.text[stop:]
+    tail = behind.lstrip()
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    ends = [token for token in special if tail.startswith(token) and not side.text.startswith(token)]
+    return side.text[:stop] + (behind[: len(behind) - len(tail)] + max(ends, key=len) if ends else "")
 
 
 # --- mean logits ---------------------------------------------------------------------------------------------------

@@ -181,7 +181,8 @@ def test_adapters(run, model, data, tmp_path):
 
 
 def test_held_out_pairs_can_be_a_file_or_none(run, model, data, tmp_path):
-    (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chat_examples(3)))
+    others = [{**row, "prompt": [{"role": "user", "content": f"{i}?"}]} for i, row in enumerate(chat_examples(3))]
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in others))
     arguments = ("train", model, data, *FAST, "--max-steps", 1)
     summary = run(*arguments, "--output", tmp_path / "a", "--eval-split", tmp_path / "held.jsonl")
     assert (summary["pairs"], summary["held_out"]) == (20, 3)

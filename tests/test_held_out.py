@@ -13,7 +13,14 @@ pytest.importorskip("accelerate")
 pytest.importorskip("typer")
 pytest.importorskip("matplotlib")
 
+from rich.console import Console
+
+from orpo_kernels.cli import main
+from orpo_kernels.data import split_pairs
+from orpo_kernels.finetuning import comparison, search
 from orpo_kernels.finetuning import fit as fitting
+from orpo_kernels.finetuning.folder import MARK
+from orpo_kernels.finetuning.manifest import sealed
 from orpo_kernels.finetuning.scoring import METRICS
 
 from .commands import Run, pair, run_in, save_tiny, write_rows
@@ -172,3 +179,120 @@ def test_models_that_take_no_pair_together(run, model, data, tmp_path):
     short = save_tiny(tmp_path / "short", max_position_embeddings=24)
     arguments = ("evaluate", model, data, "--against", short, "--too-long", "leave-out")
     assert "no pair" in run(*arguments, "--output", tmp_path / "e", status=2)["error"]
+
+
+# --- nothing left, on either side ----------------------------------------------------------------------------------
+
+
+def test_a_held_out_side_of_which_nothing_is_left_is_refused(run, model, data, tmp_path):
+    """The answers of the held-out pairs are too long, which does not change the sides."""
+    held_out = set(split_pairs(ROWS, 2, seed=0)[1])
+    rows = [{**row, "chosen": " a long one" * 20} if i in held_out else row for i, row in enumerate(ROWS)]
+    write_rows(Path(data), rows)
+    short = ("--max-length", 60, "--too-long", "leave-out")
+    arguments = ("train", model, data, *FAST, *short, "--output", tmp_path / "run", "--eval-split")
+    said = run(*arguments, 2, status=2)
+    assert "All 2 pairs that --eval-split 2 holds out were refused or left out" in said["error"]
+    assert "give a larger one, or 0 to hold out none" in said["error"]
+    assert not (tmp_path / "run").exists()
+    for number, count in ((4, 2), (0, 0)):
+        assert run(*arguments[:-2], tmp_path / f"run{number}", "--eval-split", number)["held_out"] == count
+
+
+@pytest.mark.parametrize("numbers", [[0], [0, 0, 0], [0, 1]])
+@pytest.mark.parametrize("asked", [0.1, 0.9, 1])
+def test_data_that_cannot_be_split_say_so(numbers, asked, run, model, tmp_path):
+    """One pair, one prompt, or one prompt that the tokenizer takes."""
+    rows = [pair(number) for number in numbers]
+    if len(set(numbers)) > 1:
+        training, _ = split_pairs(rows, 1, seed=0)
+        rows[training[0]]["chosen"] = " a long one" * 20
+    data = write_rows(tmp_path / "few.jsonl", rows)
+    arguments = ("train", model, data, *FAST, "--max-length", 60, "--too-long", "leave-out", "--output", tmp_path / "r")
+    assert "give 0, to hold out none" in run(*arguments, "--eval-split", asked, status=2)["error"]
+    assert run(*arguments, "--eval-split", 0)["pairs"] == (1 if len(set(numbers)) > 1 else len(numbers))
+
+
+def test_a_smaller_split_is_advised_where_it_helps(run, model, tmp_path):
+    data = write_rows(tmp_path / "few.jsonl", ROWS[:3])
+    arguments = ("train", model, data, *FAST, "--output", tmp_path / "r", "--eval-split")
+    assert "to train on: give a smaller one." in run(*arguments, 0.999, status=2)["error"]
+    assert run(*arguments, 1)["pairs"] == 2
+
+
+def test_held_out_pairs_of_a_file_are_not_trained_on_either(run, model, data, tmp_path, capsys):
+    held = tmp_path / "held.jsonl"
+    arguments = ["train", model, data, *FAST, "--eval-split", str(held), "--output", str(tmp_path / "run")]
+    write_rows(held, ROWS[:3])
+    said = run(*arguments, status=2)
+    assert "All 3 pairs" in said["error"]
+    assert "give other pairs, or 0" in said["error"]
+    write_rows(held, [*ROWS[:3], pair(50), pair(51)])
+    assert main([*arguments, "--json"]) == 0
+    out, told = capsys.readouterr()
+    summary = json.loads(out)
+    assert (summary["pairs"], summary["held_out"]) == (12, 2)
+    assert f"3 held-out pairs are left out: {data} has their prompts too, which are trained on." in told
+
+
+# --- runs side by side ---------------------------------------------------------------------------------------------
+
+SIDE_BY_SIDE = {"sweep": ("--betas", ["0", "0.5"]), "compare": ("--methods", ["sft", "orpo"])}
+OTHERS = [pair(number) for number in range(50, 90)]
+
+
+@pytest.fixture(params=SIDE_BY_SIDE)
+def several(request, run, model, data, tmp_path, monkeypatch) -> Run:
+    """`sweep` or `compare` by so many values, all in this process."""
+    monkeypatch.setattr(comparison, "_train", lambda settings: fitting.fit(settings, Console(stderr=True)))
+    flag, values = SIDE_BY_SIDE[request.param]
+
+    def several(count: int, *more: Any, **options: Any) -> dict[str, Any]:
+        arguments = (request.param, model, data, *FAST, "--eval-split", 0.5, "--output", tmp_path / "runs")
+        return run(*arguments, flag, ",".join(values[:count]), *more, **options)
+
+    return several
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("begun", [1, 2])
+def test_runs_over_other_held_out_pairs_are_not_set_beside_each_other(begun, several, data, tmp_path):
+    several(begun)
+    write_rows(Path(data), OTHERS)
+    before = contents(tmp_path / "runs")
+    first = next(path.parent for path in before if path.name == "split.json")
+
+    def refused() -> str:
+        said = several(2, "--resume", status=2)["error"]
+        assert f"Since the run in {tmp_path / 'runs'}" in said
+        assert "go on with what it was started with, or choose another --output." in said
+        return said
+
+    assert "the pairs to train on" in refused()
+    assert contents(tmp_path / "runs") == before
+    if begun == 2:
+        return
+    (first / MARK).write_text(sealed({"kind": "run"}))  # as of an earlier version: no record but the prompts
+    assert "the held-out prompts changed" in refused()
+    (first / "split.json").unlink()  # and before that, none but the number
+    assert "the held-out pairs (then " in refused()
+    write_rows(Path(data), ROWS)
+    several(2, "--resume")
+
+
+def test_data_that_change_between_two_runs(several, data, tmp_path, monkeypatch):
+    fit, begun = fitting.fit, []
+
+    def changing(settings: Any, *arguments: Any, **options: Any) -> Any:
+        begun.append(settings.output)
+        if len(begun) == 2:
+            write_rows(Path(data), OTHERS)
+        return fit(settings, *arguments, **options)
+
+    monkeypatch.setattr(fitting, "fit", changing)
+    monkeypatch.setattr(search, "fit", changing)
+    said = several(2, status=2)["error"]
+    assert f"changed before the run in {begun[1]} began, which cannot be compared" in said

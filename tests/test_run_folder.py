@@ -244,12 +244,13 @@ def another_template(model: Path, data: Path) -> None:
         (another_template, "the model's file chat_template.jinja"),
     ],
 )
-def test_a_run_goes_on_with_what_it_was_started_with(change, named, inputs, runs, tmp_path):
+@pytest.mark.parametrize("which", ["stopped", "finished"])
+def test_a_run_goes_on_with_what_it_was_started_with(which, change, named, inputs, runs, tmp_path):
     model, data = tmp_path / "model", tmp_path / "pairs.jsonl"
     shutil.copytree(inputs[0], model)
     shutil.copy(inputs[1], data)
     folder = tmp_path / "run"
-    shutil.copytree(runs.stopped, folder)
+    shutil.copytree(getattr(runs, which), folder)
     with pytest.MonkeyPatch.context() as patch:  # the same paths as when it was started, and others in them
         patch.setattr(fit, "_plain", lambda settings: dict.fromkeys(["model", "data"], "there"))
         mark = unsealed((folder / MARK).read_text())

@@ -477,8 +477,8 @@ def test_rows_that_trl_cannot_use_are_left_out_and_named(tmp_path, caplog):
     assert list(found) == [1, 3, 5, 7]
     assert found[1] == "its chosen response is empty"
     assert found[3] == "its chosen and rejected responses are the same"
-    assert "Invalid role in the last message: nobody" in found[5]
-    assert found[7] == "its weight is -1.0, not a number of at least 0"
+    assert found[5] == "the last message of its prompt is by 'nobody', not by 'user' or 'tool'"
+    assert found[7] == "its weight is -1.0, but has to be at least 0"
     assert "4 of the 9 pairs of the train set cannot be used" in caplog.text
     assert "unusable" not in trainer.train_dataset.column_names
     trainer.train()

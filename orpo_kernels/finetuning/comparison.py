@@ -24,6 +24,7 @@ from ..transformers import TokenizedPair
 from . import plots
 from .fit import check_is_ours
 from .folder import RunFolder, check_claim, claim, write_whole
+from .inputs import check_comparable, check_unchanged, inputs_of
 from .pretrained import compute_dtype, load_model, load_tokenizer
 from .processes import check_alone
 from .records import to_json
@@ -88,7 +89,8 @@ def compare(settings: CompareSettings, console: Console) -> Comparison:
     is a process of its own, so that its memory is its own. A comparison that was stopped goes on with `resume`. A run
     that has begun and fails is named, and the others go on.
 
-    Raises `UserError` as `fit` does for what cannot begin, if nothing is held out, and if no run came to its end.
+    Raises `UserError` as `fit` does for what cannot begin, if runs there were started with other pairs or another
+    model, and if no run came to its end.
     """
     check_alone("compare")
     transformers.utils.logging.disable_progress_bar()
@@ -99,9 +101,10 @@ def compare(settings: CompareSettings, console: Console) -> Comparison:
     ]
     _check_are_ours(runs)
     tokenizer = load_tokenizer(settings.model)
-    held_out = load_split(settings, tokenizer, console).held_out
-    if not held_out:
-        raise UserError(f"No pair of {settings.data} is held out: give a larger --eval-split.")
+    _, training, held_out, record = load_split(settings, tokenizer, console)
+    inputs = inputs_of(settings.model, training, held_out)
+    for run in runs:
+        check_comparable(RunFolder(run.output), inputs, record)
     claim(settings.output, "comparison")
     before = _evaluated("before", settings.model, settings, tokenizer, held_out)
     found = Comparison(len(held_out), [before], [])
@@ -114,6 +117,8 @@ def compare(settings: CompareSettings, console: Console) -> Comparison:
                 raise
             found.failed.append(Failure(run.method, str(error), str(run.output)))
             console.print(str(error), markup=False, soft_wrap=True)
+        else:
+            check_unchanged(RunFolder(run.output), inputs)
         _write(found, settings.output)
     if len(found.outcomes) == 1:
         raise UserError(f"No run came to its end. {found.failed[0].reason}")

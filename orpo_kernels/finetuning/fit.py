@@ -40,7 +40,7 @@ from .folder import (
     write_whole,
 )
 from .held_out import Record
-from .inputs import changed_inputs, inputs_of
+from .inputs import check_inputs, inputs_of
 from .pretrained import compute_dtype, load_model, load_tokenizer, not_finite, save_as_it_came, with_adapters
 from .processes import processes
 from .progress import ProgressBar, Recorder
@@ -97,6 +97,9 @@ def fit(settings: TrainSettings, console: Console, keep: Callable[[Trained], Non
     check_is_ours(settings)
     state.wait_for_everyone()  # until all have looked, before anybody writes
     if (summary := folder.finished()) is not None:
+        if noted(folder.path, "inputs") is not None:  # an earlier version kept no record of them
+            _, training, held_out, _ = load_split(settings, load_tokenizer(settings.model), console)
+            _inputs(folder, settings, training, held_out, console)
         console.print(f"The run in {settings.output} is finished already.", markup=False)
         for name in folder.changed_results():
             console.print(f"{name} there is no longer what the run wrote.", markup=False)
@@ -194,12 +197,7 @@ def _inputs(
     """What the run trains on. Raises `UserError` where the run in the folder was started with something else."""
     with console.status("Hashing the model's files …") if console.is_terminal else nullcontext():
         inputs = inputs_of(settings.model, training, held_out)
-    before = noted(folder.path, "inputs") if folder.results() else None
-    if changed := changed_inputs(before, inputs):
-        raise UserError(
-            f"Since the run in {folder.path} was started, {' and '.join(changed)} changed: go on with what it was "
-            "started with, or choose another --output."
-        )
+    check_inputs(folder, inputs)
     return inputs
 
 

@@ -48,9 +48,10 @@ def held_out_prompts(pairs: Sequence[dict[str, Any]], held_out: float, seed: int
 def check_number(held_out: float, pairs: int, source: str) -> None:
     """Raise `UserError` where so many cannot be held out of the pairs of a source."""
     if not 0 <= held_out < pairs:
+        fewer = f"a share below 1, a number up to {pairs - 1}" if pairs > 1 else "0, to hold out none"
         raise UserError(
-            f"--eval-split {held_out:.12g} cannot be held out of {pairs} pairs of {source}: give a share below 1, a "
-            f"number up to {pairs - 1}, or (to train) a split of the data set or a file."
+            f"--eval-split {held_out:.12g} cannot be held out of {pairs} pairs of {source}: give {fewer}, or (to "
+            "train) a split of the data set or a file."
         )
 
 

@@ -14,17 +14,20 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from rich.console import Console
 
 from ..errors import Diverged, UserError, save_report
 from . import plots
 from .fit import Trained, check_is_ours, fit
 from .folder import RunFolder, check_claim, claim, write_whole
-from .pretrained import compute_dtype
+from .inputs import check_comparable, check_unchanged, inputs_of
+from .pretrained import compute_dtype, load_tokenizer
 from .processes import processes
 from .records import to_json
 from .scoring import Scores, intervals, score
 from .settings import SweepSettings, train_arguments
+from .setup import load_split
 
 COMPARED = ("accuracy", "log_odds", "nll")
 
@@ -82,12 +85,16 @@ def sweep(settings: SweepSettings, console: Console) -> Sweep:
     A sweep that was stopped goes on with `resume`: finished runs are read, the one that was under way is resumed. A run
     that has begun and fails, as one that diverges, is named, and the others go on.
 
-    Raises `UserError` as `fit` does for what cannot begin, if nothing is held out, and if no run came to its end.
+    Raises `UserError` as `fit` does for what cannot begin, if runs there were started with other pairs or another
+    model, and if no run came to its end.
     """
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     check_claim(settings.output, "sweep")
     grid = [_run(settings, *values) for values in itertools.product(settings.beta_values(), settings.lr_values())]
     for run in grid:
         check_is_ours(run)
+    inputs = _same_inputs(settings, grid, console)
     runs: list[tuple[dict[str, Any], Scores]] = []
     found = Sweep([], [])
     for number, run in enumerate(grid, start=1):
@@ -100,6 +107,8 @@ def sweep(settings: SweepSettings, console: Console) -> Sweep:
                 raise
             found.failed.append(_failure(error, run))
             console.print(f"This run failed: {found.failed[-1].reason}", markup=False, soft_wrap=True)
+        else:
+            check_unchanged(RunFolder(run.output), inputs)
         gc.collect()  # the model, before the next one is loaded
         found.points = side_by_side(runs, settings.seed) if runs else []
         claim(settings.output, "sweep")
@@ -113,6 +122,15 @@ def sweep(settings: SweepSettings, console: Console) -> Sweep:
 def _run(settings: SweepSettings, beta: float, lr: float) -> SweepSettings:
     output = settings.output / f"beta-{beta:g}_lr-{lr:g}"
     return dataclasses.replace(settings, beta=beta, lr=lr, lrs="", output=output)
+
+
+def _same_inputs(settings: SweepSettings, grid: Sequence[SweepSettings], console: Console) -> dict[str, Any]:
+    """What all runs train on. Raises `UserError` where one that has begun was started with something else."""
+    split = load_split(settings, load_tokenizer(settings.model), console)
+    inputs = inputs_of(settings.model, split.training, split.held_out)
+    for run in grid:
+        check_comparable(RunFolder(run.output), inputs, split.record)
+    return inputs
 
 
 def _others_go_on(error: Exception, run: SweepSettings) -> bool:
@@ -133,8 +151,6 @@ def _failure(error: Exception, run: SweepSettings) -> Failure:
 
 def _rate(trained: Trained) -> None:
     """Keep how the model rates each held-out pair: runs are compared pair by pair."""
-    if not trained.held_out:
-        raise UserError(f"No pair of {trained.settings.data} is held out: give a larger --eval-split.")
     dtype, device = compute_dtype(trained.settings.dtype), trained.model.device.type
     with torch.autocast(device, dtype, enabled=dtype is not torch.float32):
         try:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.progress import track
 
-from ..data import Preferences, load_preferences
+from ..data import Preferences, load_preferences, split_pairs
 from ..errors import UserError
 from ..transformers import TokenizedPair, UnusablePair, tokenize_pair
 from .held_out import Record, held_out_prompts, keys, record_of
@@ -63,7 +63,7 @@ def load_pairs(settings: DataSettings, tokenizer: Any, console: Console, source:
     pairs = Pairs(preferences.without(refused), tokenized, preferences, taken)
     console.print(pairs.preferences.describe(), markup=False, soft_wrap=True)
     if not tokenized:
-        raise UserError(f"{settings.data} has no pair that the tokenizer of {settings.model} can take.")
+        raise UserError(f"{source or settings.data} has no pair that the tokenizer of {settings.model} can take.")
     _check_ids(tokenized, tokenizer, rows)
     if cut := [lost for pair in tokenized if (lost := pair.get("cut_tokens"))]:
         more = "--max-length takes more of them"
@@ -102,33 +102,50 @@ class Split(NamedTuple):
 
 
 def load_split(settings: TrainSettings, tokenizer: Any, console: Console) -> Split:
-    """The data's two sides. Held out is nothing that the model was trained on before, as far as its folder tells."""
+    """The data's two sides. Held out is nothing that is trained on, or was before, as far as the model's folder tells.
+
+    Raises `UserError` where nothing is left to train on, and where pairs are to be held out and none is left.
+    """
     before = _trained_before(settings.model, console)
     pairs = load_pairs(settings, tokenizer, console)
     number = held_out_number(settings.eval_split)
     if number is None:
         elsewhere = _elsewhere(settings, tokenizer, console)
-        prompts = frozenset(keys(elsewhere.offered.pairs))
+        asked = keys(elsewhere.offered.pairs)
+        prompts = frozenset(asked)
         training, held_out = pairs.by_prompt(), elsewhere.by_prompt()
     else:
         prompts = held_out_prompts(pairs.offered.pairs, number, settings.seed, settings.data)
         training = [(key, pair) for key, pair in pairs.by_prompt() if key not in prompts]
+        asked = [key for key in keys(pairs.offered.pairs) if key in prompts]
         held_out = [(key, pair) for key, pair in pairs.by_prompt() if key in prompts]
     if not training:
         raise UserError(
-            f"--eval-split {settings.eval_split} leaves no pair of {settings.data} to train on: give a smaller one."
+            f"--eval-split {settings.eval_split} leaves no pair of {settings.data} to train on: give "
+            f"{'a smaller one' if _can_be_split(pairs, settings.seed) else '0, to hold out none'}."
         )
-    fresh = [(key, pair) for key, pair in held_out if key not in before]
-    if old := len(held_out) - len(fresh):
+    trained = before.union(key for key, _ in training)
+    fresh = [(key, pair) for key, pair in held_out if key not in trained]
+    if old := sum(key in before for key, _ in held_out):
         remark = f"{old} held-out pairs are left out: {settings.model} was trained on their prompts."
         console.print(remark, markup=False, soft_wrap=True)
-    trained = before.union(key for key, _ in training)
-    if both := sum(key in trained for key, _ in fresh):
-        console.print(
-            f"The prompts of {both} held-out pairs are trained on as well: both files have them.", soft_wrap=True
+    if both := len(held_out) - len(fresh) - old:
+        remark = f"{both} held-out pairs are left out: {settings.data} has their prompts too, which are trained on."
+        console.print(remark, markup=False, soft_wrap=True)
+    if asked and not fresh:
+        raise UserError(
+            f"All {len(asked)} pairs that --eval-split {settings.eval_split} holds out were refused or left out, so "
+            f"that none can be evaluated: give {'other pairs' if number is None else 'a larger one'}, or 0 to hold out "
+            "none."
         )
     record = Record(trained, prompts - trained)
     return Split(pairs, [pair for _, pair in training], [pair for _, pair in fresh], record)
+
+
+def _can_be_split(pairs: Pairs, seed: int) -> bool:
+    """Whether the least that can be held out, which is one prompt, leaves a pair to train on."""
+    least = set(keys(pairs.offered.pairs[i] for i in split_pairs(pairs.offered.pairs, 1, seed)[1]))
+    return any(key not in least for key, _ in pairs.by_prompt())
 
 
 def _trained_before(model: str, console: Console) -> frozenset[str]:

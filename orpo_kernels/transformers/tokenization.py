@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, get_args
 
 from .packing import IGNORE_INDEX
-from .rendering import REFERENCE, WEIGHT, Rendered, UnusablePair, render_pair
+from .rendering import REFERENCE, WEIGHT, Rendered, UnusablePair, as_pair, render_pair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -121,7 +121,10 @@ def tokenize_pair(
       `reasoning_content`, ...), its content may be a list of text parts; `tools` (a list of JSON schemas) and
       `chat_template_kwargs` (a mapping, such as `{"enable_thinking": False}`) go to the template as well.
 
-    `weight`, a number of at least 0, is what the pair's loss is to be multiplied by. What else an example holds is not
+    Chats may be written as text (JSON, or as Python prints them), all of them then.
+
+    `weight` (or `sample_weight`), a number of at least 0, is what the pair's loss is to be multiplied by;
+    `enable_thinking` goes to the template. What else an example holds is not
     read; where that may be text, the pair is refused.
 
     `max_length` (tokens, at least 2) bounds prompt + response; None truncates nothing. What is longer is cut, or with
@@ -133,6 +136,7 @@ def tokenize_pair(
     `ValueError` for a tokenizer without character offsets, EOS or (for chat) template.
     """
     check_options(tokenizer, max_length, end, too_long)
+    example = as_pair(example)
     sides = [_finish(_split(side, tokenizer), side, tokenizer, end) for side in render_pair(example, tokenizer)]
     chosen, rejected = whole = _Sides(*sides)
     if max_length is not None:
@@ -148,7 +152,7 @@ def tokenize_pair(
     }
     if cut := sum(map(len, whole)) - len(chosen) - len(rejected):
         pair["cut_tokens"] = cut
-    pair.update(_numbers(example))
+    pair.update(numbers_of(example))
     return pair
 
 
@@ -168,8 +172,8 @@ def check_options(tokenizer: PreTrainedTokenizerBase, max_length: int | None, en
             raise ValueError(f"{name} must be one of {choices}; got {value!r}.")
 
 
-def _numbers(example: Mapping[str, Any]) -> Any:
-    """The weight of a pair and what a reference model gave it, where it has them."""
+def numbers_of(example: Mapping[str, Any]) -> Any:
+    """The weight of a pair and what a reference model gave it, where it has them. Raises `UnusablePair`."""
     numbers: dict[str, float] = {}
     for name in (WEIGHT, *REFERENCE):
         value = example.get(name)
