@@ -56,6 +56,7 @@ CONVERSATION = (
     "tool_calls",
     "tools",
 )
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 # Names that say something *about* a pair: whatever they hold, nobody would say it to the model.
 _ABOUT = re.compile(
     r"(^|[_\-. ])("
@@ -63,8 +64,11 @@ _ABOUT = re.compile(
     r"ratings|rationale|rank|ranks|label|labels|labelling|labeling|annotation|annotations|annotator|critique|feedback|"
     r"reason|explanation|category|categories|topic|topics|type|task|tag|tags|lang|language|date|time|timestamp|created|"
     r"updated|version|status|order|margin|preference|reward|rewards|quality|difficulty|license|author|meta|metadata|info|"
-    r"generations|generation|raw|original|tokens|length|logps|comment|comments|notes|title)s?"
-    r")($|[_\-. ])",
+    r"generations|generation|raw|original|tokens|length|logps|comment|comments|notes|title|severity|vulnerability|"
+    r"vulnerabilities|country|countries|principle|judge|judgement|judgment|verdict|config)s?"
+    r")($|[_\-. ])"
+    # Words that could be the prompt's by themselves, and are an answer's behind its name.
+    r"|^(chosen|rejected)[_\-. ](reasoning|policy|policies|analysis|evaluation|evaluator)($|[_\-. ])",
     re.IGNORECASE,
 )
 # Words; of scripts that put no blanks between them, characters.
@@ -150,6 +154,13 @@ def carries_text(name: str, value: Any) -> bool:
     if name.lower() in CONVERSATION:
         return bool(texts)
     return not _ABOUT.search(name) and any(len(_WORDS.findall(text)) > 1 for text in texts)
+
+
+def filled(value: Any) -> bool:
+    """Whether there is anything in a value: 0 and False are something."""
+    if isinstance(value, str):
+        return bool(value.strip())
+    return bool(value) if isinstance(value, list | tuple | Mapping) else value is not None
 
 
 def kind(value: Any) -> str:

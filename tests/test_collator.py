@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from benchmarks.workloads import data_folder
 from examples.smollm2 import is_available, load_smollm2
+from orpo_kernels.data import load_preferences
 from orpo_kernels.transformers import PreferenceCollator, UnusablePair, tokenize_pair, tokenize_pairs
 
 CHATML = (
@@ -361,6 +363,64 @@ def test_unusable_pairs_are_named(example, reason):
     with pytest.raises(ValueError, match="Pair 1 of the batch cannot be used: ") as raised:
         PreferenceCollator(tokenizer)([good, example])
     assert refused[0].reason in str(raised.value)
+
+
+OTHER_LAYOUTS = "`orpo_kernels.data.load_preferences` reads"
+
+
+@pytest.mark.parametrize(
+    ("example", "reason"),
+    [
+        (plain("a", [*USER, {"role": "assistant", "content": "b"}], [*USER]), OTHER_LAYOUTS),
+        ({"chosen": [*USER, {"role": "assistant", "content": "b"}], "rejected": [*USER]}, OTHER_LAYOUTS),
+        ({"prompt": USER, "chosen": [*USER, {"role": "assistant", "content": "b"}], "rejected": "c"}, OTHER_LAYOUTS),
+        ({"messages": USER, "rejected_response": "c"}, OTHER_LAYOUTS),
+        ({"question": "a", "chosen": "b", "rejected": "c"}, OTHER_LAYOUTS),
+        (plain("a", "b", "c") | {"images": ["x"]}, "it has images, but only text is served"),
+        (plain("a", "b", "c") | {"Audio": {"path": "x"}}, "it has Audio, but only text is served"),
+        (plain("a", "b", "c") | {"tools": [{"name": "f"}]}, "it has tools, but its prompt is a string"),
+        (plain("a", "b", "c") | {"enable_thinking": True}, "it has chat_template_kwargs, but its prompt is a string"),
+        (chat("a", "b", "c") | {"enable_thinking": "so"}, "its enable_thinking is 'so'"),
+        (plain("a", "b", "c") | {"sample_weight": -1}, "its weight is -1"),
+        (plain(USER, json.dumps([{"role": "assistant", "content": "b"}]), "c"), "the other is not"),
+    ],
+)
+def test_what_would_be_lost_is_refused(example, reason):
+    with pytest.raises(UnusablePair, match=re.escape(reason)):
+        tokenize_pair(example, TOKENIZERS["words"])
+
+
+def test_an_example_without_an_answer_is_no_other_layout():
+    with pytest.raises(UnusablePair, match=r"it has no rejected$"):
+        tokenize_pair({"prompt": "a", "chosen": "b"}, TOKENIZERS["words"])
+
+
+@pytest.mark.parametrize("written", [json.dumps, repr])
+def test_chats_that_are_written_as_text(written):
+    example, tokenizer = chat("The cat?", "b", "c"), TOKENIZERS["words"]
+    as_text = {name: written(value) for name, value in example.items()}
+    assert tokenize_pair(as_text, tokenizer) == tokenize_pair(example, tokenizer)
+    assert tokenize_pair(plain(as_text["prompt"], "b", "c"), tokenizer) == tokenize_pair(example, tokenizer)
+    one = plain(written(example["prompt"][-1]), "b", "c")
+    assert tokenize_pair(one, tokenizer) == tokenize_pair(plain(example["prompt"][-1:], "b", "c"), tokenizer)
+
+
+def test_text_that_is_to_be_taken_as_it_stands(tmp_path):
+    example = plain(json.dumps(USER), "b", "c")
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(example))
+    [pair] = load_preferences(str(path), layout="text").pairs
+    prompt, _ = split(tokenize_pair(pair, TOKENIZERS["words"]), "chosen")
+    assert TOKENIZERS["words"].decode(prompt) == example["prompt"]
+
+
+def test_other_names_of_options():
+    example, tokenizer = chat("The cat?", "b", "c"), byte_level()
+    tokenizer.chat_template = "{% if enable_thinking %}Think! {% endif %}" + CHATML
+    assert tokenize_pair({**example, "sample_weight": 0.5}, tokenizer)["weight"] == 0.5
+    thinking = tokenize_pair({**example, "enable_thinking": True}, tokenizer)
+    assert thinking == tokenize_pair({**example, "chat_template_kwargs": {"enable_thinking": True}}, tokenizer)
+    assert thinking != tokenize_pair(example, tokenizer)
 
 
 def test_a_template_that_refuses_a_chat_is_a_reason():

@@ -46,6 +46,9 @@ SHAPES: dict[str, tuple[str, Callable[[list], str]]] = {
     "lines in .json": (".json", json_lines),
     "list": (".json", json.dumps),
     "list, pretty": (".json", lambda rows: json.dumps(rows, indent=4)),
+    "list, .jsonl": (".jsonl", json.dumps),
+    "list, pretty, .jsonl": (".jsonl", lambda rows: json.dumps(rows, indent=4)),
+    "pretty objects, .jsonl": (".jsonl", pretty),
     "list under a key": (".json", lambda rows: json.dumps({"version": 1, "authors": ["x"], "data": rows})),
     "list under a key, pretty": (".json", lambda rows: "\n " + json.dumps({"data": rows}, indent=1)),
     "pretty objects": (".json", pretty),
@@ -264,3 +267,39 @@ def test_letters_in_a_code_page_are_named(tmp_path):
     found = load_preferences(str(tmp_path / "a.csv"))
     assert found.pairs == [{"prompt": "Q", "chosen": "A", "rejected": "B"}]
     assert "not UTF-8" in found.problems[0].reason
+
+
+def test_a_pointer_of_git_lfs(tmp_path):
+    for name in ("a.jsonl", "a.parquet", "folder/a.csv"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12\n")
+        with pytest.raises(UserError, match=r"a\.\w+ is a pointer of Git LFS, not the data itself: git lfs pull"):
+            load_preferences(str(path if path.parent == tmp_path else path.parent))
+
+
+@pytest.mark.parametrize(
+    ("names", "unread"),
+    [
+        (("a.jsonl", "c.jsonl"), None),
+        (("train.jsonl", "test.jsonl"), None),
+        (("a.jsonl", "dataset_infos.json", ".cache/x.json"), None),
+        (("a.jsonl", "b.csv", "c.jsonl"), "b.csv"),
+        (("train.jsonl", "more.jsonl"), "more.jsonl"),
+    ],
+)
+def test_no_file_of_a_folder_goes_unread(names, unread, tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "data"
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = table(",")(PAIRS) if name.endswith(".csv") else json_lines(PAIRS)
+        path.write_text("{}" if name == "dataset_infos.json" else rows)
+    if unread:
+        with pytest.raises(UserError, match=f"files that would not be read: {unread}\\."):
+            load_preferences(str(folder))
+    else:
+        read = [name for name in names if name in ("a.jsonl", "c.jsonl", "train.jsonl")]
+        assert load_preferences(str(folder)).pairs == PAIRS * len(read)

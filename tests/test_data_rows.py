@@ -538,3 +538,37 @@ def test_nothing_usable_names_the_remedy(tmp_path):
     with pytest.raises(UserError, match=r"or leave it out \(--ignore-columns notice\)\.$"):
         load_preferences(str(path))
     assert strings(load_preferences(str(path), ignore_columns=["notice"]).pairs) == ["Q", "A", "B"]
+
+
+def test_all_unread_columns_are_named_at_once(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    row = {"prompt": "Q", "notice": "to be read", "hint": "this as well", "images": ["a.png"], **ANSWERS}
+    other = {"prompt": "Q", "advice": "and so is this", **ANSWERS}
+    path.write_text(json.dumps(row) + "\n" + json.dumps(other))
+    with pytest.raises(UserError, match="columns notice, hint hold") as raised:
+        load_preferences(str(path))
+    assert "(--ignore-columns notice,hint,images)" in str(raised.value)
+    assert str(raised.value).endswith("Of all rows: --ignore-columns notice,hint,images,advice.")
+    found = load_preferences(str(path), ignore_columns=["notice", "hint", "images", "advice"])
+    assert found.pairs == [{"prompt": "Q", **ANSWERS}] * 2
+
+
+@pytest.mark.parametrize(
+    ("row", "helps"),
+    [({"prompt": "Q", "good": "A"}, True), ({"prompt": "Q", "chosen": "A", "rejected": "A"}, False), ([1], False)],
+)
+def test_columns_are_a_remedy_where_one_is_missing(row, helps, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(row) + "\n{}" * helps)
+    with pytest.raises(UserError) as raised:
+        load_preferences(str(path))
+    assert ("Other columns can be told" in str(raised.value)) == helps
+
+
+@pytest.mark.parametrize("nothing", ["None", "nan", "NaN", "<NA>", ""])
+def test_options_that_pandas_wrote_as_nothing(nothing, tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_text(f"prompt,chosen,rejected,system,sys,tools\nQ,A,B,{nothing},{nothing},{nothing}\n")
+    assert load_preferences(str(path)).pairs == [{"prompt": "Q", **ANSWERS}]
+    told = load_preferences(str(path), columns={"system": "sys"}, ignore_columns=["system"])
+    assert told.pairs == [{"prompt": "Q", **ANSWERS}]

@@ -113,6 +113,12 @@ def test_what_a_message_says():
         ("preference_statement", "the first one is better", False),
         ("labelling_prompt", "which is better", False),
         ("helpfulness", 3, False),
+        *(
+            (name, "some words", False)
+            for name in ("severity", "vulnerability", "country", "principle", "judge_output")
+        ),
+        *((name, "some words", False) for name in ("chosen_reasoning", "rejected_policy", "gen_input_configs")),
+        *((name, "some words", True) for name in ("policy", "analysis", "chosen_thinking", "chosenness")),
         ("response_0_harm_category", {"Insulting Behavior": True}, False),
     ],
 )

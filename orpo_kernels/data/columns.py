@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..messages import CONVERSATION, BadMessages, carries_text, texts_of
-from .chats import chat_or_text, is_damaged
+from ..chats import chat_or_text, is_damaged
+from ..messages import CONVERSATION, MEDIA, BadMessages, carries_text, filled, texts_of
 
 Columns = Mapping[str, str]  # field -> the column that has it
 
@@ -24,7 +24,9 @@ ALIASES = {
 }
 # ms-swift's rows have the chosen answer at the end of `messages`, or as `response`.
 SWIFT_REJECTED, SWIFT_CHOSEN = ("rejected_response", "rejected_messages"), ("messages", "response")
-MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+# Fields that a pair can do without, and what pandas and Python write into the cell of a text where there is nothing.
+OPTIONAL = ("system", "history", "tools", "chat_template_kwargs", "enable_thinking")
+NOTHING = ("None", "nan", "NaN", "<NA>")
 # Conversations: another answer to the pair's question may stand in them. Other text of a conversation is the prompt's.
 WHOLE = ("conversation", "conversations", "dialogue", "messages")
 ASKED = {*CONVERSATION, *ALIASES["prompt"]} - {*WHOLE}
@@ -35,6 +37,14 @@ _MARKS = re.compile(r"<\|?/?\w+\|?>|\[/?\w+\]")  # of chat templates
 
 class BadRow(BadMessages):
     """A row that is no preference pair. The message is the reason, a clause about "it"."""
+
+
+class UnreadColumns(BadRow):
+    """A row whose `columns` may hold a part of the conversation, and are no field's."""
+
+    def __init__(self, reason: str, columns: list[str]) -> None:
+        super().__init__(reason)
+        self.columns = columns
 
 
 class Fields:
@@ -52,6 +62,10 @@ class Fields:
         }
         self.as_text = as_text
         self.columns = columns
+        for field in OPTIONAL:
+            for name in (columns[field],) if field in columns else ALIASES[field]:
+                if self.row.get(name) in NOTHING:
+                    self.row[name] = None
         self.read: set[str] = set()
         self._check_sides(row)
 
@@ -118,15 +132,26 @@ class Fields:
     def ignored(self, pairs: Iterable[Mapping[str, Any]]) -> set[str]:
         """The columns that nothing read and that hold no part of the conversation.
 
-        Raises `BadRow` for one that may hold a part of it which no pair repeats.
+        Raises `UnreadColumns` for all that may hold a part of it which no pair repeats.
         """
         unread = {name: value for name, value in self.row.items() if name not in self.read and filled(value)}
-        said = _Said(pairs) if unread else None
-        return {name or '""' for name, value in unread.items() if said and not self._repeated(name, value, said)}
+        if not unread:
+            return set()
+        said = _Said(pairs)
+        media = [name for name in unread if name.lower() in MEDIA]
+        repeated = {name: self._repeated(name, value, said) for name, value in unread.items() if name not in media}
+        if lost := [name for name, found in repeated.items() if found is None]:
+            raise UnreadColumns(_why_lost(lost, [*lost, *media]), [*lost, *media])
+        if media:
+            names = ",".join(media)
+            raise UnreadColumns(
+                f"it has {' and '.join(media)}, but only text is served (--ignore-columns {names} leaves them out)",
+                media,
+            )
+        return {name or '""' for name, found in repeated.items() if not found}
 
-    def _repeated(self, name: str, value: Any, said: _Said) -> bool:
-        if name.lower() in MEDIA:
-            raise BadRow(f"it has {name}, but only text is served (--ignore-columns {name} leaves them out)")
+    def _repeated(self, name: str, value: Any, said: _Said) -> bool | None:
+        """Whether pairs repeat the text of a column; None if it would be lost."""
         texts = [text for text in _texts(value) if text.strip()]
         is_asked = name.lower() in ASKED
         if not texts or not (is_asked or carries_text(name, value)):
@@ -136,17 +161,16 @@ class Fields:
             return True
         if name.lower() in WHOLE and isinstance(value, list) and len(texts) > 1 and all(repeated[:-1]):
             return False  # another answer to the same question
-        raise BadRow(
-            f"its column {name} holds text that is in no part of the pair; put it where it belongs, name the column "
-            f"that is the prompt (--columns prompt=...), or leave it out (--ignore-columns {name})"
-        )
+        return None
 
 
-def filled(value: Any) -> bool:
-    """Whether there is anything in a value: 0 and False are something."""
-    if isinstance(value, str):
-        return bool(value.strip())
-    return bool(value) if isinstance(value, list | tuple | Mapping) else value is not None
+def _why_lost(lost: list[str], left_out: list[str]) -> str:
+    holds = f"column {lost[0]} holds" if len(lost) == 1 else f"columns {', '.join(lost)} hold"
+    it, belongs = ("it", "it belongs") if len(lost) == 1 else ("them", "they belong")
+    return (
+        f"its {holds} text that is in no part of the pair; put {it} where {belongs}, name the column that is the "
+        f"prompt (--columns prompt=...), or leave {it} out (--ignore-columns {','.join(left_out)})"
+    )
 
 
 def without_nulls(value: Any) -> Any:

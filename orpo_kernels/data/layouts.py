@@ -31,15 +31,14 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, Literal
 
-from ..messages import BadMessages, kind, normalised, role_of, says_something, strings, without_marks
-from .chats import parsed
-from .columns import BadRow, Columns, Fields, filled
+from ..chats import PlainText, parsed
+from ..messages import BadMessages, filled, kind, normalised, role_of, says_something, strings, without_marks
+from .columns import OPTIONAL, BadRow, Columns, Fields
 
 Layout = Literal["text", "chat", "conversation", "transcript"]
 Messages = list[dict[str, Any]]
 
 TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
-FOR_TEMPLATES = ("system", "history", "tools", "chat_template_kwargs", "enable_thinking")  # fields that make a chat
 
 
 @dataclass
@@ -124,7 +123,7 @@ def _recognise(fields: Fields, chosen: Any, rejected: Any) -> Layout:
         )
     # A question, an instruction or what only a template can print is a chat's; a prompt is text that is continued.
     is_prompt = fields.column("prompt") in ("prompt", fields.columns.get("prompt"))
-    if not is_prompt or not isinstance(fields.get("prompt"), str) or any(map(fields.has, FOR_TEMPLATES)):
+    if not is_prompt or not isinstance(fields.get("prompt"), str) or any(map(fields.has, OPTIONAL)):
         return "chat"
     return "text" if all(isinstance(side, str) for side in sides) else "chat"
 
@@ -141,7 +140,7 @@ def _text(fields: Fields, chosen: Any, rejected: Any) -> dict[str, Any]:
     for name, part in pair.items():
         if not isinstance(part, str):
             raise BadRow(f"its {name} is a {kind(part)}, not a string")
-    return pair
+    return {name: PlainText(part) for name, part in pair.items()} if fields.as_text else pair
 
 
 def _chat(fields: Fields, chosen: Any, rejected: Any) -> tuple[Messages, Messages, Messages]:

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from ..errors import UserError
 from ..messages import BadMessages
-from .columns import ALIASES, BadRow
+from .columns import ALIASES, BadRow, UnreadColumns
 from .layouts import Layout, read_row
 from .reading import Row, Unreadable, read_rows
 
@@ -23,10 +23,12 @@ class Problem:
     Attributes:
         row: its number, from 1; of JSON Lines, that of the line.
         reason: why, a clause about "it".
+        unread: columns to be left out or put elsewhere, where they are why.
     """
 
     row: int
     reason: str
+    unread: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"row {self.row}: {self.reason}"
@@ -129,7 +131,8 @@ def _collect(source: str, rows: Iterable[Row], layout: Layout | None, columns: M
                 raise BadRow(str(row))
             reading = read_row(row, layout, columns)
         except BadMessages as bad:
-            preferences.problems.append(Problem(number, str(bad)))
+            unread = tuple(bad.columns) if isinstance(bad, UnreadColumns) else ()
+            preferences.problems.append(Problem(number, str(bad), unread))
             continue
         preferences.problems += [Problem(number, reason) for reason in reading.refused]
         ignored |= reading.ignored
@@ -145,7 +148,12 @@ def _why_none(preferences: Preferences) -> str:
     if not preferences.problems:
         return "It has no rows."
     first = preferences.problems[0]
-    remedy = "" if "--" in first.reason else " Other columns can be told: --columns prompt=...,chosen=...,rejected=..."
+    remedy = ""
+    if first.reason.startswith("it has no ") and "--" not in first.reason:  # a field is missing
+        remedy = " Other columns can be told: --columns prompt=...,chosen=...,rejected=..."
+    unread = dict.fromkeys(name for problem in preferences.problems for name in problem.unread)
+    if len(unread) > len(first.unread):
+        remedy += f" Of all rows: --ignore-columns {','.join(unread)}."
     return f"Of row {first.row}: {first.reason}.{remedy}"
 
 

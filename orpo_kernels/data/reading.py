@@ -23,6 +23,8 @@ from .opening import COMPRESSIONS, explained, first_line, format_of, is_compress
 
 FORMATS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv")
 _NEXT = re.compile(r"[\s,]*(?=[^\s,])")  # up to what is not between values of JSON
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+ABOUT_DATA = ("dataset_info.json", "dataset_infos.json")  # no rows, in folders of data
 LONGEST_FIELD = 2**31 - 1  # of CSV; its reader would refuse 128 KiB
 
 
@@ -48,6 +50,7 @@ def read_rows(source: str, split: str = "train") -> Iterator[Row]:
             return _named(source, split)
         if path.stat().st_size == 0:
             raise UserError(f"{source} is empty.")
+        _check_pointer(path)
     readers = {".parquet": _parquet, ".csv": _csv, ".tsv": _csv, ".json": _json}
     found = format_of(path)
     if found not in FORMATS or (found == ".parquet" and is_compressed(path)):
@@ -55,10 +58,32 @@ def read_rows(source: str, split: str = "train") -> Iterator[Row]:
             f"{source} ends in {path.suffix!r}, but the formats are {', '.join(FORMATS)}, those of text also with "
             f"{' or '.join(COMPRESSIONS)} behind."
         )
-    return readers.get(found, _json_lines)(path)
+    return readers.get(found, _lines)(path)
+
+
+def _check_pointer(path: Path) -> None:
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise UserError(f"{path} is a pointer of Git LFS, not the data itself: git lfs pull.")
 
 
 # --- JSON ----------------------------------------------------------------------------------------------------------
+
+
+def _lines(path: Path) -> Iterator[Row]:
+    """JSON Lines; or what is named so and is one list, or pretty-printed objects."""
+    with opened(path, newline="\n") as file:
+        filled = (line.strip() for line in file if line.strip())
+        first, second = next(filled, ""), next(filled, "")
+    if first.startswith("["):
+        value = _parsed(first)
+        is_json = isinstance(value, list) and not second
+        if isinstance(value, Unreadable):
+            with opened(path) as file:
+                is_json = _is_json(file.read())
+    else:
+        is_json = first == "{" and second.startswith('"')
+    return _json(path) if is_json else _json_lines(path)
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
@@ -213,8 +238,12 @@ def _folder(path: Path, split: str) -> Iterator[Row]:
     any(path.iterdir())  # raises for a folder that may not be read
     saved = [name for name in ("dataset_dict.json", "state.json") if (path / name).is_file()]
     if not saved:
-        if not any(format_of(file) in (*FORMATS, ".arrow") for file in path.rglob("*")):
+        files = _data_files(path)
+        if not files:
             raise UserError(f"{path} is a folder without data: no file in it ends in {', '.join(FORMATS)}.")
+        for file in files:
+            _check_pointer(file)
+        _check_all_read(path, files)
         return _data_set(str(path), split)
     try:
         rows = datasets.load_from_disk(str(path))
@@ -225,6 +254,30 @@ def _folder(path: Path, split: str) -> Iterator[Row]:
             raise UserError(f"{path} has no split {split!r}; its splits are {', '.join(rows)}.")
         rows = rows[split]
     return _numbered(str(path), rows)
+
+
+def _data_files(path: Path) -> list[Path]:
+    files = (file for file in sorted(path.rglob("*")) if file.is_file() and file.name not in ABOUT_DATA)
+    seen = [file for file in files if format_of(file) in (*FORMATS, ".arrow")]
+    return [file for file in seen if not any(part[0] in "._" for part in file.relative_to(path).parts)]
+
+
+def _check_all_read(path: Path, files: list[Path]) -> None:
+    """Refuse a folder of which `datasets` reads some files only: it takes one format, and names that say a split."""
+    card = path / "README.md"
+    if card.is_file() and "configs:" in card.read_text(errors="replace"):
+        return  # which says what is to be read
+    try:
+        splits = library("datasets", path).load_dataset_builder(str(path)).config.data_files or {}
+    except Exception:  # `_data_set` says it
+        return
+    read = {os.path.realpath(file) for names in splits.values() for file in names}
+    unread = [str(file.relative_to(path)) for file in files if os.path.realpath(file) not in read]
+    if read and unread:
+        raise UserError(
+            f"{path} has files that would not be read: {', '.join(unread)}. Files of one folder have one format, and "
+            "either all of their names say a split (train, test, ...) or none; or give one file."
+        )
 
 
 def _named(source: str, split: str) -> Iterator[Row]:

@@ -23,7 +23,20 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from ..messages import REASONING, BadMessages, carries_text, kind, normalised, says_something, strings
+from ..chats import chat_or_text
+from ..data.columns import ALIASES
+from ..messages import (
+    MEDIA,
+    REASONING,
+    BadMessages,
+    carries_text,
+    filled,
+    kind,
+    normalised,
+    role_of,
+    says_something,
+    strings,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,6 +47,10 @@ PROBES = ("Apple pie", "Zebra cub")
 TOOLS, TEMPLATE_OPTIONS, WEIGHT = "tools", "chat_template_kwargs", "weight"
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")  # TRL's names for a pair's columns
 KNOWN = {"prompt", *SIDES, TOOLS, TEMPLATE_OPTIONS, WEIGHT, *REFERENCE}
+# Other names of these, as files of data have them.
+_SAMPLE_WEIGHT, _THINKING = "sample_weight", "enable_thinking"
+_OTHER_LAYOUTS = "; `orpo_kernels.data.load_preferences` reads files in other layouts"
+_OTHER_NAMES = {alias for name in ("prompt", *SIDES) for alias in ALIASES[name] if alias != name}
 _OURS = {"conversation", "messages", "tools", "tokenize", "add_generation_prompt", "continue_final_message"}
 _THOUGHTS = re.compile(r"<think>.*?</think>|^.*?</think>", re.DOTALL)
 _NO_THOUGHTS = re.compile(r"^\s*(?:<think>)?\s*</think>")
@@ -72,10 +89,8 @@ def render_pair(example: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) 
 
     Raises `UnusablePair` with the reason, and `ValueError` for a tokenizer without a chat template where one is needed.
     """
-    if not isinstance(example, Mapping):
-        raise UnusablePair(f"it is a {type(example).__name__}, not a mapping with prompt, chosen and rejected")
     if missing := [field for field in ("prompt", *SIDES) if example.get(field) is None]:
-        raise UnusablePair(f"it has no {' and no '.join(missing)}")
+        raise UnusablePair(f"it has no {' and no '.join(missing)}{_elsewhere(example)}")
     prompt = example["prompt"]
     if isinstance(prompt, str):
         chosen, rejected = _plain(example)
@@ -87,6 +102,39 @@ def render_pair(example: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) 
         raise UnusablePair("its chosen and rejected responses are the same")
     _check_rest(example, chosen.text + rejected.text)
     return chosen, rejected
+
+
+def as_pair(example: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The example with chats that are written as text as messages, and options by their usual names.
+
+    Raises `UnusablePair`.
+    """
+    if not isinstance(example, Mapping):
+        raise UnusablePair(f"it is a {type(example).__name__}, not a mapping with prompt, chosen and rejected")
+    pair = {**example, **{name: _read(example[name]) for name in ("prompt", *SIDES) if name in example}}
+    written = [isinstance(example.get(name), str) and not isinstance(pair[name], str) for name in SIDES if name in pair]
+    if any(written) and not all(written) and all(isinstance(example.get(name), str) for name in SIDES):
+        raise UnusablePair("of its answers one is written like a chat, the other is not")
+    weight, thinking = pair.pop(_SAMPLE_WEIGHT, None), pair.pop(_THINKING, None)
+    if weight is not None and pair.get(WEIGHT) is None:
+        pair[WEIGHT] = weight
+    if thinking is not None:
+        flag = {"true": True, "false": False}.get(str(thinking).strip().lower())
+        if flag is None:
+            raise UnusablePair(f"its {_THINKING} is {thinking!r}, neither true nor false")
+        pair[TEMPLATE_OPTIONS] = {**_options(pair.get(TEMPLATE_OPTIONS)), _THINKING: flag}
+    return pair
+
+
+def _read(value: Any) -> Any:
+    value = chat_or_text(value) if isinstance(value, str) else value
+    return [value] if isinstance(value, Mapping) else value
+
+
+def _elsewhere(example: Mapping[str, Any]) -> str:
+    """Where to go with an example in another layout: its answers hold the prompt, or other names are used."""
+    has_answers = all(example.get(name) is not None for name in SIDES)
+    return _OTHER_LAYOUTS if has_answers or example.keys() & _OTHER_NAMES else ""
 
 
 def messages_of(name: str, value: Any) -> list[dict[str, Any]]:
@@ -105,6 +153,7 @@ def messages_of(name: str, value: Any) -> list[dict[str, Any]]:
         if message["role"] != "assistant":
             raise UnusablePair(
                 f"its {name} {where} with a message by {message['role']!r}: an answer begins and ends with 'assistant'"
+                f"{_OTHER_LAYOUTS if role_of(messages[0]) != 'assistant' else ''}"
             )
     if not says_something(last):
         raise UnusablePair(f"its {name} response is empty")
@@ -113,11 +162,15 @@ def messages_of(name: str, value: Any) -> list[dict[str, Any]]:
 
 def _plain(example: Mapping[str, Any]) -> list[Rendered]:
     prompt, rendered = example["prompt"], []
+    read = {TOOLS: _tools(example.get(TOOLS)), TEMPLATE_OPTIONS: _options(example.get(TEMPLATE_OPTIONS))}
+    if unprinted := [name for name, value in read.items() if value]:
+        raise UnusablePair(f"it has {unprinted[0]}, but its prompt is a string, which no chat template prints")
     for name in SIDES:
         response = example[name]
         if not isinstance(response, str):
             raise UnusablePair(
                 f"its prompt is a string but its {name} is a {kind(response)}: both are text or both are chat"
+                f"{_OTHER_LAYOUTS}"
             )
         if not response.strip():
             raise UnusablePair(f"its {name} response is empty")
@@ -129,6 +182,8 @@ def _plain(example: Mapping[str, Any]) -> list[Rendered]:
 def _check_rest(example: Mapping[str, Any], text: str) -> None:
     """Refuse a pair that has more to say than is read of it."""
     for name, value in example.items():
+        if str(name).lower() in MEDIA and filled(value):
+            raise UnusablePair(f"it has {name}, but only text is served")
         if name not in KNOWN and carries_text(str(name), value) and not _all_in(strings(value), text):
             raise UnusablePair(
                 f"it has {str(name)!r} beside prompt, chosen and rejected, which nothing reads: put its text where it "

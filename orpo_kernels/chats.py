@@ -8,7 +8,7 @@ import re
 import warnings
 from typing import Any
 
-from ..messages import is_message, role_of
+from .messages import is_message, role_of
 
 # An answer can be JSON that somebody asked for; these roles make it a chat.
 SPEAKERS = ("system", "developer", "user", "assistant", "tool")
@@ -17,9 +17,15 @@ _OPENING = re.compile(r"""\s*\[*\s*\{\s*['"](role|from|content|value)['"]\s*:\s*
 _STRING_OR_GAP = re.compile(r"""('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")|\}\s*\{""", re.DOTALL)
 
 
+class PlainText(str):
+    """A text that is to be taken as it stands, though it may be written like a chat."""
+
+    __slots__ = ()
+
+
 def chat_or_text(text: str) -> Any:
-    """The messages (or lists of messages) that a text writes down; the text itself if it is none."""
-    if not text.lstrip().startswith(("[", "{")) or not _ROLE.search(text):
+    """The messages (or lists of messages) that a text writes down; the text itself if it is none, or a `PlainText`."""
+    if isinstance(text, PlainText) or not text.lstrip().startswith(("[", "{")) or not _ROLE.search(text):
         return text
     try:
         value = parsed(text)
