@@ -159,4 +159,5 @@ def loss_in_a_graph(
 
 
 def _method_of(name: str, numbers: list[float]) -> Method:
-    return METHODS[name](**dict(zip(METHODS[name].numbers, numbers, strict=True)))
+    options: dict[str, Any] = dict(zip(METHODS[name].numbers, numbers, strict=True))
+    return METHODS[name](**options)

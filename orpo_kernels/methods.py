@@ -112,7 +112,16 @@ class Method:
 
     def pair_losses(self, scores: Tensor, reference: Tensor | None = None) -> Tensor:
         """(B,) the loss of each pair, from the scores (2B,) of its answers, the chosen ones first. Differentiable."""
-        raise NotImplementedError
+        return -F.logsigmoid(self.pair_logits(scores, reference))
+
+    def pair_logits(self, scores: Tensor, reference: Tensor | None = None) -> Tensor:
+        """(B,) what the logistic loss of a pair is taken of: beta times how far chosen is ahead of rejected."""
+        return self.beta * _margins(self.gains(scores, reference))
+
+    def pair_gradients(self, scores: Tensor, reference: Tensor | None = None) -> Tensor:
+        """(2B,) the derivatives of `pair_losses` by the scores: -+ beta sigmoid(-logit), - for the chosen answer."""
+        slope = self.beta * torch.sigmoid(-self.pair_logits(scores, reference))
+        return torch.cat((-slope, slope))
 
     def loss(
         self,
@@ -123,40 +132,46 @@ class Method:
         sequence_group: Group | None = None,
         reference: Tensor | None = None,
     ) -> PairLoss:
-        """The loss of `rows` from their token log-odds (R,) float64, and its gradient by autograd over O(rows) numbers.
+        """The loss of `rows` from their token log-odds (R,) float64, and its gradient: O(rows) work in float64.
 
-        A method that has its gradient by hand (ORPO) brings that here. The rows may be those of a few whole pairs.
+        ORPO has a fused form of it. The rows may be those of a few whole pairs.
 
         ops: the backend.
         sequence_group: its ranks hold the sequences' other rows; they all get the same loss, and as many times the
             gradient of their own rows as there are ranks.
         reference: (2B,) float64, the reference's scores, where the method needs them.
         """
-        with torch.enable_grad():
-            own = token_log_odds.detach().requires_grad_()
-            answers, nll_loss = _sums(F.logsigmoid(own), rows, counts, sequence_group)
-            scores = self.scores(answers)
-            of_pairs = torch.where(answers.valid_pairs, self.pair_losses(scores, reference), 0)
-            if rows.pair_weight is not None:
-                of_pairs = torch.where(rows.pair_weight != 0, rows.pair_weight * of_pairs, 0)
-            pair_loss = of_pairs.sum() * reciprocal(counts.pairs)
-            loss = self.alpha * nll_loss + pair_loss
-            (grad,) = torch.autograd.grad(loss, own)
-        totals = torch.stack((loss, nll_loss, pair_loss))
-        numbers = torch.cat((totals, scores, answers.log_odds)).detach()
-        return PairLoss(numbers, answers.valid_pairs, grad if sequence_group is None else grad * sequence_group.size)
+        nll_weight = rows.weighted_nll()
+        answers, nll = _sums(F.logsigmoid(token_log_odds), rows, nll_weight, sequence_group)
+        scores = self.scores(answers)
+        weight = answers.valid_pairs * reciprocal(counts.pairs)
+        if rows.pair_weight is not None:
+            weight = weight * rows.pair_weight
+        nll_share = reciprocal(counts.nll)
+        nll_loss = nll * nll_share
+        pair_loss = _times(weight, self.pair_losses(scores, reference)).sum()
+        totals = torch.stack((self.alpha * nll_loss + pair_loss, nll_loss, pair_loss))
+
+        # d logp / d m = sigmoid(-m); the scores are sums or means of log-probabilities.
+        slopes = _times(weight.repeat(2), self.pair_gradients(scores, reference))
+        slopes = slopes / answers.tokens.clamp(min=1) if self.length_averaged else slopes
+        of_logps = torch.where(rows.scored, slopes[rows.sequence], 0) - self.alpha * nll_share * nll_weight
+        grad = of_logps * torch.sigmoid(-token_log_odds)
+        grad = grad if sequence_group is None else grad * sequence_group.size
+        return PairLoss(torch.cat((totals, scores, answers.log_odds)), answers.valid_pairs, grad)
 
 
-def _sums(logps: Tensor, rows: Rows, counts: Denominators, sequence_group: Group | None) -> tuple[Answers, Tensor]:
-    """The answers, and the NLL, of rows with the log-probabilities (R,)."""
-    nll_weight = rows.weighted_nll()
-    nll = torch.where(nll_weight != 0, -nll_weight * logps, 0)  # weight 0 wins over an infinite logp
-    columns = (torch.where(rows.scored, logps, 0), rows.scored.double(), nll)
+def _sums(logps: Tensor, rows: Rows, nll_weight: Tensor, sequence_group: Group | None) -> tuple[Answers, Tensor]:
+    """The answers, and the sum of the NLL, of rows with the log-probabilities (R,)."""
+    columns = (torch.where(rows.scored, logps, 0), rows.scored.double(), -_times(nll_weight, logps))
     sums = torch.stack([segment_sum(column, rows.sequence, 2 * rows.num_pairs) for column in columns])
-    if sequence_group is not None:  # the other ranks' part is a constant here
-        sums = sums + (summed(sums.detach().clone(), [sequence_group], "the sums of the sequences") - sums.detach())
-    logps, tokens, nll = sums
-    return Answers(logps, tokens), nll.sum() * reciprocal(counts.nll)
+    of_answers, tokens, nll = summed(sums, [sequence_group], "the sums of the sequences")
+    return Answers(of_answers, tokens), nll.sum()
+
+
+def _times(weight: Tensor, values: Tensor) -> Tensor:
+    """weight * values, where weight 0 wins over an infinite value."""
+    return torch.where(weight != 0, weight * values, 0)
 
 
 @dataclass(frozen=True)
@@ -175,6 +190,9 @@ class SFT(Method):
 
     def pair_losses(self, scores: Tensor, reference: Tensor | None = None) -> Tensor:
         return torch.zeros_like(_margins(scores))
+
+    def pair_gradients(self, scores: Tensor, reference: Tensor | None = None) -> Tensor:
+        return torch.zeros_like(scores)
 
 
 @dataclass(frozen=True)
@@ -216,9 +234,6 @@ class DPO(Method):
     name: ClassVar[str] = "dpo"
     needs_reference: ClassVar[bool] = True
 
-    def pair_losses(self, scores: Tensor, reference: Tensor | None = None) -> Tensor:
-        return -F.logsigmoid(self.beta * _margins(self.gains(scores, reference)))
-
 
 @dataclass(frozen=True)
 class SimPO(Method):
@@ -238,8 +253,8 @@ class SimPO(Method):
     length_averaged: ClassVar[bool] = True
     numbers: ClassVar[tuple[str, ...]] = ("beta", "alpha", "gamma")
 
-    def pair_losses(self, scores: Tensor, reference: Tensor | None = None) -> Tensor:
-        return -F.logsigmoid(self.beta * _margins(scores) - self.gamma)
+    def pair_logits(self, scores: Tensor, reference: Tensor | None = None) -> Tensor:
+        return super().pair_logits(scores) - self.gamma
 
 
 @dataclass(frozen=True)
@@ -249,9 +264,6 @@ class CPO(Method):
     alpha: float = 1.0
 
     name: ClassVar[str] = "cpo"
-
-    def pair_losses(self, scores: Tensor, reference: Tensor | None = None) -> Tensor:
-        return -F.logsigmoid(self.beta * _margins(self.gains(scores, reference)))
 
 
 METHODS: dict[str, type[Method]] = {method.name: method for method in (SFT, ORPO, DPO, SimPO, CPO)}
