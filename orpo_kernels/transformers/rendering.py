@@ -89,6 +89,7 @@ def render_pair(example: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) 
 
     Raises `UnusablePair` with the reason, and `ValueError` for a tokenizer without a chat template where one is needed.
     """
+    example = as_pair(example)
     if missing := [field for field in ("prompt", *SIDES) if example.get(field) is None]:
         raise UnusablePair(f"it has no {' and no '.join(missing)}{_elsewhere(example)}")
     prompt = example["prompt"]
