@@ -12,19 +12,33 @@ from orpo_kernels import PreferenceOutput, plan, preference_loss_from_rows
 from orpo_kernels.methods import METHODS
 from orpo_kernels.rows import rows_from_labels
 
+from .ranks import Ranks, topology
+
 PAIRS, LENGTH, SIZE, VOCAB = 4, 9, 8, 40
 each_method = pytest.mark.parametrize("name", METHODS)
 
 
-def inputs(name: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, dict[str, Any]]:
+def tensors() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """hidden (2B, T, H), weight, labels (2B, T), a reference's log-probabilities (2B,)."""
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(2 * PAIRS * LENGTH, SIZE, generator=generator).to(dtype).requires_grad_()
-    weight = torch.randn(VOCAB, SIZE, generator=generator).to(dtype).requires_grad_()
+    hidden = torch.randn(2 * PAIRS, LENGTH, SIZE, generator=generator)
+    weight = torch.randn(VOCAB, SIZE, generator=generator)
     labels = torch.randint(0, VOCAB, (2 * PAIRS, LENGTH), generator=generator)
     labels[:, :2] = -100
-    reference = -5 - torch.rand(2 * PAIRS, generator=generator, dtype=torch.float64)
-    options = {"method": METHODS[name](), "reference_logps": reference if METHODS[name].needs_reference else None}
-    return hidden, weight, {"rows": rows_from_labels(labels), **options}
+    return hidden, weight, labels, -5 - torch.rand(2 * PAIRS, generator=generator, dtype=torch.float64)
+
+
+def call(
+    name: str, hidden: Tensor, weight: Tensor, labels: Tensor, reference: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """The arguments of `preference_loss_from_rows`."""
+    given = reference if METHODS[name].needs_reference else None
+    options = {"rows": rows_from_labels(labels), "method": METHODS[name](), "reference_logps": given}
+    return hidden.flatten(0, 1).requires_grad_(), weight.requires_grad_(), options
+
+
+def inputs(name: str) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    return call(name, *tensors())
 
 
 def gradients(out: PreferenceOutput, hidden: Tensor, weight: Tensor) -> list[Tensor]:
@@ -62,6 +76,52 @@ def test_no_group_is_no_obstacle(name):
     groups = dict.fromkeys(("data_group", "vocab_group", "sequence_group"))
     ours = preference_loss_from_rows(hidden, weight, **rest, **groups)
     assert torch.equal(ours.loss, preference_loss_from_rows(hidden, weight, **rest).loss)
+
+
+def part(name: str, kind: str) -> list[Tensor]:
+    """This rank's share of the batch: loss, and gradients of hidden states and weight, whole, 0 where others are."""
+    hidden, weight, labels, reference = tensors()
+    rank = torch.distributed.get_rank()
+    held = torch.zeros(2 * PAIRS, LENGTH, dtype=torch.bool)  # positions of this rank
+    columns = slice(0, VOCAB)
+    if kind == "data":
+        held.view(2, PAIRS, LENGTH)[:, slice(0, 1) if rank == 0 else slice(1, PAIRS)] = True
+        pairs = held[:, 0].nonzero().squeeze(1)
+        own = call(name, hidden[pairs], weight, labels[pairs], reference[pairs])
+    elif kind == "sequence":
+        held[:, slice(0, 5) if rank == 0 else slice(5, LENGTH)] = True
+        own = call(name, hidden[:, held[0]], weight, labels[:, held[0]], reference)
+    else:
+        held[:] = True
+        columns = slice(0, 13) if rank == 0 else slice(13, VOCAB)
+        own = call(name, hidden, weight[columns], labels, reference)
+    groups = {f"{kind}_group": topology().world}
+    out = preference_loss_from_rows(*own[:2], **own[2], **groups)
+    of_hidden, of_weight = torch.autograd.grad(out.loss, own[:2])
+    grads = torch.zeros_like(hidden), torch.zeros_like(weight)
+    grads[0][held] = of_hidden
+    grads[1][columns] = of_weight
+    return [out.loss.detach(), *grads]
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    with Ranks(2) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("kind", ["data", "vocab", "sequence"])
+@each_method
+def test_two_ranks_are_one_process(name, kind, ranks):
+    """Gradients are averaged over data and sequence groups; over a vocabulary, those of hidden states are whole."""
+    hidden, weight, rest = inputs(name)
+    loss = preference_loss_from_rows(hidden, weight, **rest).loss
+    of_hidden, of_weight = torch.autograd.grad(loss, (hidden, weight))
+    losses, hiddens, weights = zip(*ranks.run(part, name, kind), strict=True)
+    torch.testing.assert_close(sum(losses) / 2, loss.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close((sum(hiddens) / 2).flatten(0, 1), of_hidden, rtol=1e-4, atol=1e-6)
+    total = sum(weights) if kind == "vocab" else sum(weights) / 2
+    torch.testing.assert_close(total, of_weight, rtol=1e-4, atol=1e-6)
 
 
 def test_a_missing_reference_is_named():
