@@ -165,13 +165,11 @@ def bounds(index: Tensor) -> tuple[int, int]:
     return call(_native.bounds, index)
 
 
+# What a backend has; beside it `host_ops` finds `label_rows`, `count_rows` and `bounds` here.
 __all__ = [
-    "bounds",
     "column_statistics",
-    "count_rows",
     "gather_columns",
     "gather_rows",
-    "label_rows",
     "odds_ratio",
     "project_log_odds",
     "project_residual",

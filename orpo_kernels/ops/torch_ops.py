@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from ..gemm import WeightSlices, even_chunks, project, project_slice
-from ..objective import count_rows, odds_ratio, sequence_sums
-from ..rows import label_rows
+from ..objective import count_rows as count_rows
+from ..objective import odds_ratio, sequence_sums
+from ..rows import label_rows as label_rows
 
 ROWS_AT_A_TIME = 512  # of temporaries H wide
 
@@ -206,13 +207,11 @@ def _finish(z: Tensor, index: Tensor, target_value: Tensor, slope: Tensor | None
         logits.copy_(z)
 
 
+# What a backend has; beside it `host_ops` finds `label_rows`, `count_rows` and `bounds` here.
 __all__ = [
-    "bounds",
     "column_statistics",
-    "count_rows",
     "gather_columns",
     "gather_rows",
-    "label_rows",
     "odds_ratio",
     "project_log_odds",
     "project_residual",
