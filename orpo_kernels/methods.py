@@ -112,16 +112,16 @@ class Method:
 
     def pair_losses(self, scores: Tensor, reference: Tensor | None = None) -> Tensor:
         """(B,) the loss of each pair, from the scores (2B,) of its answers, the chosen ones first. Differentiable."""
-        return -F.logsigmoid(self.pair_logits(scores, reference))
-
-    def pair_logits(self, scores: Tensor, reference: Tensor | None = None) -> Tensor:
-        """(B,) what the logistic loss of a pair is taken of: beta times how far chosen is ahead of rejected."""
-        return self.beta * _margins(self.gains(scores, reference))
+        raise NotImplementedError
 
     def pair_gradients(self, scores: Tensor, reference: Tensor | None = None) -> Tensor:
-        """(2B,) the derivatives of `pair_losses` by the scores: -+ beta sigmoid(-logit), - for the chosen answer."""
-        slope = self.beta * torch.sigmoid(-self.pair_logits(scores, reference))
-        return torch.cat((-slope, slope))
+        """(2B,) the derivatives of `pair_losses` by the scores: by autograd, unless a method has them by hand.
+
+        (By hand alone it can be inside an operator of a graph, where autograd records nothing.)
+        """
+        with torch.enable_grad():
+            scores = scores.detach().requires_grad_()
+            return torch.autograd.grad(self.pair_losses(scores, reference).sum(), scores)[0]
 
     def loss(
         self,
@@ -224,8 +224,23 @@ class ORPO(Method):
         return odds_ratio_loss(token_log_odds, rows, self.alpha, self.beta, counts, ops, sequence_group)
 
 
+class LogisticMethod(Method):
+    """A method whose pair loss is -log s(logit), the logit being linear in the scores."""
+
+    def pair_logits(self, scores: Tensor, reference: Tensor | None = None) -> Tensor:
+        """(B,) beta times how far chosen is ahead of rejected."""
+        return self.beta * _margins(self.gains(scores, reference))
+
+    def pair_losses(self, scores: Tensor, reference: Tensor | None = None) -> Tensor:
+        return -F.logsigmoid(self.pair_logits(scores, reference))
+
+    def pair_gradients(self, scores: Tensor, reference: Tensor | None = None) -> Tensor:
+        slope = self.beta * torch.sigmoid(-self.pair_logits(scores, reference))
+        return torch.cat((-slope, slope))
+
+
 @dataclass(frozen=True)
-class DPO(Method):
+class DPO(LogisticMethod):
     """Direct preference optimization (Rafailov et al. 2023, arXiv 2305.18290, eq. 7): TRL's `loss_type="sigmoid"`.
 
     With `alpha` it is DPO with the NLL of the chosen answer added (RPO, arXiv 2404.19733, with a mean over tokens).
@@ -236,7 +251,7 @@ class DPO(Method):
 
 
 @dataclass(frozen=True)
-class SimPO(Method):
+class SimPO(LogisticMethod):
     """Simple preference optimization (Meng, Xia, Chen 2024, arXiv 2405.14734, eq. 6): TRL's `loss_type="simpo"`.
 
     The defaults are the paper's for a base model: beta 2, gamma / beta = 0.5. (TRL has beta 0.1, gamma 0.5 and, unlike
@@ -258,7 +273,7 @@ class SimPO(Method):
 
 
 @dataclass(frozen=True)
-class CPO(Method):
+class CPO(LogisticMethod):
     """Contrastive preference optimization (Xu et al. 2024, arXiv 2401.08417, eq. 3 to 5): TRL's `CPOTrainer`."""
 
     alpha: float = 1.0

@@ -50,19 +50,11 @@ class SequenceSums(NamedTuple):
 class PairLoss(NamedTuple):
     """What one evaluation of the objective gives. B pairs, R rows."""
 
-    numbers: Tensor  # (3 + 3B,) float64, side by side what the properties below name, in their order
+    # (3 + 3B,) float64, side by side: loss, NLL, OR (or another method's pair loss); of the pairs the log-probabilities
+    # of the chosen and of the rejected answers, and the log-odds d_i.
+    numbers: Tensor
     valid_pairs: Tensor  # (B,) bool
     grad: Tensor  # (R,) float64, dloss / d token_log_odds
-
-    @property
-    def totals(self) -> Tensor:
-        """(3,) loss, NLL and OR."""
-        return self.numbers[:3]
-
-    @property
-    def of_pairs(self) -> Tensor:
-        """(3, B) length-averaged log-probabilities of the chosen and of the rejected answers, and the log-odds d_i."""
-        return self.numbers[3:].view(3, -1)
 
 
 class Denominators(NamedTuple):

@@ -39,11 +39,11 @@ from trl.experimental.orpo import ORPOTrainer as TRLORPOTrainer
 from .methods import ORPO
 from .transformers.averages import Part
 from .transformers.body import unwrap
-from .transformers.collator import IGNORE_INDEX, End, Packing, Refusal, end_turn
+from .transformers.collator import IGNORE_INDEX, End, Packing, Refusal, end_turn, pair_weights
 from .transformers.lm_head import resolve_lm_head
 from .transformers.packing import PackedPairs, pack_pairs
 from .transformers.pairs import warn_of_unusable
-from .transformers.rendering import Rendered, UnusablePair, render_pair
+from .transformers.rendering import WEIGHT, Rendered, UnusablePair, render_pair
 from .transformers.sharing import refuses_shared_prompt
 from .transformers.tokenization import numbers_of
 from .transformers.trainer import PAIR_METRICS, PreferenceLossMixin, pair_metrics
@@ -54,7 +54,6 @@ logger = logging.getLogger(__name__)
 
 _LOGITS = ("logits/chosen", "logits/rejected")
 _STEP_COUNTS = "step_counts"
-_WEIGHT = "weight"
 _TOKENISED = tuple(
     f"{part}{column}"
     for part, columns in {
@@ -162,8 +161,8 @@ class ORPOTrainer(PreferenceLossMixin, TRLORPOTrainer):
 
     def loss_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         device = self.accelerator.device
-        weights = batch["pair_weights"] if "pair_weights" in batch else _pair_weights(batch.get(_WEIGHT, ()))
-        inputs = {} if weights is None else {"pair_weights": weights.to(device)}
+        weighted = batch if "pair_weights" in batch else pair_weights([{WEIGHT: w} for w in batch.get(WEIGHT, ())])
+        inputs = {name: weighted[name].to(device) for name in ("pair_weights",) if name in weighted}
         if "packed" in batch:
             return inputs | {name: batch[name] for name in ("input_ids", "packed")}
         tensors = self.concatenated_inputs(batch, padding_value=self.padding_value or 0, device=device)
@@ -252,15 +251,7 @@ def _refuse_encoder_decoder(model: Any) -> None:
 
 
 def _packed(rows: Sequence[Mapping[str, Any]], padding_id: int) -> dict[str, Any]:
-    weights = _pair_weights([row.get(_WEIGHT) for row in rows])
-    return pack_pairs(rows, padding_id) | ({} if weights is None else {"pair_weights": weights})
-
-
-def _pair_weights(weights: Sequence[float | None]) -> Tensor | None:
-    """(B,) float64; None where no pair has a weight."""
-    if all(weight is None for weight in weights):
-        return None
-    return torch.tensor([1.0 if weight is None else weight for weight in weights], dtype=torch.float64)
+    return pack_pairs(rows, padding_id) | pair_weights(rows)
 
 
 # --- rows that TRL is given ----------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from orpo_kernels import PreferenceOutput, plan, preference_loss_from_rows
-from orpo_kernels.methods import METHODS
+from orpo_kernels.methods import METHODS, Method
 from orpo_kernels.rows import rows_from_labels
 
 from .ranks import Ranks, topology
@@ -122,6 +123,30 @@ def test_two_ranks_are_one_process(name, kind, ranks):
     torch.testing.assert_close((sum(hiddens) / 2).flatten(0, 1), of_hidden, rtol=1e-4, atol=1e-6)
     total = sum(weights) if kind == "vocab" else sum(weights) / 2
     torch.testing.assert_close(total, of_weight, rtol=1e-4, atol=1e-6)
+
+
+@dataclass(frozen=True)
+class Hinge(Method):
+    """A method of a user's, who gives its pair loss alone."""
+
+    name = "hinge"
+
+    def pair_losses(self, scores: Tensor, reference: Tensor | None = None) -> Tensor:
+        chosen, rejected = scores.view(2, -1)
+        return (1 - self.beta * (chosen - rejected)).clamp(min=0) ** 2
+
+
+def test_a_method_of_a_users_has_its_gradient_by_autograd():
+    hidden, weight, rest = inputs("simpo")
+    rows, method = rest["rows"], Hinge(beta=0.3)
+    out = preference_loss_from_rows(hidden, weight, rows, method)
+    logps = (hidden.double() @ weight.double().t()).log_softmax(-1)[rows.position, rows.target]
+    scores = torch.zeros(2 * PAIRS, dtype=torch.float64).index_add(0, rows.sequence, logps)
+    expected = method.pair_losses(scores).mean()
+    torch.testing.assert_close(out.loss.double(), expected, rtol=1e-5, atol=1e-6)
+    ours, theirs = (torch.autograd.grad(loss, (hidden, weight)) for loss in (out.loss, expected))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_a_missing_reference_is_named():

@@ -39,6 +39,7 @@ __all__ = [
     "UnusablePair",
     "end_turn",
     "pad_pairs",
+    "pair_weights",
     "tokenize_pair",
     "tokenize_pairs",
 ]
@@ -95,7 +96,7 @@ class PreferenceCollator:
             batch = {**pad_pairs(pairs, padding_id, SIDES[:1]), "chosen_only": True}
         else:
             batch = pad_pairs(pairs, padding_id)
-        return batch | _reference_logps(pairs) | _pair_weights(pairs)
+        return batch | _reference_logps(pairs) | pair_weights(pairs)
 
     def tokenized(self, example: Mapping[str, Any]) -> Mapping[str, Any]:
         """The pair as it goes into a batch. Raises `UnusablePair`."""
@@ -170,8 +171,8 @@ def _reference_logps(pairs: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     return {"reference_logps": torch.tensor(values, dtype=torch.float64)}
 
 
-def _pair_weights(pairs: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """What the pairs' losses are multiplied by, where any pair says it."""
+def pair_weights(pairs: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """What the pairs' losses are multiplied by, `pair_weights` (B,) float64, where any pair says it."""
     weights = [pair.get(WEIGHT) for pair in pairs]
     if all(weight is None for weight in weights):
         return {}
