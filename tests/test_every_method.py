@@ -126,19 +126,19 @@ def test_two_ranks_are_one_process(name, kind, ranks):
 
 
 @dataclass(frozen=True)
-class Hinge(Method):
+class Squared(Method):
     """A method of a user's, who gives its pair loss alone."""
 
-    name = "hinge"
+    name = "squared"
 
     def pair_losses(self, scores: Tensor, reference: Tensor | None = None) -> Tensor:
         chosen, rejected = scores.view(2, -1)
-        return (1 - self.beta * (chosen - rejected)).clamp(min=0) ** 2
+        return (1 - self.beta * (chosen - rejected)) ** 2
 
 
 def test_a_method_of_a_users_has_its_gradient_by_autograd():
     hidden, weight, rest = inputs("simpo")
-    rows, method = rest["rows"], Hinge(beta=0.3)
+    rows, method = rest["rows"], Squared(beta=0.3)
     out = preference_loss_from_rows(hidden, weight, rows, method)
     logps = (hidden.double() @ weight.double().t()).log_softmax(-1)[rows.position, rows.target]
     scores = torch.zeros(2 * PAIRS, dtype=torch.float64).index_add(0, rows.sequence, logps)
