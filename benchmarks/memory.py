@@ -204,7 +204,7 @@ def trl_composed_case(trained: bool) -> Case:
     return Case("TRL-composed (its torch path)", loss, trained)
 
 
-def our_case(schedule: str, trained: bool, gradient: bool = True) -> Case:
+def our_case(schedule: str, trained: bool, gradient: bool = True, limits: Any = None) -> Case:
     """Ours, from rows: finding the rows reads the labels, which fake tensors do not have.
 
     "sparse" reads the number of active columns as well: to be run inside `active_columns`.
@@ -214,7 +214,7 @@ def our_case(schedule: str, trained: bool, gradient: bool = True) -> Case:
         from orpo_kernels import orpo_loss_from_rows
 
         options: dict[str, Any] = {"schedule": schedule} if schedule != "sparse" else {"sparse_eps": 2.0**-14}
-        return orpo_loss_from_rows(hidden.flatten(0, 1), weight, fake_rows(shape), **options).loss
+        return orpo_loss_from_rows(hidden.flatten(0, 1), weight, fake_rows(shape), limits=limits, **options).loss
 
     return Case(f"ours, {schedule if gradient else 'evaluation'}", loss, trained, gradient)
 
@@ -247,7 +247,7 @@ def active_columns(share: float) -> Iterator[list[int]]:
         with unset_fake_temporarily():
             return [torch.tensor([0, *itertools.accumulate(widths)], dtype=torch.int32) for _ in range(len(ranks))]
 
-    with mock.patch.object(sparse, "counted", counted), mock.patch.object(sparse, "HOSTS", ()):
+    with mock.patch.object(sparse, "counted", counted):
         yield reads
 
 
@@ -257,12 +257,12 @@ def gemms_in(native: bool | None) -> Iterator[None]:
 
     A processor without bf16 units makes our loss multiply in fp32, a slice at a time; peers leave that to the library.
     """
-    from orpo_kernels import planning
+    from orpo_kernels import work
 
     def gemm_dtype(dtype: torch.dtype, device: torch.device, backend: str = "torch") -> torch.dtype:
         return dtype if native else torch.promote_types(dtype, torch.float32)
 
-    with mock.patch.object(planning, "gemm_dtype", planning.gemm_dtype if native is None else gemm_dtype):
+    with mock.patch.object(work, "gemm_dtype", work.gemm_dtype if native is None else gemm_dtype):
         yield
 
 

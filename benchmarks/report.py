@@ -14,7 +14,7 @@ from rich.table import Table
 from benchmarks import confidence
 from benchmarks.contest import FLOOR, FLOORS, Measurement, ratios
 from benchmarks.peers import NATIVE_ROWS
-from orpo_kernels.planning import CHUNK_ROWS
+from orpo_kernels import Limits
 
 GIB, MIB = 2**30, 2**20
 TITLES = {"evaluation": "no gradient", "frozen": "head frozen", "trained": "head trained"}
@@ -22,10 +22,9 @@ SAME_PROCESS = 0.98  # of our resident bytes: more is the same
 MORE_ACCURATE = 0.95  # a gradient error below this times ours: less is the order of the sums
 
 # Why somebody is ahead of us, where somebody is.
+ROWS = Limits.of(on_cpu=True).chunk_rows
 SAME_PRODUCTS = "given the rows that matter alone, it has the same products as we, and they are most of the time"
-SMALLER_CHUNKS = (
-    f"logits of {NATIVE_ROWS} rows at a time; ours of up to {CHUNK_ROWS['cpu']} on a CPU in fp32, which is faster"
-)
+SMALLER_CHUNKS = f"logits of {NATIVE_ROWS} rows at a time; ours of up to {ROWS} on a CPU in fp32, which is faster"
 ROUNDED_TWICE = (
     "we round the residual's product with the weight, and again once the row's coefficient is in it, which is known "
     "only when both answers of a pair are; theirs is in the gradient of the logits"

@@ -40,10 +40,11 @@ from torch.utils._pytree import tree_iter
 
 from benchmarks import memory, shapes
 from benchmarks.shapes import SHAPES, ModelShape
-from orpo_kernels import orpo_loss_from_rows, planning
+from orpo_kernels import orpo_loss_from_rows
 from orpo_kernels.gpus import GPU, GPUS
 from orpo_kernels.ops import torch_ops
 from orpo_kernels.schedules import recompute, resident, single_pass, sparse
+from orpo_kernels.work import COLUMNS_PER_SPLIT
 
 SCHEDULES = {"evaluation": 1, "single_pass": 2, "resident": 3, "recompute": 3}  # and the GEMMs under each
 SPARSE = {"sparse, frozen": 2, "sparse, trained": 3}  # `sparse_eps`, and the GEMMs of the exact gradients
@@ -79,7 +80,7 @@ def _gemm(m: int, k: int, n: int, itemsize: int, out_itemsize: int, accumulates:
 
 def _project_log_odds(rows: int, hidden_size: int, columns: int, itemsize: int) -> tuple[int, int]:
     """Kernel 1: rows and weight once, the partial statistics of each split written and read; no logits."""
-    partials = 2 * 12 * -(-columns // planning.COLUMNS_PER_SPLIT) * rows  # in all a thousandth of the weight
+    partials = 2 * 12 * -(-columns // COLUMNS_PER_SPLIT) * rows  # in all a thousandth of the weight
     return 2 * rows * hidden_size * columns, itemsize * (rows + columns) * hidden_size + partials + 24 * rows
 
 
@@ -283,7 +284,7 @@ def _as_on(gpu: GPU) -> Iterator[Recorder]:
     with ExitStack() as stack:
         for module in (single_pass, resident, recompute, sparse):
             stack.enter_context(mock.patch.object(module, "matmul_into", recorder.matmul_into))
-        stack.enter_context(mock.patch("orpo_kernels.projection.select", return_value=recorder.ops))
+        stack.enter_context(mock.patch("orpo_kernels.head.select", return_value=recorder.ops))
         stack.enter_context(mock.patch("orpo_kernels.planning.resolve", return_value="triton"))
         stack.enter_context(mock.patch("orpo_kernels.planning.default_budget", return_value=gpu.memory // 16))
         yield recorder

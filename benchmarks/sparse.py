@@ -24,7 +24,7 @@ import statistics
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -38,11 +38,12 @@ from benchmarks import contest, malloc, peers, suite, workloads
 from benchmarks import report as reports
 from benchmarks.exact import BETA, exact
 from benchmarks.workloads import Workload
-from orpo_kernels import measured_sparsity, planning
+from orpo_kernels import Limits, measured_sparsity
 from orpo_kernels.schedules import sparse
 
 EPS = (10, 12, 14, 16)  # as powers of 1/2
-BLOCK = planning.SPARSE_BLOCK_ROWS
+LIMITS = Limits.of(on_cpu=True)
+BLOCK = LIMITS.block_rows
 BLOCKS = (64, 128, 256, 512)
 DEFAULT_EPS = 14
 TILE = 128
@@ -111,11 +112,11 @@ def error_points(workload: Workload, progress: Progress) -> list[Point]:
     cases = [(eps, BLOCK) for eps in EPS] + [(DEFAULT_EPS, block) for block in BLOCKS if block != BLOCK]
     for eps, block in progress.track(cases, description=workload.name):
         # Sparse whatever it costs: a chunk that goes dense has no error to show.
-        with patch.object(sparse, "SPARSE_BLOCK_ROWS", block), patch.object(sparse, "DENSE_SHARE", 1.0):
-            with measured_sparsity() as measured:
-                corrected = compare(gradients(workload, sparse_eps=2.0**-eps), exact)
-            with without_tail():
-                filtered = compare(gradients(workload, sparse_eps=2.0**-eps), exact)
+        options = {"sparse_eps": 2.0**-eps, "limits": replace(LIMITS, block_rows=block, dense_share=1.0)}
+        with measured_sparsity() as measured:
+            corrected = compare(gradients(workload, **options), exact)
+        with without_tail():
+            filtered = compare(gradients(workload, **options), exact)
         mass = measured.dropped_mass.mean().item()
         points.append(Point(eps, block, measured.active_share, mass, corrected, filtered))
     return points

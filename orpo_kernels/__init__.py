@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 __all__ = [
+    "Limits",
     "ORPOLoss",
     "ORPOOutput",
     "Plan",

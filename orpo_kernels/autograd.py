@@ -23,10 +23,10 @@ from .gemm import even_chunks
 from .methods import Method
 from .objective import Denominators, PairLoss
 from .parallel import Group
-from .planning import FACTOR_SLICE, accumulation_dtype
-from .projection import HeadOptions, Projection
+from .projection import HeadOptions
 from .rows import Rows
-from .schedules import Gradients, schedule_of
+from .schedules import TABLE, Gradients
+from .work import FACTOR_SLICE, accumulation_dtype
 
 
 class TokenLogOdds(torch.autograd.Function):
@@ -47,9 +47,9 @@ class TokenLogOdds(torch.autograd.Function):
         options: HeadOptions,
         columns: Tensor | None,
     ) -> Tensor:
-        p = Projection(hidden, weight, bias, position, target, options)
+        p = options.projection(hidden, weight, bias, position, target)
         with no_autocast(hidden):
-            log_odds, kept = schedule_of(p).forward(p)
+            log_odds, kept = TABLE[options.plan.schedule].forward(p)
         ctx.options = options
         ctx.trained_columns = weight.shape[1] if columns is None else columns.shape[1]
         ctx.hidden_shape, ctx.hidden_dtype = hidden.shape, hidden.dtype
@@ -71,9 +71,9 @@ class TokenLogOdds(torch.autograd.Function):
         )
         if hidden is None:
             hidden = grads.hidden  # not read, only asked for its dtype
-        p = Projection(hidden, weight, bias, position, target, ctx.options)
+        p = ctx.options.projection(hidden, weight, bias, position, target)
         with no_autocast(weight):
-            schedule_of(p).backward(p, tuple(kept), coefficient.to(p.sum_dtype), grads)
+            TABLE[p.plan.schedule].backward(p, tuple(kept), coefficient.to(p.sum_dtype), grads)
         of_weight, of_columns = (None, grads.weight) if needs_columns else (grads.weight, None)
         return grads.hidden, of_weight, _cast(grads.bias, weight.dtype), None, None, None, of_columns
 
@@ -182,8 +182,8 @@ def loss_and_gradients(
     losses = []
     with no_autocast(hidden):
         for group in groups:
-            p = Projection(hidden, weight, bias, group.position, group.target, options)
-            schedule = schedule_of(p)
+            p = options.projection(hidden, weight, bias, group.position, group.target)
+            schedule = TABLE[p.plan.schedule]
             log_odds, kept = schedule.forward(p)
             loss = objective(log_odds, group)
             if any(needs):

@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 
 from .autograd import GroupedLoss, Objective, PairLossFunction
-from .checks import check_options, check_pair_weight
+from .checks import check_denominators, check_options, check_pair_weight
 from .graph import loss_in_a_graph
 from .head import Compute, Head
 from .methods import Method
 from .objective import denominators
+from .output import PreferenceOutput
 from .parallel import Groups
-from .planning import accumulation_dtype
-from .projection import HeadOptions, facts_of
+from .projection import HeadOptions
 from .rows import Rows, averaged_over_sequences
+from .work import accumulation_dtype
 
 
 @dataclass(frozen=True)
@@ -61,22 +62,73 @@ class Call:
         pair_denominator: int | Tensor | None,
         reference: Tensor | None = None,
         average_sequences: bool = False,
-    ) -> tuple[Tensor, ...]:
-        """The loss, and the metrics of `PairLoss` one by one.
+    ) -> PreferenceOutput:
+        """The loss of a method, and its metrics.
 
         reference: (2B,) float64, the reference's scores, where the method needs them.
         average_sequences: whether the NLL is the mean over each sequence first, whose rows other ranks have as well.
         """
+        check_denominators(nll_denominator, pair_denominator)
         counts = nll_denominator, pair_denominator
         if self.options is None:
-            return loss_in_a_graph(self.hidden, self.head, self.rows, method, *counts, reference, self.compute)
-        hidden, head, rows, groups, options = self.hidden, self.head, self.rows, self.groups, self.options
-        groups.agree({"num_pairs": rows.num_pairs, **facts_of(head.weight, len(rows), options)}, head.weight.device)
+            outputs = loss_in_a_graph(self.hidden, self.head, self.rows, method, *counts, reference, self.compute)
+        else:
+            outputs = self._loss(self.options, method, *counts, reference, average_sequences)
+        return with_rewards(method, reference, *outputs)
+
+    def _loss(
+        self,
+        options: HeadOptions,
+        method: Method,
+        nll_denominator: int | Tensor | None,
+        pair_denominator: int | Tensor | None,
+        reference: Tensor | None,
+        average_sequences: bool,
+    ) -> tuple[Tensor, ...]:
+        hidden, head, rows, groups = self.hidden, self.head, self.rows, self.groups
+        head.agree(groups, len(rows), options, rows.num_pairs)
         if average_sequences:
             rows = averaged_over_sequences(rows, groups)
-        objective = Objective(method, denominators(rows, *counts, groups), options.ops, groups.sequence, reference)
-        rows = rows.of_shard(options.shard)
+        counts = denominators(rows, nll_denominator, pair_denominator, groups)
+        objective = Objective(method, counts, options.ops, groups.sequence, reference)
         if options.plan.group_rows:
+            rows = replace(rows, target=options.own_targets(rows.target))
             return GroupedLoss.apply(hidden, head.weight, head.bias, rows, options, objective)
         token_log_odds = head.token_log_odds(hidden, rows.position, rows.target, options)
         return PairLossFunction.apply(token_log_odds, rows, objective, accumulation_dtype(hidden.dtype))
+
+    def token_log_odds(self) -> Tensor:
+        """(R,) float64, differentiable."""
+        assert self.options is not None
+        return self.head.token_log_odds(self.hidden, self.rows.position, self.rows.target, self.options)
+
+
+def with_rewards(
+    method: Method,
+    reference: Tensor | None,
+    loss: Tensor,
+    nll_loss: Tensor,
+    pair_loss: Tensor,
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    log_odds: Tensor,
+    valid_pairs: Tensor,
+) -> PreferenceOutput:
+    """A method's loss and metrics with the rewards that it gives."""
+    of_reference = (None, None) if reference is None else reference.view(2, -1).unbind()
+    chosen_gains, rejected_gains = (
+        method.gains(logps, theirs).to(loss.dtype)
+        for logps, theirs in zip((chosen_logps, rejected_logps), of_reference, strict=True)
+    )
+    return PreferenceOutput(
+        loss=loss,
+        nll_loss=nll_loss,
+        pair_loss=pair_loss,
+        chosen_logps=chosen_logps,
+        rejected_logps=rejected_logps,
+        log_odds=log_odds,
+        valid_pairs=valid_pairs,
+        chosen_rewards=method.beta * chosen_gains,
+        rejected_rewards=method.beta * rejected_gains,
+        preferred=chosen_gains > rejected_gains,
+    )

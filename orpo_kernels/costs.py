@@ -13,7 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .planning import Plan, Work, planned
+from .planning import Plan, planned
+from .schedules import TABLE, resident
+from .work import Work
 
 
 @dataclass(frozen=True)
@@ -85,15 +87,6 @@ class Cost:
 # --- ours ----------------------------------------------------------------------------------------------------------
 
 
-NOTES = {
-    "single_pass": "frozen head: all is done in the forward pass",
-    "resident": "holds the residual, rows x V",
-    "resident by groups": "holds the residual of some pairs, and dW in fp32",
-    "recompute": "holds two numbers a row",
-    "evaluation": "the loss alone, without gradient",
-}
-
-
 def ours(case: Case, budget: int) -> list[Cost]:
     """Our schedules on a GPU that has our kernels, the recommended one first: what "auto" takes under the budget."""
     names = ["resident", "recompute"] if case.trained else ["single_pass", "recompute"]
@@ -121,11 +114,11 @@ def _our_cost(case: Case, schedule: str, budget: int, gradient: bool = True) -> 
     plan = planned(work, schedule, budget, budget_given=False, largest_pair=lambda: case.largest_pair)
     gradients = case.gradient_bytes if gradient else 0
     peak = max(plan.forward_bytes, plan.backward_bytes + gradients)
-    kind = plan.schedule
+    note = TABLE[plan.schedule].NOTE
     if plan.group_rows:
-        kind += " by groups"
+        note = resident.NOTE_BY_GROUPS
         peak += 4 * (case.positions - case.rows) * case.hidden_size  # dh is summed in fp32, padding and all
-    return Cost(f"ours, {plan.schedule}", plan.gemms, plan.flops, peak, NOTES[kind], plan)
+    return Cost(f"ours, {plan.schedule}", plan.gemms, plan.flops, peak, note, plan)
 
 
 # --- peers ---------------------------------------------------------------------------------------------------------

@@ -14,15 +14,14 @@ import torch
 from torch import Tensor
 
 from .autograd import Objective, gradient_dtype, loss_and_gradients
-from .checks import check_pair_weight, check_positions, check_targets
-from .head import Compute, Head
+from .checks import check_pair_weight
+from .head import Compute, Head, operand_dtype
 from .methods import METHODS, Method
 from .objective import as_scalar, denominators
-from .planning import accumulation_dtype
-from .projection import HeadOptions, needs_grad, operand_dtype
 from .rows import Rows
+from .work import Limits, accumulation_dtype
 
-METRICS = 7  # loss and metrics of `ORPOOutput`; the gradients of hidden, weight and bias follow
+METRICS = 7  # loss and metrics; the gradients of hidden, weight and bias follow
 
 
 # CUDA graphs cannot hold an operator that reads the number of rows on the host.
@@ -53,29 +52,17 @@ def orpo_loss_op(
     memory_budget: int | None,
     backend: str,
     sparse_eps: float | None,
+    limits: list[float] | None,
     dtype: torch.dtype,
     needs: list[bool],
 ) -> list[Tensor]:
     """Loss, metrics, and gradients (of no elements where not in `needs`); the method as `_method_of` takes it."""
     rows = Rows(position, target, sequence, scored, nll_weight, num_pairs, padded, pair_weight).live()
-    check_targets("labels", rows.target, weight.shape[0])
-    check_positions(rows.position, hidden.shape[0])
+    head = Head(weight, bias, None, None, logit_scale, logit_softcap)
+    head.check_values(hidden, rows.position, rows.target, "labels")
     check_pair_weight(rows.pair_weight)
-    options = HeadOptions.planned(
-        hidden,
-        weight,
-        bias,
-        num_rows=len(rows),
-        logit_scale=logit_scale,
-        logit_softcap=logit_softcap,
-        schedule=schedule,
-        memory_budget=memory_budget,
-        backend=backend,
-        largest_pair=rows.largest_pair,
-        sparse_eps=sparse_eps,
-        dtype=dtype,
-        needs=needs,
-    )
+    compute = Compute(schedule, memory_budget, backend, sparse_eps, Limits.of_numbers(limits))
+    options = head.planned(hidden, len(rows), compute, rows.largest_pair, dtype, needs)
     counts = denominators(rows, nll_denominator, pair_denominator)
     objective = Objective(_method_of(method, method_numbers), counts, options.ops, reference=reference)
     outputs, grads = loss_and_gradients(hidden, weight, bias, rows, options, objective, needs)
@@ -152,8 +139,9 @@ def loss_in_a_graph(
         compute.memory_budget,
         compute.backend,
         compute.sparse_eps,
+        None if compute.limits is None else compute.limits.numbers,
         operand_dtype(hidden),
-        needs_grad(hidden, head.weight, head.bias),
+        head.needs_grad(hidden),
     )
     return loss, *(metric.detach() for metric in rest[: METRICS - 1])
 

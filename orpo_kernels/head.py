@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .autograd import TokenLogOdds
-from .checks import check_head, check_positions, check_same_device, check_targets
+from .checks import check_head, check_options, check_positions, check_same_device, check_targets
+from .ops import select
 from .parallel import NO_GROUPS, Groups, VocabShard, local_head
-from .projection import HeadOptions, needs_grad
+from .parallel.sharded import ShardedOptions
+from .planning import plan
+from .projection import HeadOptions
+from .work import Limits
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,7 @@ class Compute:
     memory_budget: int | None = None
     backend: str = "auto"
     sparse_eps: float | None = None
+    limits: Limits | None = None
 
 
 @dataclass(frozen=True)
@@ -77,25 +82,75 @@ class Head:
         check_positions(position, hidden.shape[0])
 
     def planned(
-        self, hidden: Tensor, num_rows: int, compute: Compute, largest_pair: Callable[[], int] | None = None
+        self,
+        hidden: Tensor,
+        num_rows: int,
+        compute: Compute,
+        largest_pair: Callable[[], int] | None = None,
+        dtype: torch.dtype | None = None,
+        needs: Sequence[bool] | None = None,
     ) -> HeadOptions:
-        """How so many rows of `hidden` are computed."""
-        return HeadOptions.planned(
-            hidden,
-            self.weight,
-            self.bias,
-            num_rows=num_rows,
+        """How so many rows of `hidden` are computed; all ranks plan for the largest shard, and so take the same chunks.
+
+        dtype, needs: `operand_dtype` and `needs_grad` of the tensors, unless they were asked before.
+
+        Raises `ValueError` for options that make no sense, and as `plan`.
+        """
+        check_options(self.logit_scale, self.logit_softcap, compute.sparse_eps)
+        dtype = dtype or operand_dtype(hidden)
+        needs_hidden, needs_weight, needs_bias = needs or self.needs_grad(hidden)
+        chosen = plan(
+            num_rows,
+            hidden_size=self.weight.shape[1],
+            vocab_size=self.shard.largest if self.shard else self.weight.shape[0],
+            dtype=dtype,
+            weight_dtype=self.weight.dtype,
+            device=hidden.device,
+            needs_hidden=needs_hidden,
+            needs_weight=needs_weight,
+            needs_bias=needs_bias,
+            softcap=self.logit_softcap is not None,
             largest_pair=largest_pair,
-            needs=needs_grad(hidden, self.weight if self.columns is None else self.columns, self.bias),
-            shard=self.shard,
-            logit_scale=self.logit_scale,
-            logit_softcap=self.logit_softcap,
+            sharded=self.shard is not None,
             **vars(compute),
         )
+        ops = select(compute.backend, hidden.device, dtype)
+        if self.shard is not None:
+            return ShardedOptions(self.logit_scale, self.logit_softcap, chosen, ops, self.shard)
+        return HeadOptions(self.logit_scale, self.logit_softcap, chosen, ops)
+
+    def needs_grad(self, hidden: Tensor) -> list[bool]:
+        """Whether hidden states, weight and bias get a gradient."""
+        weight = self.weight if self.columns is None else self.columns
+        return [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, self.bias)]
+
+    def agree(self, groups: Groups, num_rows: int, options: HeadOptions, num_pairs: int = 0) -> None:
+        """Refuse what differs between ranks that hold the same rows: they would wait for each other for ever."""
+        if not groups:
+            return
+        plan = options.plan
+        facts = {
+            "num_pairs": num_pairs,
+            "the number of rows": num_rows,
+            "the hidden size": self.weight.shape[1],
+            "the number of GEMMs, by the schedule and what requires grad,": plan.gemms,
+            "whether hidden states (2) and head (1) require grad": 2 * plan.needs_hidden + plan.needs_head,
+            "the number of rows of a chunk": plan.row_chunk,
+            "the number of rows of a group of pairs": plan.group_rows or 0,
+        }
+        groups.agree(facts, self.weight.device)
 
     def token_log_odds(self, hidden: Tensor, position: Tensor, target: Tensor, options: HeadOptions) -> Tensor:
-        """(R,) float64 log-odds of the targets, differentiable; of a shard, targets minus its start."""
+        """(R,) float64 log-odds of the targets, differentiable."""
+        target = options.own_targets(target)
         return TokenLogOdds.apply(hidden, self.weight, self.bias, position, target, options, self.columns)
+
+
+def operand_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype of the lm-head's product: autocast's (which leaves float64 alone), or the tensors' own."""
+    device = hidden.device.type
+    autocast = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if autocast else hidden.dtype
 
 
 def _extended(weight: Tensor, low_rank: Tensor) -> tuple[Tensor, Tensor | None]:

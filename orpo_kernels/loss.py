@@ -1,43 +1,26 @@
-"""The ORPO loss from hidden states and the lm-head weight, without the logits."""
+"""The public functions: from hidden states and the lm-head weight to a loss, without the logits.
+
+Keywords become three small objects here, `Head` (what the rows are multiplied by), `Compute` (how) and `Groups` (with
+which ranks), and `Call` (`call.py`) goes on from there.
+"""
 
 from __future__ import annotations
 
 import inspect
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .call import Call
-from .checks import check_denominators, check_options, check_same_device
+from .checks import check_options, check_same_device, check_targets
 from .head import Compute, Head
-from .methods import ORPO
+from .methods import ORPO, Method
+from .output import PreferenceOutput
 from .parallel import NO_GROUPS, Groups
 from .rows import Rows, check_reduction, padded_rows, rows_from_labels
-
-
-class ORPOOutput(NamedTuple):
-    """What `orpo_loss` returns. Only `loss` is differentiable. fp32, float64 for float64 inputs.
-
-    Attributes:
-        loss: 0-d, alpha * nll_loss + beta * or_loss.
-        nll_loss: 0-d, nats; 0 where there is no NLL row. With weights of the pairs, weighted: a part of `loss`.
-        or_loss: 0-d, the mean of -logsigmoid(log_odds) over the valid pairs; 0 where there is none. Weighted likewise.
-        chosen_logps: (B,) length-averaged log-probability of the chosen answer, nats per token; 0 if it is empty.
-        rejected_logps: (B,) the same of the rejected answer.
-        log_odds: (B,) log odds ratio of chosen over rejected; 0 for a pair that is not valid.
-        valid_pairs: (B,) bool, False for a pair with an empty answer, which leaves the odds-ratio term.
-
-    What is of a pair, (B,), is as it is without weights.
-    """
-
-    loss: Tensor
-    nll_loss: Tensor
-    or_loss: Tensor
-    chosen_logps: Tensor
-    rejected_logps: Tensor
-    log_odds: Tensor
-    valid_pairs: Tensor
+from .work import Limits, accumulation_dtype
 
 
 def orpo_loss(
@@ -61,10 +44,11 @@ def orpo_loss(
     memory_budget: int | None = None,
     backend: str = "auto",
     sparse_eps: float | None = None,
+    limits: Limits | None = None,
     data_group: Any = None,
     vocab_group: Any = None,
     sequence_group: Any = None,
-) -> ORPOOutput:
+) -> PreferenceOutput:
     """ORPO: NLL of the chosen answers plus beta times -logsigmoid of the log odds ratio (arXiv 2403.07691).
 
     Args:
@@ -94,6 +78,7 @@ def orpo_loss(
         sparse_eps: None for exact gradients. A probability, 2**-14 say: the backward pass leaves out the tokens whose
             probability nowhere in a block of rows exceeds it, and puts the tail's mean in their place. The loss itself
             stays exact. What it saves and costs is in `docs/sparse.md`; `measured_sparsity` prints it for your data.
+        limits: what chunks may be at the most, where the defaults for the device are not what you want; see `Limits`.
         data_group: a `torch.distributed.ProcessGroup` or one-dimensional `DeviceMesh` whose ranks hold different pairs.
             The means run over all of them: loss, nll_loss, or_loss and gradients, averaged over the ranks as DDP and
             FSDP do, are those of one process with the whole batch. Denominators that are given are those of all ranks.
@@ -115,8 +100,8 @@ def orpo_loss(
             failed.
     """
     groups = groups_of(data_group, vocab_group, sequence_group)
-    compute = Compute(schedule, memory_budget, backend, sparse_eps)
-    check_denominators(nll_denominator, pair_denominator)
+    compute = Compute(schedule, memory_budget, backend, sparse_eps, limits)
+    method = ORPO(beta=beta, alpha=alpha)
     with groups.together(weight.device):
         head = Head.local(weight, bias, None, logit_scale, logit_softcap, groups)
         check_padded(hidden, labels, shift, nll_reduction, groups)
@@ -131,8 +116,7 @@ def orpo_loss(
             pair_weight=pair_weight,
         )
         call = Call.prepared(hidden.flatten(0, 1), rows, head, compute, groups)
-    method = ORPO(beta=beta, alpha=alpha)
-    return ORPOOutput(*call.loss(method, nll_denominator, pair_denominator, average_sequences=average))
+    return call.loss(method, nll_denominator, pair_denominator, average_sequences=average)
 
 
 def orpo_loss_from_rows(
@@ -152,10 +136,11 @@ def orpo_loss_from_rows(
     memory_budget: int | None = None,
     backend: str = "auto",
     sparse_eps: float | None = None,
+    limits: Limits | None = None,
     data_group: Any = None,
     vocab_group: Any = None,
     sequence_group: Any = None,
-) -> ORPOOutput:
+) -> PreferenceOutput:
     """`orpo_loss` for any layout: packed, padding-free, or with a shared prompt.
 
     Args:
@@ -170,14 +155,146 @@ def orpo_loss_from_rows(
     All else is as in `orpo_loss`. Nothing is read back from a GPU here, except each pair's number of rows where a
     trained lm-head's residual exceeds the budget as a whole while its fp32 gradient does not.
     """
+    return preference_loss_from_rows(
+        hidden,
+        weight,
+        rows,
+        ORPO(beta=beta, alpha=alpha),
+        bias=bias,
+        low_rank=low_rank,
+        nll_denominator=nll_denominator,
+        pair_denominator=pair_denominator,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        schedule=schedule,
+        memory_budget=memory_budget,
+        backend=backend,
+        sparse_eps=sparse_eps,
+        limits=limits,
+        data_group=data_group,
+        vocab_group=vocab_group,
+        sequence_group=sequence_group,
+    )
 
+
+def preference_loss_from_rows(
+    hidden: Tensor,
+    weight: Tensor,
+    rows: Rows,
+    method: Method,
+    *,
+    reference_logps: Tensor | None = None,
+    bias: Tensor | None = None,
+    low_rank: Tensor | None = None,
+    nll_denominator: int | Tensor | None = None,
+    pair_denominator: int | Tensor | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    schedule: str = "auto",
+    memory_budget: int | None = None,
+    backend: str = "auto",
+    sparse_eps: float | None = None,
+    limits: Limits | None = None,
+    data_group: Any = None,
+    vocab_group: Any = None,
+    sequence_group: Any = None,
+) -> PreferenceOutput:
+    """`orpo_loss_from_rows` for any method (`methods.py`); what ORPO can, every method can.
+
+    Args:
+        rows: a row's `nll_weight` is that of the method's NLL; the method's prompt_nll and nll_reduction are the
+            business of whoever makes the rows.
+        method: an instance of one of `orpo_kernels.methods`.
+        reference_logps: (2B,) summed log-probabilities of the answers under the reference model, for DPO.
+
+    All else is as in `orpo_loss_from_rows`. Raises as that; `ValueError` for a method that needs reference_logps and
+    has none, or of a wrong shape.
+    """
     groups = groups_of(data_group, vocab_group, sequence_group)
-    compute = Compute(schedule, memory_budget, backend, sparse_eps)
-    check_denominators(nll_denominator, pair_denominator)
+    compute = Compute(schedule, memory_budget, backend, sparse_eps, limits)
     with groups.together(weight.device):
         head = Head.local(weight, bias, low_rank, logit_scale, logit_softcap, groups)
+        reference = checked_reference(reference_logps, method, rows)
         call = Call.prepared(hidden, rows, head, compute, groups)
-    return ORPOOutput(*call.loss(ORPO(beta=beta, alpha=alpha), nll_denominator, pair_denominator))
+    return call.loss(method, nll_denominator, pair_denominator, reference)
+
+
+@torch.compiler.disable(
+    reason="token_logps computes as many rows as labels ask for, which no graph of fixed shapes can"
+)
+def token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    schedule: str = "auto",
+    memory_budget: int | None = None,
+    backend: str = "auto",
+    sparse_eps: float | None = None,
+    limits: Limits | None = None,
+    data_group: Any = None,
+    vocab_group: Any = None,
+    sequence_group: Any = None,
+) -> Tensor:
+    """log softmax(logits)[target] of every position, without the logits: the primitive for any other objective.
+
+    Differentiable, with any upstream gradient. Two GEMMs where the lm-head is frozen, three or four where it is
+    trained, one without gradient.
+
+    Args:
+        hidden: (..., H) last hidden states; fp16, bf16, fp32 or float64.
+        weight: (V, H) lm-head weight; bias: (V,) or None.
+        targets: (...) int64, the token each position predicts; `ignore_index` for none. Finding the positions with a
+            target is a host synchronisation on a GPU.
+        logit_scale, logit_softcap, schedule, memory_budget, backend, sparse_eps, limits: as in `orpo_loss`.
+        vocab_group: as in `orpo_loss`: the ranks hold `weight` and `bias` by rows, and the same hidden states, targets
+            and upstream gradient.
+        data_group, sequence_group: taken so that the arguments are those of `orpo_loss`. A position's log-probability
+            needs no other position, so over these nothing is exchanged and nothing scaled.
+
+    Returns:
+        (...) log-probabilities in nats, 0 at `ignore_index`; fp32, float64 for float64 inputs.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `orpo_loss`.
+    """
+    groups = Groups.of(vocab_group=vocab_group)
+    compute = Compute(schedule, memory_budget, backend, sparse_eps, limits)
+    with groups.together(weight.device):
+        head = Head.local(weight, bias, None, logit_scale, logit_softcap, groups)
+        check_targets_shape(hidden, targets)
+        head.check(hidden, targets, "targets")
+        flat = targets.flatten()
+        position = (flat != ignore_index).nonzero().squeeze(1)
+        target = flat[position]
+        check_targets("targets", target, head.vocab_size)
+        options = head.planned(hidden, len(target), compute)
+    head.agree(groups, len(target), options)
+    log_odds = head.token_log_odds(hidden.reshape(-1, hidden.shape[-1]), position, target, options)
+    logps = F.logsigmoid(log_odds).to(accumulation_dtype(hidden.dtype))
+    return logps.new_zeros(targets.numel()).index_put((position,), logps).view(targets.shape)
+
+
+@torch.compiler.disable(reason="computes as many rows as labels ask for, which no graph of fixed shapes can")
+def row_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    rows: Rows,
+    *,
+    bias: Tensor | None = None,
+    low_rank: Tensor | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    **options: Any,
+) -> Tensor:
+    """(R,) float64 log-probabilities of live rows, differentiable. Arguments as in `orpo_loss_from_rows`."""
+    head = Head.local(weight, bias, low_rank, logit_scale, logit_softcap)
+    call = Call.prepared(hidden, rows, head, Compute(**options), NO_GROUPS)
+    return F.logsigmoid(call.token_log_odds())
 
 
 def groups_of(data_group: Any, vocab_group: Any, sequence_group: Any) -> Groups:
@@ -212,6 +329,29 @@ def check_padded(hidden: Tensor, labels: Tensor, shift: bool, nll_reduction: str
     check_reduction(nll_reduction)
 
 
+def check_targets_shape(hidden: Tensor, targets: Tensor) -> None:
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"targets has shape {tuple(targets.shape)}, but hidden {tuple(hidden.shape)} "
+            f"asks for {tuple(hidden.shape[:-1])}"
+        )
+    if targets.dtype != torch.int64:
+        raise TypeError(f"targets is {targets.dtype}, it must be torch.int64")
+
+
+def checked_reference(reference_logps: Tensor | None, method: Method, rows: Rows) -> Tensor | None:
+    """(2B,) float64, in the method's kind of score. What the method does not need is not looked at."""
+    if not method.needs_reference or reference_logps is None:
+        method.gains(rows.nll_weight.new_empty(0))  # says what it misses
+        return None
+    if reference_logps.shape != (2 * rows.num_pairs,):
+        raise ValueError(
+            f"reference_logps has shape {tuple(reference_logps.shape)}, but the batch has {rows.num_pairs} pairs: it "
+            f"must be ({2 * rows.num_pairs},), the chosen answers first"
+        )
+    return reference_logps.to(rows.position.device, torch.float64)
+
+
 class ORPOLoss(nn.Module):
     """`orpo_loss` as a module: the options are given once, the tensors at each call.
 
@@ -233,6 +373,7 @@ class ORPOLoss(nn.Module):
         memory_budget: int | None = None,
         backend: str = "auto",
         sparse_eps: float | None = None,
+        limits: Limits | None = None,
         data_group: Any = None,
         vocab_group: Any = None,
         sequence_group: Any = None,
@@ -250,6 +391,7 @@ class ORPOLoss(nn.Module):
         self.memory_budget = memory_budget
         self.backend = backend
         self.sparse_eps = sparse_eps
+        self.limits = limits
         self.data_group = data_group
         self.vocab_group = vocab_group
         self.sequence_group = sequence_group
@@ -265,7 +407,7 @@ class ORPOLoss(nn.Module):
         pair_weight: Tensor | None = None,
         nll_denominator: int | Tensor | None = None,
         pair_denominator: int | Tensor | None = None,
-    ) -> ORPOOutput:
+    ) -> PreferenceOutput:
         """See `orpo_loss`."""
         return orpo_loss(
             hidden,
@@ -280,7 +422,7 @@ class ORPOLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        shown = {k: v for k, v in self._options().items() if v is not None or not k.endswith("_group")}
+        shown = {k: v for k, v in self._options().items() if v is not None or not k.endswith(("_group", "limits"))}
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
     def _options(self) -> dict[str, Any]:

@@ -38,6 +38,13 @@ class Answers(NamedTuple):
     logps: Tensor  # (2B,) float64, log p(y) in nats, summed over the answer's tokens; 0 for an empty answer
     tokens: Tensor  # (2B,) float64, |y|
 
+    @classmethod
+    def of(cls, logps: Tensor, rows: Rows) -> Answers:
+        """The sums over the scored rows, which have the log-probabilities (R,)."""
+        sequences = 2 * rows.num_pairs
+        tokens = segment_sum(rows.scored.double(), rows.sequence, sequences)
+        return cls(segment_sum(torch.where(rows.scored, logps, 0), rows.sequence, sequences), tokens)
+
     @property
     def mean_logps(self) -> Tensor:
         """(2B,) float64, log p(y) / |y|."""

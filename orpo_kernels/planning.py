@@ -12,36 +12,17 @@ One GEMM here is 2 * R * V * H FLOP over the R rows that matter. The schedules (
 
 from __future__ import annotations
 
-import functools
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 
+from . import schedules
 from .ops import resolve
+from .work import STARVED_ROWS, Chunks, Limits, Work, default_budget, format_bytes
 
 SCHEDULES = ("auto", "single_pass", "resident", "recompute")
-
-# Chunks of logits: large enough that a GEMM runs at full speed, small enough that nothing else notices them.
-# CPU: forward + backward over GEMMs on all rows at once, two cores, fp32, head frozen: 1.16 with 512 rows a chunk, 1.13
-# with 1024, 1.4 with 128 (H = 576, V = 49152); 1.12, 1.05 and 1.5 (H = 1024, V = 32768). Memory binds before that at
-# larger V. In bf16 the fresh pages of a chunk weigh more, its products less: 1.08 with 512, 1.13 with 1024,
-# yet 1.12 and 1.10 where the weight is trained and its residual, which has to be held, is where the logits were.
-# GPU: not measured by us. Published measurements ask for 1k to 4k rows, which kernels that work in place can afford
-# (2 bytes a bf16 logit), while eager row-wise work (6 bytes) has to keep to the peak memory that we promise.
-CHUNK_ROWS = {"cpu": 1024, "other": 4096}
-NARROW_CHUNK_ROWS = 512  # on a CPU in 16 bits, where the residual is not held
-CHUNK_BYTES = {"cpu": 192 * 2**20, "other": 256 * 2**20}
-LEAST_ROWS = 1024  # of a chunk on a GPU, where the budget has room for them and the kernels work in place
-STARVED_ROWS = 256  # of a chunk: with fewer, two GEMMs through the library cost more than three inside kernels
-FUSED_ROWS = 16384  # of a chunk that has no logits, only its hidden states and partial statistics
-COLUMNS_PER_SPLIT = 4096  # of the vocabulary, whose statistics a fused forward pass takes apart: 12 bytes a row
-FACTOR_SLICE = 8192  # rows of dW that exist in fp32 at one time, where it is summed there
-SPARSE_SLICE = 4096  # the same in the sparse schedule, which goes over them several times: they stay in a CPU's cache
-SPARSE_BLOCK_ROWS = 256  # that share their active columns: fewer rows have fewer of them, but gather more often
-DENSE_SHARE = 0.5  # of active columns, from which on a chunk of the sparse schedule goes dense
-MIN_SLICE = 512  # columns; a narrower slice of the vocabulary starves the GEMM
 
 
 @dataclass(frozen=True)
@@ -67,6 +48,7 @@ class Plan:
             schedule, whose need depends on the data, the most that it may be.
         budget: the memory budget the choice was made under, bytes.
         reason: why this schedule.
+        limits: what the chunk sizes come from.
     """
 
     schedule: str
@@ -86,6 +68,7 @@ class Plan:
     backward_bytes: int
     budget: int
     reason: str
+    limits: Limits
 
     @property
     def peak_bytes(self) -> int:
@@ -106,103 +89,6 @@ class Plan:
         )
 
 
-@dataclass(frozen=True)
-class Work:
-    """The sizes of a call and what requires grad: the question that `plan` answers."""
-
-    rows: int
-    hidden_size: int
-    vocab_size: int
-    dtype: torch.dtype
-    weight_dtype: torch.dtype
-    device: torch.device
-    backend: str
-    needs_hidden: bool
-    needs_weight: bool
-    needs_bias: bool
-    softcap: bool
-    sparse_eps: float | None
-    sharded: bool = False
-
-    @property
-    def needs_head(self) -> bool:
-        return self.needs_weight or self.needs_bias
-
-    @functools.cached_property
-    def gemm_dtype(self) -> torch.dtype:
-        return gemm_dtype(self.dtype, self.device, self.backend)
-
-    @property
-    def on_cpu(self) -> bool:
-        """Whether a CPU does the work. Where Triton's kernels are given CPU tensors it stands for a GPU."""
-        return self.device.type == "cpu" and self.backend != "triton"
-
-    @property
-    def in_place(self) -> bool:
-        """Whether row-wise work needs no memory of its own."""
-        return self.backend in ("native", "triton")
-
-    @property
-    def has_fused_products(self) -> bool:
-        """Whether statistics and recomputed residuals come out of the kernel that makes the logits."""
-        return self.backend == "triton"
-
-    @property
-    def residual_bytes(self) -> int:
-        return self.rows * self.vocab_size * self.gemm_dtype.itemsize
-
-    @property
-    def accumulator_bytes(self) -> int:
-        """A weight gradient in fp32, which groups of pairs have to be summed in."""
-        return self.vocab_size * self.hidden_size * max(4, self.gemm_dtype.itemsize) if self.needs_weight else 0
-
-    @property
-    def casts(self) -> bool:
-        """Whether the weight has another dtype than the GEMMs."""
-        return self.weight_dtype != self.gemm_dtype
-
-    @property
-    def weight_row_bytes(self) -> int:
-        """H numbers in the GEMM's dtype."""
-        return self.hidden_size * self.gemm_dtype.itemsize
-
-    @property
-    def logit_bytes(self) -> int:
-        """A logit in its chunk. Eager row-wise work is done in fp32, and a soft-cap keeps its slope."""
-        itemsize = self.gemm_dtype.itemsize
-        if self.in_place:
-            return itemsize
-        wide = max(4, itemsize)
-        return itemsize + (wide if itemsize < 4 else 0) + (2 * wide if self.softcap else 0)
-
-    @property
-    def chunk_row_bytes(self) -> int:
-        """A row of a chunk: its logits, and on top of them its hidden states, and later what row-wise work adds."""
-        logits = self.vocab_size * self.gemm_dtype.itemsize
-        return logits + max(self.vocab_size * self.logit_bytes - logits, self.weight_row_bytes)
-
-    @property
-    def product_bytes(self) -> int:
-        """A product of 16-bit operands before it joins its sum in fp32, which only GPUs add up as they multiply."""
-        is_apart = self.device.type == "cpu" and self.gemm_dtype.itemsize < 4 and self.needs_hidden
-        return self.rows * self.weight_row_bytes if is_apart else 0
-
-    def factor_bytes(self, columns: int) -> int:
-        """Of so many rows of dW those that exist in fp32 at one time, to be multiplied before they are fp16."""
-        is_apart = self.needs_weight and self.gemm_dtype == torch.float16
-        return min(FACTOR_SLICE, columns) * self.hidden_size * 4 if is_apart else 0
-
-    @property
-    def fused_row_bytes(self) -> int:
-        """A row of a chunk without logits: its hidden states, and its statistics split by split."""
-        return self.weight_row_bytes + 12 * -(-self.vocab_size // COLUMNS_PER_SPLIT)
-
-    @property
-    def column_bytes(self) -> int:
-        """A column of the residual, and where operands are cast also its row of the weight and of the gradient."""
-        return max(self.rows, 1) * self.logit_bytes + self.casts * 2 * self.weight_row_bytes
-
-
 def plan(
     rows: int,
     hidden_size: int,
@@ -221,6 +107,7 @@ def plan(
     largest_pair: Callable[[], int] | None = None,
     sparse_eps: float | None = None,
     sharded: bool = False,
+    limits: Limits | None = None,
 ) -> Plan:
     """Choose a schedule and its chunk sizes.
 
@@ -240,6 +127,7 @@ def plan(
             that does not fit as a whole is not split into groups of pairs.
         sparse_eps: as in `orpo_loss`.
         sharded: whether the lm-head is one rank's share of it (`vocab_group`).
+        limits: as in `orpo_loss`.
 
     Raises:
         ValueError: an unknown schedule, or one that cannot serve, with the reason.
@@ -264,6 +152,7 @@ def plan(
         softcap=softcap,
         sparse_eps=sparse_eps,
         sharded=sharded,
+        given_limits=limits,
     )
     budget = memory_budget or default_budget(device)
     return planned(work, schedule, budget, memory_budget is not None, largest_pair)
@@ -336,146 +225,54 @@ def _check_sparse(work: Work, schedule: str) -> None:
 
 def _sized(work: Work, name: str, reason: str, group_rows: int | None, budget: int) -> Plan:
     """Chunk sizes, and what they add up to."""
-    kind = "cpu" if work.on_cpu else "other"
-    most_bytes = _most_bytes(budget)
-    chunk_bytes = min(CHUNK_BYTES[kind], most_bytes)
-    if work.casts:
-        chunk_bytes = max(1, chunk_bytes * 2 // 3)  # a cast slice of the weight has the rest
-    recomputes = name == "recompute"
-    fused = work.has_fused_products and (recomputes or name == "evaluation")
-    if fused:
-        row_chunk = min(FUSED_ROWS, _fit(most_bytes, work.fused_row_bytes))
-    else:
-        most_rows = CHUNK_ROWS[kind]
-        if work.on_cpu and work.gemm_dtype.itemsize < 4 and name != "resident":
-            most_rows = min(most_rows, NARROW_CHUNK_ROWS)
-        row_chunk = min(most_rows, _fit(chunk_bytes, work.vocab_size * work.logit_bytes))
-        if work.has_fused_products:
-            row_chunk = max(row_chunk, min(LEAST_ROWS, _fit(most_bytes, work.vocab_size * work.logit_bytes)))
-    row_chunk = -(-work.rows // max(1, -(-work.rows // row_chunk))) or 1  # as even_chunks takes them
-    vocab_slice = min(work.vocab_size, max(MIN_SLICE, _fit(chunk_bytes, work.column_bytes)))
-    weight_slice = work.vocab_size
-    if work.casts and work.vocab_size * work.weight_row_bytes > chunk_bytes:
-        weight_slice = max(MIN_SLICE, _fit(chunk_bytes // 2, work.weight_row_bytes))
-    gemms = 1 if name == "sparse" else 1 + recomputes + work.needs_hidden + work.needs_weight
-    if name == "sparse":
-        held, forward, backward = _sparse_memory(work, budget, row_chunk, weight_slice)
-    else:
-        held, forward, backward = _memory(work, name, group_rows, fused, row_chunk, vocab_slice, weight_slice)
+    schedule = schedules.TABLE[name]
+    chunks = _chunks(work, schedule, group_rows, budget)
+    gemms = schedule.gemms(work)
+    memory = schedule.memory(work, chunks, budget)
     return Plan(
         schedule=name,
         gemm_dtype=work.gemm_dtype,
-        row_chunk=row_chunk,
-        vocab_slice=vocab_slice,
-        weight_slice=weight_slice,
+        row_chunk=chunks.rows,
+        vocab_slice=chunks.vocab_slice,
+        weight_slice=chunks.weight_slice,
         group_rows=group_rows,
-        fused=fused,
+        fused=chunks.fused,
         needs_hidden=work.needs_hidden,
         needs_head=work.needs_head,
         sparse_eps=work.sparse_eps if name == "sparse" else None,
         gemms=gemms,
         flops=gemms * 2 * work.rows * work.vocab_size * work.hidden_size,
-        held_bytes=held,
-        forward_bytes=forward,
-        backward_bytes=backward,
+        held_bytes=memory.held,
+        forward_bytes=memory.forward,
+        backward_bytes=memory.backward,
         budget=budget,
         reason=reason,
+        limits=work.limits,
     )
 
 
-def _memory(
-    work: Work, name: str, group_rows: int | None, fused: bool, row_chunk: int, vocab_slice: int, weight_slice: int
-) -> tuple[int, int, int]:
-    """Bytes held until the backward pass, and the most at one time in each pass."""
-    statistics = 16 * work.rows
-    row_bytes = work.fused_row_bytes if fused else work.chunk_row_bytes
-    chunk = row_chunk * row_bytes + work.casts * weight_slice * work.weight_row_bytes
-    hidden_rows = work.rows * work.weight_row_bytes
-    if name == "evaluation":
-        return 0, statistics + chunk, 0
-    if name == "single_pass":
-        held = statistics + hidden_rows
-        return held, held + chunk, held
-    if name == "recompute":
-        gathered = (1 + work.needs_weight) * hidden_rows  # the second time with their coefficients
-        sums = work.needs_hidden * work.rows * work.hidden_size * max(4, work.gemm_dtype.itemsize)
-        # Row-wise work and the products take turns on top of the residual.
-        row_wise = vocab_slice * work.rows * (work.logit_bytes - work.gemm_dtype.itemsize)
-        products = max(work.product_bytes, work.factor_bytes(vocab_slice))
-        columns = vocab_slice * work.column_bytes + max(products - row_wise, 0)
-        return statistics, statistics + chunk, statistics + columns + gathered + sums
-    # The residual is the logits' own buffer: of a chunk only what the row-wise work adds is on top of it.
-    chunk -= row_chunk * work.vocab_size * work.gemm_dtype.itemsize
-    # The gradient of the hidden states, then that of the weight; a shard's first one travels meanwhile.
-    factor = work.factor_bytes(work.vocab_size)
-    gathered = (1 + work.sharded) * hidden_rows + factor
-    if group_rows is None:
-        residual = statistics + work.residual_bytes
-        return residual, residual + chunk, residual + gathered
-    held = statistics + work.accumulator_bytes + 4 * work.rows * work.hidden_size
-    rows = min(group_rows, work.rows)
-    group = rows * (work.vocab_size * work.gemm_dtype.itemsize + work.weight_row_bytes) + factor
-    return held, held + max(group, rows * work.vocab_size * work.gemm_dtype.itemsize + chunk), held
-
-
-def _sparse_memory(work: Work, budget: int, row_chunk: int, weight_slice: int) -> tuple[int, int, int]:
-    """The same of the sparse schedule, at the most: half of the columns active, or dense chunks up to the budget."""
-    itemsize, wide = work.gemm_dtype.itemsize, max(4, work.gemm_dtype.itemsize)
-    chunk_rows, columns = min(row_chunk, work.rows), int(DENSE_SHARE * work.vocab_size)
-    blocks_of_chunk = -(-chunk_rows // SPARSE_BLOCK_ROWS)
-    blocks = blocks_of_chunk * -(-work.rows // max(row_chunk, 1))
-    profiles, indices = blocks * work.vocab_size * wide, 8 * columns
-    # Dense chunks are kept where the budget has room for them, sparse ones, half of the columns at most, always.
-    dense = min(work.residual_bytes, budget)
-    residual = dense + int(DENSE_SHARE * (work.residual_bytes - dense))
-    of_head = residual + profiles + blocks * indices if work.needs_head else 0
-    held = 24 * work.rows + work.needs_hidden * work.rows * work.weight_row_bytes + of_head
-
-    # Of each column of a block: whether it is active, a byte and its copy, and the how manieth it is, four.
-    logits = (chunk_rows * work.logit_bytes + 6 * blocks_of_chunk) * work.vocab_size
-    logits += work.casts * weight_slice * work.weight_row_bytes
-    of_chunk = 0 if work.needs_head else profiles + blocks_of_chunk * indices + chunk_rows * columns * itemsize
-    row_wise = 0 if work.in_place else min(SPARSE_BLOCK_ROWS, chunk_rows) * work.vocab_size * wide
-    of_block = max(columns * work.weight_row_bytes, row_wise, profiles)
-    forward = held + logits + of_chunk + of_block
-    if not work.needs_head:
-        return held, forward, held
-    columns = min(SPARSE_SLICE, work.vocab_size)
-    of_slice = columns * (work.hidden_size * (2 * wide + itemsize) + chunk_rows * work.logit_bytes)
-    backward = held + profiles + 2 * work.rows * work.weight_row_bytes + of_slice + 8 * work.vocab_size
-    return held, forward, backward
-
-
-def gemm_dtype(dtype: torch.dtype, device: torch.device, backend: str = "torch") -> torch.dtype:
-    """The dtype in which a GEMM of `dtype` operands runs fast on `device`.
-
-    A CPU without matrix instructions for a 16-bit dtype emulates it, 10 to 100 times slower than fp32. Casting the
-    operands to fp32, a chunk at a time, is then faster and more accurate as well. (Not where the CPU emulates a GPU.)
-    """
-    if device.type != "cpu" or backend == "triton" or dtype not in (torch.bfloat16, torch.float16):
-        return dtype
-    has = _cpu_has_amx_fp16 if dtype == torch.float16 else _cpu_has_bf16
-    return dtype if has() else torch.float32
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums and per-row statistics: fp32, or float64 for float64 inputs."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _cpu_has_bf16() -> bool:
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-
-
-def _cpu_has_amx_fp16() -> bool:
-    return torch.cpu._is_amx_fp16_supported()
-
-
-def default_budget(device: torch.device) -> int:
-    """A sixteenth of the device's memory, bytes."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory // 16
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 16
+def _chunks(work: Work, schedule: ModuleType, group_rows: int | None, budget: int) -> Chunks:
+    """As large as limits and budget allow."""
+    limits, most_bytes = work.limits, _most_bytes(budget)
+    chunk_bytes = min(limits.chunk_bytes, most_bytes)
+    if work.casts:
+        chunk_bytes = max(1, chunk_bytes * 2 // 3)  # a cast slice of the weight has the rest
+    fused = schedule.NEEDS_NO_LOGITS and work.has_fused_products
+    if fused:
+        rows = min(limits.fused_rows, _fit(most_bytes, work.fused_row_bytes))
+    else:
+        most_rows = limits.chunk_rows
+        if work.gemm_dtype.itemsize < 4 and schedule is not schedules.resident:
+            most_rows = min(most_rows, limits.narrow_chunk_rows)
+        rows = min(most_rows, _fit(chunk_bytes, work.vocab_size * work.logit_bytes))
+        if work.has_fused_products:
+            rows = max(rows, min(limits.least_rows, _fit(most_bytes, work.vocab_size * work.logit_bytes)))
+    rows = -(-work.rows // max(1, -(-work.rows // rows))) or 1  # as even_chunks takes them
+    vocab_slice = min(work.vocab_size, max(limits.least_columns, _fit(chunk_bytes, work.column_bytes)))
+    weight_slice = work.vocab_size
+    if work.casts and work.vocab_size * work.weight_row_bytes > chunk_bytes:
+        weight_slice = max(limits.least_columns, _fit(chunk_bytes // 2, work.weight_row_bytes))
+    return Chunks(rows, vocab_slice, weight_slice, group_rows, fused)
 
 
 def _most_bytes(budget: int) -> int:
@@ -486,11 +283,3 @@ def _most_bytes(budget: int) -> int:
 def _fit(room: int, size: int) -> int:
     """How many things of `size` bytes go into `room`, at least one."""
     return max(1, room // max(size, 1))
-
-
-def format_bytes(size: float) -> str:
-    for unit in ("bytes", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.4g} {unit}"
-        size /= 1024
-    return f"{size:.4g} GiB"

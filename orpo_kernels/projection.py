@@ -1,4 +1,4 @@
-"""One call's matrix multiplications: rows of the hidden states against the lm-head, in chunks that are never whole.
+"""One call's matrix multiplications: rows of the hidden states against the lm-head, a chunk of logits at a time.
 
 `Projection` is what every schedule works on. It knows in which dtype a GEMM runs fast, casts operands chunk by chunk
 where that is not their own, and counts nothing twice.
@@ -6,18 +6,19 @@ where that is not their own, and counts nothing twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from .checks import check_options
 from .gemm import WeightSlices, even_chunks, project
-from .ops import select
-from .parallel import Combination, Pending, VocabShard, combine, nearest
-from .planning import Plan, accumulation_dtype, plan
+from .work import accumulation_dtype
+
+if TYPE_CHECKING:
+    from .planning import Plan
 
 
 @dataclass(frozen=True)
@@ -28,88 +29,25 @@ class HeadOptions:
         logit_scale, logit_softcap: see `orpo_loss`.
         plan: schedule, chunk sizes and the dtype of the GEMMs.
         ops: the backend's row-wise operations.
-        shard: which rows of the whole lm-head the weight holds, where other ranks hold the rest; else None.
     """
 
     logit_scale: float
     logit_softcap: float | None
     plan: Plan
     ops: ModuleType
-    shard: VocabShard | None = None
 
-    @classmethod
-    def planned(
-        cls,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        *,
-        num_rows: int,
-        logit_scale: float,
-        logit_softcap: float | None,
-        schedule: str,
-        memory_budget: int | None,
-        backend: str,
-        largest_pair: Callable[[], int] | None = None,
-        sparse_eps: float | None = None,
-        dtype: torch.dtype | None = None,
-        needs: Sequence[bool] | None = None,
-        shard: VocabShard | None = None,
-    ) -> HeadOptions:
-        """The options of a call on `num_rows` rows of `hidden`, planned from its tensors and from what needs grad.
+    def projection(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor, target: Tensor
+    ) -> Projection:
+        return Projection(hidden, weight, bias, position, target, self)
 
-        dtype, needs: `operand_dtype` and `needs_grad` of the tensors, unless they were asked before.
-        shard: all ranks plan for the largest shard, and so take the same chunks.
-
-        Raises `ValueError` for options that make no sense, and as `plan`.
-        """
-        check_options(logit_scale, logit_softcap, sparse_eps)
-        dtype = dtype or operand_dtype(hidden)
-        needs_hidden, needs_weight, needs_bias = needs or needs_grad(hidden, weight, bias)
-        call = plan(
-            num_rows,
-            hidden_size=weight.shape[1],
-            vocab_size=shard.largest if shard else weight.shape[0],
-            dtype=dtype,
-            weight_dtype=weight.dtype,
-            device=hidden.device,
-            needs_hidden=needs_hidden,
-            needs_weight=needs_weight,
-            needs_bias=needs_bias,
-            softcap=logit_softcap is not None,
-            schedule=schedule,
-            memory_budget=memory_budget,
-            backend=backend,
-            largest_pair=largest_pair,
-            sparse_eps=sparse_eps,
-            sharded=shard is not None,
-        )
-        return cls(logit_scale, logit_softcap, call, select(backend, hidden.device, dtype), shard)
+    def own_targets(self, target: Tensor) -> Tensor:
+        """Targets as `projection` takes them."""
+        return target
 
 
-def facts_of(weight: Tensor, num_rows: int, options: HeadOptions) -> dict[str, int]:
-    """What has to be the same on all ranks that hold the same rows: else they would wait for each other for ever."""
-    plan = options.plan
-    return {
-        "the number of rows": num_rows,
-        "the hidden size": weight.shape[1],
-        "the number of GEMMs, by the schedule and what requires grad,": plan.gemms,
-        "whether hidden states (2) and head (1) require grad": 2 * plan.needs_hidden + plan.needs_head,
-        "the number of rows of a chunk": plan.row_chunk,
-        "the number of rows of a group of pairs": plan.group_rows or 0,
-    }
-
-
-def operand_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype of the lm-head's product: autocast's (which leaves float64 alone), or the tensors' own."""
-    device = hidden.device.type
-    autocast = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
-    return torch.get_autocast_dtype(device) if autocast else hidden.dtype
-
-
-def needs_grad(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> list[bool]:
-    """Which of the three the backward pass is to be made for."""
-    return [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
+def no_wait() -> None:
+    """What there is to wait for on one device."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +59,10 @@ class Projection:
         weight: (V, H).
         bias: (V,) or None.
         position: (R,) int64, which hidden state a row takes.
-        target: (R,) int64, which token it predicts; minus the shard's start, where the lm-head is sharded.
+        target: (R,) int64, which token it predicts.
         options: everything that is not a tensor.
+
+    Of a head that is sharded over several ranks, `parallel.sharded` overrides what differs.
     """
 
     hidden: Tensor
@@ -131,6 +71,9 @@ class Projection:
     position: Tensor
     target: Tensor
     options: HeadOptions
+
+    chunks_at_a_time: ClassVar[int] = 1  # they share the rows of the plan's chunk
+    is_whole: ClassVar[bool] = True  # whether these are all columns of the logits
 
     @property
     def plan(self) -> Plan:
@@ -152,13 +95,8 @@ class Projection:
     def sum_dtype(self) -> torch.dtype:
         return accumulation_dtype(self.hidden.dtype)
 
-    @property
-    def shard(self) -> VocabShard | None:
-        return self.options.shard
-
-    def row_chunks(self, parts: int = 1) -> Iterator[slice]:
-        """Chunks of rows of which `parts` together are as large as the plan allows."""
-        return even_chunks(self.num_rows, max(1, self.plan.row_chunk // parts))
+    def row_chunks(self) -> Iterator[slice]:
+        return even_chunks(self.num_rows, self._chunk_rows)
 
     def hidden_rows(self, rows: slice = slice(None)) -> Tensor:
         """(C, H) hidden states of these rows, in the GEMM's dtype."""
@@ -178,82 +116,53 @@ class Projection:
     def weight_slices(self) -> WeightSlices:
         return WeightSlices(self.weight, self.plan.gemm_dtype, self.plan.weight_slice)
 
-    def logits_buffer(self, parts: int = 1) -> Tensor:
+    def logits_buffer(self) -> Tensor:
         """One chunk's logits, to be reused by every chunk: fresh pages for each would cost a tenth of the GEMM."""
-        rows = min(max(1, self.plan.row_chunk // parts), self.num_rows)
-        return self.weight.new_empty(rows, self.vocab_size, dtype=self.plan.gemm_dtype)
+        return self.weight.new_empty(min(self._chunk_rows, self.num_rows), self.vocab_size, dtype=self.plan.gemm_dtype)
+
+    @property
+    def _chunk_rows(self) -> int:
+        return max(1, self.plan.row_chunk // self.chunks_at_a_time)
 
     def log_odds(self, rows: slice, weight: WeightSlices, buffer: Tensor | None) -> tuple[Tensor, Tensor]:
-        """m and lse_others (C,) of these rows. `buffer`: see `ops.torch_ops.project_log_odds`.
-
-        Of a shard's columns alone, with the nearest in place of a target that is elsewhere; see `combined`.
-        """
+        """m and lse_others (C,) of these rows. `buffer`: see `ops.torch_ops.project_log_odds`."""
         x, target = self.hidden_rows(rows), self.target[rows]
-        if self.shard is not None:
-            target = nearest(target, self.shard.size)
-        return self.ops.project_log_odds(x, weight, self.bias, target, *self._transform, buffer)
+        return self.ops.project_log_odds(x, weight, self.bias, target, *self.transform, buffer)
 
     def combined(self, log_odds: Tensor, lse_others: Tensor) -> tuple[Tensor, Tensor]:
         """m and lse_others (R,) over the whole vocabulary, from those that `log_odds` gave for every chunk."""
-        if self.shard is None:
-            return log_odds, lse_others
-        return combine(self.shard, self.target, log_odds, lse_others).advance().result()
+        return log_odds, lse_others
 
     def residuals(
         self,
-        chunks: Iterator[slice],
         buffer_of: Callable[[slice], Tensor],
         weight: WeightSlices,
         log_odds: Tensor,
         lse_others: Tensor | None = None,
     ) -> Iterator[tuple[slice, Tensor]]:
-        """Each chunk of rows with its residual (C, V), in `buffer_of(rows)`; fills `log_odds` and `lse_others` (R,).
-
-        Of a shard, a chunk comes one late: its statistics travel between the ranks while the GEMM of the next one runs.
-        """
-        if self.shard is None:
-            for rows in chunks:
-                residual = buffer_of(rows)
-                project(self.hidden_rows(rows), weight, self.bias, residual)
-                if lse_others is not None:
-                    lse_others[rows] = self._target_logit(residual, rows)
-                log_odds[rows] = self.ops.residual_(residual, self.target[rows], *self._transform)
-                if lse_others is not None:
-                    lse_others[rows] -= log_odds[rows]
-                yield rows, residual
-            return
-
-        def finished(rows: slice, logits: Tensor, combination: Combination) -> tuple[slice, Tensor]:
-            log_odds[rows], lse = combination.result()
-            self.ops.recomputed_residual_(logits, self.target[rows], lse, *self._transform)
+        """Each chunk of rows with its residual (C, V), in `buffer_of(rows)`; fills `log_odds` and `lse_others` (R,)."""
+        for rows in self.row_chunks():
+            residual = buffer_of(rows)
+            project(self.hidden_rows(rows), weight, self.bias, residual)
             if lse_others is not None:
-                lse_others[rows] = lse
-            return rows, logits
+                lse_others[rows] = self._target_logit(residual, rows)
+            log_odds[rows] = self.ops.residual_(residual, self.target[rows], *self.transform)
+            if lse_others is not None:
+                lse_others[rows] -= log_odds[rows]
+            yield rows, residual
 
-        late: tuple[slice, Tensor, Combination] | None = None
-        for rows in chunks:
-            logits, target = buffer_of(rows), self.target[rows]
-            project(self.hidden_rows(rows), weight, self.bias, logits)
-            if late is not None:
-                late = (*late[:2], late[2].advance())
-            own = self.ops.statistics(logits, nearest(target, self.shard.size), *self._transform)
-            combination = combine(self.shard, target, *own)
-            if late is not None:
-                yield finished(*late)
-            late = rows, logits, combination
-        if late is not None:
-            yield finished(*late[:2], late[2].advance())
+    def own_columns(self, target: Tensor) -> Tensor:
+        """The column of each target (C,); V where it is not here."""
+        return target
 
-    def sum_over_shards(self, u: Tensor) -> Pending | None:
-        """Start to sum `u`, this shard's share of residual @ weight, over the ranks; None where there are no others."""
-        if self.shard is None:
-            return None
-        return self.shard.group.all_reduce(u, "the gradient of the hidden states")
+    def summed(self, u: Tensor) -> Callable[[], None]:
+        """Start to sum `u`, residual @ weight, over all ranks that have columns; what is returned waits for it."""
+        return no_wait
 
     def _target_logit(self, logits: Tensor, rows: slice) -> Tensor:
         """The logits of the targets (C,) float64, scaled and capped, of a chunk (C, V) that is neither."""
         logit = logits.gather(1, self.target[rows, None]).squeeze(1).to(self.sum_dtype)
-        scale, cap = self._transform
+        scale, cap = self.transform
         return (logit * scale if cap is None else cap * torch.tanh(logit * scale / cap)).double()
 
     def weight_rows(self, columns: Tensor, workspace: Tensor) -> Tensor:
@@ -266,14 +175,19 @@ class Projection:
     def residual_slice(self, x: Tensor, w: Tensor, columns: slice, lse_others: Tensor, out: Tensor) -> None:
         """The columns `columns` of the residual of all rows into `out` (R, S); x (R, H), w (S, H)."""
         bias = None if self.bias is None else self.bias[columns]
-        self.ops.project_residual(x, w, bias, self.target - columns.start, lse_others, *self._transform, out)
+        self.ops.project_residual(x, w, bias, self.target - columns.start, lse_others, *self.transform, out)
 
     def add_hidden_gradient_(self, grad: Tensor, u: Tensor, coefficient: Tensor) -> None:
         """`grad[position] += coefficient * u`: grad (N, H), u (R, H), coefficient (R,)."""
         self.ops.scatter_rows_(grad, self.position, u, coefficient)
 
+    def sum_and_add_hidden_gradient_(self, grad: Tensor, u: Tensor, coefficient: Tensor) -> Callable[[], None]:
+        """`summed`, and `add_hidden_gradient_` of it: done once what is returned has been called."""
+        self.add_hidden_gradient_(grad, u, coefficient)
+        return no_wait
+
     @property
-    def _transform(self) -> tuple[float, float | None]:
+    def transform(self) -> tuple[float, float | None]:
         return self.options.logit_scale, self.options.logit_softcap
 
     def empty_stats(self) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .loss import ORPOOutput
+from .output import PreferenceOutput
 from .rows import Rows
 
 
@@ -49,7 +49,7 @@ def orpo_loss(
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     **schedule_options: object,
-) -> ORPOOutput:
+) -> PreferenceOutput:
     """`orpo_kernels.orpo_loss` by definition; the options that only say how to compute it are ignored."""
     pairs = labels.shape[0] // 2
     nll_labels = labels[:pairs] if nll_labels is None else nll_labels
@@ -88,7 +88,7 @@ def orpo_loss_from_rows(
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     **schedule_options: object,
-) -> ORPOOutput:
+) -> PreferenceOutput:
     """`orpo_kernels.orpo_loss_from_rows` by definition."""
     logps = F.logsigmoid(token_log_odds(hidden[rows.position], weight, rows.target, bias, logit_scale, logit_softcap))
     nll_weight = rows.nll_weight.to(logps.dtype)
@@ -113,7 +113,7 @@ def _odds_ratio(
     alpha: float,
     beta: float,
     pair_denominator: int | Tensor | None,
-) -> ORPOOutput:
+) -> PreferenceOutput:
     """The loss from each sequence's mean log-probability (2B,) and whether it has one (2B,)."""
     valid = answered.view(2, -1).all(0)
     a = torch.where(valid.repeat(2), means, -1.0)
@@ -122,12 +122,15 @@ def _odds_ratio(
     count = valid.sum() if pair_denominator is None else pair_denominator
     or_loss = (-F.logsigmoid(log_odds) * valid * weights).sum() / (count if count > 0 else 1)
     chosen_logps, rejected_logps = means.detach().view(2, -1)
-    return ORPOOutput(
+    return PreferenceOutput(
         loss=alpha * nll_loss + beta * or_loss,
         nll_loss=nll_loss.detach(),
-        or_loss=or_loss.detach(),
+        pair_loss=or_loss.detach(),
         chosen_logps=chosen_logps,
         rejected_logps=rejected_logps,
         log_odds=log_odds.detach(),
         valid_pairs=valid,
+        chosen_rewards=beta * chosen_logps,
+        rejected_rewards=beta * rejected_logps,
+        preferred=chosen_logps > rejected_logps,
     )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .ops import host_ops
-from .parallel import Groups, VocabShard, summed
+from .parallel import Groups, summed
 
 DTYPES = {  # of the vectors that have a number for each row
     "position": torch.int64,
@@ -109,10 +109,6 @@ class Rows:
             return self
         rows = self.select((self.scored | (self.nll_weight != 0)).nonzero().squeeze(1))
         return replace(rows, padded=False)
-
-    def of_shard(self, shard: VocabShard | None) -> Rows:
-        """With targets that count from the shard's first row of the lm-head: outside [0, size) on another rank."""
-        return self if shard is None else replace(self, target=self.target - shard.start)
 
     @property
     def pair(self) -> Tensor:

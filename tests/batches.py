@@ -151,7 +151,9 @@ def plain_loss(
     log_odds = odds[:pairs] - odds[pairs:]
     or_loss = -(weights * F.logsigmoid(log_odds) * valid).sum() / valid.sum().clamp(min=1)
     loss = alpha * nll_loss + beta * or_loss
-    return ORPOOutput(loss, nll_loss, or_loss, means[:pairs], means[pairs:], log_odds, valid)
+    chosen, rejected = means[:pairs], means[pairs:]
+    rewards = beta * chosen, beta * rejected, chosen > rejected
+    return ORPOOutput(loss, nll_loss, or_loss, chosen, rejected, log_odds, valid, *rewards)
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:

@@ -51,13 +51,11 @@ def _fresh():
 
 
 @pytest.fixture
-def small_chunks(monkeypatch):
+def small_chunks():
     """Chunks small enough that tiny tensors are taken in several of them."""
-    monkeypatch.setattr("orpo_kernels.planning.CHUNK_ROWS", {"cpu": 3, "other": 3})
-    monkeypatch.setattr("orpo_kernels.planning.CHUNK_BYTES", {"cpu": 512, "other": 512})
-    monkeypatch.setattr("orpo_kernels.planning.LEAST_ROWS", 3)
-    monkeypatch.setattr("orpo_kernels.planning.FUSED_ROWS", 7)
-    monkeypatch.setattr("orpo_kernels.planning.MIN_SLICE", 5)
+    from orpo_kernels import Limits
+
+    return Limits(chunk_rows=3, narrow_chunk_rows=3, chunk_bytes=512, least_rows=3, fused_rows=7, least_columns=5)
 
 
 @pytest.fixture

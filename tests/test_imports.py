@@ -52,7 +52,7 @@ assert "torch" not in sys.modules
     assert shown.split() == ["--grad-accum", "--gradient-checkpointing"]
 
 
-@pytest.mark.parametrize("first", ["", "import orpo_kernels.transformers", "from orpo_kernels import ops, logps"])
+@pytest.mark.parametrize("first", ["", "import orpo_kernels.transformers", "from orpo_kernels import loss, ops"])
 def test_every_public_name_is_there(first):
     """However the package is entered; `from ... import *` takes them and nothing else."""
     code = f"""
@@ -61,7 +61,7 @@ import sys
 import orpo_kernels
 assert {bool(first)} or "torch" not in sys.modules
 assert set(orpo_kernels.__all__) <= set(dir(orpo_kernels))
-assert orpo_kernels.token_logps.__module__ == "orpo_kernels.logps"
+assert orpo_kernels.token_logps.__module__ == "orpo_kernels.loss"
 names = {{}}
 exec("from orpo_kernels import *", names)
 assert set(names) - {{"__builtins__"}} == set(orpo_kernels.__all__)

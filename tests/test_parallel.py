@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from benchmarks.distributed import PAGE, messages, with_tables
-from orpo_kernels import ORPOLoss, ORPOOutput, orpo_loss, orpo_loss_from_rows, parallel, planning, token_logps
+from orpo_kernels import Limits, ORPOLoss, ORPOOutput, orpo_loss, orpo_loss_from_rows, parallel, plan, token_logps
 from orpo_kernels.ops import why_not
 
 from .batches import IGNORE, Batch, answer_logps, batches, plain_loss, random_labels, random_rows, relative_error
@@ -28,7 +28,7 @@ if not dist.is_available():
 FP32 = torch.float32
 BACKENDS = [name for name in ("torch", "native", "triton") if why_not(name, torch.device("cpu")) is None]
 LAYOUTS = ("pair", "world")  # two processes (twice), and four
-SMALL_CHUNKS = {"CHUNK_ROWS": {"cpu": 3, "other": 3}, "CHUNK_BYTES": {"cpu": 512, "other": 512}, "MIN_SLICE": 5}
+SMALL_CHUNKS = Limits(chunk_rows=3, chunk_bytes=512, least_columns=5)
 properties = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -105,13 +105,7 @@ def place(name: str) -> int:
 
 
 def run(batch: Batch, options: dict[str, Any], small: bool = True) -> tuple[ORPOOutput, dict[str, Tensor]]:
-    planned = {name: getattr(planning, name) for name in SMALL_CHUNKS}
-    if small:
-        vars(planning).update(SMALL_CHUNKS)
-    try:
-        out, grads = batch.run(orpo_loss, **options)
-    finally:
-        vars(planning).update(planned)
+    out, grads = batch.run(orpo_loss, **options, limits=SMALL_CHUNKS if small else None)
     return ORPOOutput(*(value.detach() for value in out)), grads
 
 
@@ -240,9 +234,9 @@ def test_a_vocabulary_group_by_groups_of_pairs(ranks):
     rows = int((batch.labels != IGNORE).sum())
     shard = 100 * 4
     budget = 100 * 4 * 4 + (rows // 3) * shard
-    plan = planning.plan(rows, 4, 100, memory_budget=budget, largest_pair=lambda: 12)
-    assert plan.group_rows is not None
-    assert plan.group_rows < rows
+    planned = plan(rows, 4, 100, memory_budget=budget, largest_pair=lambda: 12)
+    assert planned.group_rows is not None
+    assert planned.group_rows < rows
     parts = [slice(100 * i, 100 * (i + 1)) for i in range(4)]
     check(ranks, batch, {"vocab": ("world", parts)}, memory_budget=budget)
 
@@ -620,7 +614,8 @@ def test_exchanges_overlap_with_gemms(ranks, schedule, order):
 
 
 def order_of_events(batch: Batch) -> str:
-    from orpo_kernels import gemm, projection
+    from orpo_kernels import gemm
+    from orpo_kernels.parallel import sharded
     from orpo_kernels.schedules import resident, single_pass
 
     events: list[str] = []
@@ -630,14 +625,14 @@ def order_of_events(batch: Batch) -> str:
 
     columns = [slice(0, 20), slice(20, 37)][place("inner")]
     leaves = batch.hidden.clone().requires_grad_(), batch.weight[columns].clone().requires_grad_(batch.train_weight)
+    limits = Limits(chunk_rows=4)  # two chunks at a time
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning, "CHUNK_ROWS", {"cpu": 2 if batch.train_weight else 4})
-        patch.setattr(projection, "project", noting("G", gemm.project))
+        patch.setattr(sharded, "project", noting("G", gemm.project))
         for schedule in (single_pass, resident):
             patch.setattr(schedule, "matmul_into", noting("G", gemm.matmul_into))
         patch.setattr(parallel.Group, "all_reduce", noting("s", parallel.Group.all_reduce))
         patch.setattr(parallel.Pending, "wait", noting("w", parallel.Pending.wait))
-        loss = orpo_loss(*leaves, batch.labels, vocab_group=group_of("inner")).loss
+        loss = orpo_loss(*leaves, batch.labels, vocab_group=group_of("inner"), limits=limits).loss
         if batch.train_weight:
             events.append("-")
             loss.backward()

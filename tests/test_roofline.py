@@ -13,9 +13,8 @@ pytest.importorskip("rich", reason="the estimate is printed with rich: pip insta
 from benchmarks import roofline
 from benchmarks.roofline import COSTS, GPU, GPUS, SCHEDULES, Launch, bare_gemms, estimate, launches
 from benchmarks.shapes import SHAPES, ModelShape
-from orpo_kernels import plan
+from orpo_kernels import Limits, plan
 from orpo_kernels.ops import torch_ops
-from orpo_kernels.planning import SPARSE_BLOCK_ROWS
 
 ROWS = 8192
 H100 = next(gpu for gpu in GPUS if gpu.name.startswith("H100"))
@@ -98,9 +97,9 @@ def test_what_the_sparse_schedule_launches(schedule: str, products: int) -> None
     shape, active = SHAPES["SmolLM2-135M"], 0.125
     found = launches(shape, ROWS, schedule, H100, active=active)
     flops = sum(launch.flops for launch in found) / (2 * ROWS * shape.hidden_size * shape.vocab_size)
-    assert flops == pytest.approx(1 + products * (active + 1 / SPARSE_BLOCK_ROWS), rel=0.01)
+    assert flops == pytest.approx(1 + products * (active + 1 / Limits().block_rows), rel=0.01)
     looked_at, gathered = of("column_statistics", found), of("gather_columns", found)
-    assert len(looked_at) == len(gathered) == ROWS // SPARSE_BLOCK_ROWS
+    assert len(looked_at) == len(gathered) == ROWS // Limits().block_rows
     assert sum(launch.sizes["rows"] for launch in looked_at) == ROWS
     assert {launch.sizes["active"] for launch in gathered} == {active * shape.vocab_size}
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from orpo_kernels import ORPOLoss, measured_sparsity, orpo_loss, orpo_loss_from_rows, plan, planning, token_logps
+from orpo_kernels import Limits, ORPOLoss, measured_sparsity, orpo_loss, orpo_loss_from_rows, plan, token_logps
 from orpo_kernels.gemm import matmul_long
 from orpo_kernels.ops import why_not
 
@@ -36,19 +36,22 @@ def nan_in_new_memory():
 
 @pytest.fixture
 def small_blocks(small_chunks, monkeypatch):
-    """Chunks of seven rows in blocks of at most three."""
-    monkeypatch.setattr("orpo_kernels.planning.CHUNK_ROWS", {"cpu": 7, "other": 7})
-    monkeypatch.setattr("orpo_kernels.planning.CHUNK_BYTES", {"cpu": 1 << 20, "other": 1 << 20})
-    monkeypatch.setattr("orpo_kernels.schedules.sparse.SPARSE_BLOCK_ROWS", 3)
-    monkeypatch.setattr("orpo_kernels.schedules.sparse.SPARSE_SLICE", 16)
+    """Chunks of seven rows in blocks of at most three, sparse however many of their columns are active."""
     if "triton" in BACKENDS:  # interpreted, a tile of these tests' whole rows takes no longer than one of 32 columns
         tile = SimpleNamespace(columns=1024, warps=4)
         monkeypatch.setattr("orpo_kernels.ops.triton.residual.row_tile", lambda *_: tile)
+    return replace(
+        small_chunks,
+        chunk_rows=7,
+        narrow_chunk_rows=7,
+        chunk_bytes=1 << 20,
+        block_rows=3,
+        sparse_columns=16,
+        dense_share=1.0,
+    )
 
 
-def keep_sparse(monkeypatch, share: float = 1.0) -> None:
-    """Up to which share of active columns a chunk is sparse."""
-    monkeypatch.setattr("orpo_kernels.schedules.sparse.DENSE_SHARE", share)
+STAYS_SPARSE = replace(Limits.of(on_cpu=True), dense_share=1.0)
 
 
 @dataclass(frozen=True)
@@ -151,9 +154,8 @@ def block_sizes(rows: int) -> list[int]:
 
 @share_fixtures
 @given(head=heads(), eps=st.sampled_from(EPS))
-def test_gradients_are_those_of_the_corrected_residual(head, eps, small_blocks, monkeypatch):
-    keep_sparse(monkeypatch)
-    ours = head.gradients(sparse_eps=eps, backend="torch")
+def test_gradients_are_those_of_the_corrected_residual(head, eps, small_blocks):
+    ours = head.gradients(sparse_eps=eps, backend="torch", limits=small_blocks)
     expected = head.with_corrected_residual(eps, block_sizes(len(head.target)))
     for name, value in expected.items():
         torch.testing.assert_close(
@@ -163,10 +165,10 @@ def test_gradients_are_those_of_the_corrected_residual(head, eps, small_blocks, 
 
 @share_fixtures
 @given(batch=batches(), share=st.sampled_from([0.0, 0.5, 1.0]), budget=st.sampled_from([None, 1]))
-def test_without_a_threshold_it_is_exact(batch, share, budget, small_blocks, monkeypatch):
+def test_without_a_threshold_it_is_exact(batch, share, budget, small_blocks):
     """Sparse with all columns, and dense: kept, or made again where the budget has no room. Every option."""
-    keep_sparse(monkeypatch, share)
-    out, grads = batch.run(orpo_loss, sparse_eps=0.0, memory_budget=budget)
+    limits = replace(small_blocks, dense_share=share)
+    out, grads = batch.run(orpo_loss, sparse_eps=0.0, memory_budget=budget, limits=limits)
     true_out, true_grads = batch.run(orpo_loss)
     for value, true in zip((*out, *grads.values()), (*true_out, *true_grads.values()), strict=True):
         torch.testing.assert_close(value, true, rtol=1e-9, atol=1e-12)
@@ -175,21 +177,20 @@ def test_without_a_threshold_it_is_exact(batch, share, budget, small_blocks, mon
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("softcap", [None, 8.0])
-def test_error_of_low_precision(backend, dtype, softcap, small_blocks, monkeypatch):
-    keep_sparse(monkeypatch)
-    monkeypatch.setattr("orpo_kernels.schedules.sparse.SPARSE_SLICE", 128)  # fewer launches to interpret
+def test_error_of_low_precision(backend, dtype, softcap, small_blocks):
+    limits = replace(small_blocks, sparse_columns=128)  # fewer launches to interpret
     head = confident_head(rows=20, vocab=300)
     head = replace(head, logit_softcap=softcap, bias=torch.linspace(-1, 1, 300, dtype=torch.float64))
-    assert_as_good_as_exact(head, dtype, backend, block_sizes(len(head.target)))
+    assert_as_good_as_exact(head, dtype, backend, block_sizes(len(head.target)), limits)
 
 
-def assert_as_good_as_exact(head: Head, dtype: torch.dtype, backend: str, blocks: list[int]) -> None:
+def assert_as_good_as_exact(head: Head, dtype: torch.dtype, backend: str, blocks: list[int], limits: Limits) -> None:
     """Beside the definition on the same rounded numbers: at most twice the error of the exact schedule there."""
     low = replace(head, **{name: getattr(head, name).to(dtype) for name in ("hidden", "weight", "bias")})
     same = replace(head, **{name: getattr(low, name).double() for name in ("hidden", "weight", "bias")})
     exact, exact_low = same.gradients(), low.gradients(backend=backend, schedule="resident")
     true = same.with_corrected_residual(1e-3, blocks)
-    ours = low.gradients(sparse_eps=1e-3, backend=backend)
+    ours = low.gradients(sparse_eps=1e-3, backend=backend, limits=limits)
     for name, value in ours.items():
         allowed = 2 * relative_error(exact_low[name], exact[name]) + torch.finfo(dtype).eps
         assert relative_error(value, true[name]) <= allowed, name
@@ -199,9 +200,9 @@ def assert_as_good_as_exact(head: Head, dtype: torch.dtype, backend: str, blocks
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "torch"])
 @pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize("dense", [False, True])
-def test_a_whole_loss_beside_torchs(backend, trained, dense, small_blocks, monkeypatch):
+def test_a_whole_loss_beside_torchs(backend, trained, dense, small_blocks):
     """Chunks of rows of which some are ignored, sparse or made again from nothing but their statistics."""
-    keep_sparse(monkeypatch, 0.0 if dense else 1.0)
+    limits = replace(small_blocks, dense_share=0.0 if dense else 1.0)
     head = confident_head(rows=20, vocab=300)
     labels = head.target.view(4, 5).clone()
     labels[:, 1] = -100
@@ -209,7 +210,8 @@ def test_a_whole_loss_beside_torchs(backend, trained, dense, small_blocks, monke
     def run(backend: str) -> list[Tensor]:
         leaves = [t.float().requires_grad_(t is head.hidden or trained) for t in (head.hidden, head.weight)]
         hidden, weight = leaves
-        out = orpo_loss(hidden.view(4, 5, -1), weight, labels, sparse_eps=1e-3, backend=backend, memory_budget=2**14)
+        options = {"sparse_eps": 1e-3, "backend": backend, "memory_budget": 2**14, "limits": limits}
+        out = orpo_loss(hidden.view(4, 5, -1), weight, labels, **options)
         return [*out, *torch.autograd.grad(out.loss, [leaf for leaf in leaves if leaf.requires_grad])]
 
     for ours, torchs in zip(run(backend), run("torch"), strict=True):
@@ -217,33 +219,31 @@ def test_a_whole_loss_beside_torchs(backend, trained, dense, small_blocks, monke
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_rows_of_the_residual_sum_to_zero(backend, monkeypatch):
+def test_rows_of_the_residual_sum_to_zero(backend):
     """A column of ones in the weight moves all logits of a row alike: its gradient is the sum of the residual."""
-    keep_sparse(monkeypatch)
     head = confident_head()
     head.weight[:, 0] = 1
     head = replace(head, hidden=head.hidden.float(), weight=head.weight.float())
     with measured_sparsity() as measured:
-        grad = head.gradients(sparse_eps=0.05, backend=backend)["hidden"]
+        grad = head.gradients(sparse_eps=0.05, backend=backend, limits=STAYS_SPARSE)["hidden"]
     assert measured.dropped_mass.max() > 0.02
     assert grad[:, 0].abs().max() < 1e-5 * head.upstream.abs().max()
 
 
-def test_targets_are_always_active(monkeypatch):
+def test_targets_are_always_active():
     """With a threshold that no token exceeds, the targets' rows of the weight get their exact gradients."""
-    keep_sparse(monkeypatch)
     head = confident_head()
-    ours, exact = head.gradients(sparse_eps=0.999), head.gradients()
+    ours, exact = head.gradients(sparse_eps=0.999, limits=STAYS_SPARSE), head.gradients()
     rows = head.target.unique()
     torch.testing.assert_close(ours["weight"][rows], exact["weight"][rows], rtol=1e-9, atol=1e-12)
     assert relative_error(ours["weight"], exact["weight"]) > 1e-3
 
 
-def test_the_error_shrinks_with_the_threshold(monkeypatch):
-    keep_sparse(monkeypatch)
+def test_the_error_shrinks_with_the_threshold():
     head = confident_head(rows=128, vocab=3000, size=48, spread=3.0)
     exact = head.gradients()
-    errors = [relative_error(head.gradients(sparse_eps=eps)["hidden"], exact["hidden"]) for eps in (1e-2, 1e-3, 1e-4)]
+    ours = [head.gradients(sparse_eps=eps, limits=STAYS_SPARSE) for eps in (1e-2, 1e-3, 1e-4)]
+    errors = [relative_error(grads["hidden"], exact["hidden"]) for grads in ours]
     assert errors[0] > 2 * errors[1] > 4 * errors[2] > 0
 
 
@@ -265,10 +265,9 @@ def test_confident_rows_keep_their_direction(confidence):
 
 @share_fixtures
 @given(head=heads(), eps=st.sampled_from(EPS))
-def test_measured_bounds_hold(head, eps, small_blocks, monkeypatch):
-    keep_sparse(monkeypatch)
+def test_measured_bounds_hold(head, eps, small_blocks):
     with measured_sparsity() as measured:
-        ours = head.gradients(sparse_eps=eps)
+        ours = head.gradients(sparse_eps=eps, limits=small_blocks)
     exact = head.gradients()
     mass = measured.dropped_mass
     assert mass.shape == head.target.shape
@@ -324,14 +323,14 @@ def test_what_is_not_a_number_is_not_hidden(backend):
 
 @pytest.mark.skipif("native" not in BACKENDS, reason="no native kernels")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_same_bits_on_any_number_of_threads(dtype, monkeypatch):
+def test_same_bits_on_any_number_of_threads(dtype):
     """But for the library's products: a vocabulary whose sums torch shares among threads, in several blocks."""
-    monkeypatch.setattr("orpo_kernels.schedules.sparse.SPARSE_BLOCK_ROWS", 5)
+    limits = replace(Limits.of(on_cpu=True), block_rows=5)
     head = confident_head(rows=40, vocab=70_000, size=16)
     head = replace(head, hidden=head.hidden.to(dtype), weight=head.weight.to(dtype))
     with measured_sparsity() as measured:
         assert_same_bits_on_any_number_of_threads(
-            lambda: list(head.gradients(sparse_eps=1e-3, backend="native").values())
+            lambda: list(head.gradients(sparse_eps=1e-3, backend="native", limits=limits).values())
         )
     assert max(measured.shares) < 0.5
 
@@ -357,31 +356,26 @@ def test_a_frozen_head_keeps_no_hidden_states():
 @pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize("share", [0.2, 0.8], ids=["sparse", "dense"])
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])  # that one is in `test_memory`
-def test_the_host_reads_once_a_chunk(backend, share, trained, monkeypatch):
+def test_the_host_reads_once_a_chunk(backend, share, trained):
     """On tensors without data, where any other read raises."""
     memory = pytest.importorskip("benchmarks.memory", reason="the accounting tool needs rich")
-    monkeypatch.setitem(planning.CHUNK_ROWS, "cpu", 300)
-    monkeypatch.setattr("orpo_kernels.schedules.sparse.SPARSE_BLOCK_ROWS", 128)
+    limits = replace(Limits.of(on_cpu=True), chunk_rows=300, block_rows=128)
     with FakeTensorMode(), memory.active_columns(share) as reads:
         hidden = torch.empty(1000, 24, requires_grad=True)
         weight, bias = (torch.empty(*shape, requires_grad=trained) for shape in ((20000, 24), (20000,)))
         rows = memory.fake_rows(memory.Shape(4, 250))
-        loss = orpo_loss_from_rows(hidden, weight, rows, bias=bias, sparse_eps=1e-3, backend=backend).loss
-        loss.backward()
+        options = {"sparse_eps": 1e-3, "backend": backend, "limits": limits}
+        orpo_loss_from_rows(hidden, weight, rows, bias=bias, **options).loss.backward()
     assert reads == [2, 2, 2, 2]  # the blocks of each chunk of 250 rows
 
 
-def test_a_chunk_is_dense_however_its_blocks_are_looked_at(small_blocks, monkeypatch):
-    """One after another, where that is free, or all of them together: the same bits."""
+def test_a_chunk_is_sparse_or_dense_by_its_own_columns(small_blocks):
     head = confident_head(rows=60)
     head.hidden[30:] /= 100  # flat distributions
     with measured_sparsity() as measured:
-        one_by_one = head.gradients(sparse_eps=1e-3)
+        head.gradients(sparse_eps=1e-3, limits=replace(small_blocks, dense_share=0.5))
     assert min(measured.shares) < 0.5
     assert max(measured.shares) == 1
-    monkeypatch.setattr("orpo_kernels.schedules.sparse.HOSTS", ())
-    together = head.gradients(sparse_eps=1e-3)
-    assert all(torch.equal(one_by_one[name], together[name]) for name in one_by_one)
 
 
 @pytest.mark.parametrize("trained", [True, False])

@@ -151,7 +151,7 @@ def _table(settings: PlanSettings, case: Case, gpu: GPU, everyone: list[Cost], l
 
 
 def _sentences(model: Model, gpu: GPU, state: int, left: int, ours: list[Cost]) -> list[str]:
-    from ..planning import format_bytes
+    from ..work import format_bytes
 
     said = []
     if model.parameters:

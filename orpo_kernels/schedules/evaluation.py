@@ -5,11 +5,23 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..projection import Projection
+from ..work import Chunks, Memory, Work
+
+NEEDS_NO_LOGITS = True
+NOTE = "the loss alone, without gradient"
 
 
 def forward(p: Projection) -> tuple[Tensor, tuple[Tensor, ...]]:
     log_odds, _ = statistics(p)
     return log_odds, ()
+
+
+def gemms(work: Work) -> int:
+    return 1
+
+
+def memory(work: Work, chunks: Chunks, budget: int) -> Memory:
+    return Memory(0, work.statistics_bytes + work.chunk_bytes(chunks), 0)
 
 
 def statistics(p: Projection) -> tuple[Tensor, Tensor]:

@@ -7,18 +7,18 @@ gradient is summed over the slices in fp32.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from ..gemm import COLUMN_MULTIPLE, even_chunks, matmul_into
 from ..projection import Projection
+from ..work import Chunks, Memory, Work
 from .evaluation import statistics
+from .gradients import Gradients
 from .resident import bias_gradient, head_gradient
 
-if TYPE_CHECKING:
-    from . import Gradients
+NEEDS_NO_LOGITS = True
+NOTE = "holds two numbers a row"
 
 
 def forward(p: Projection) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -46,6 +46,19 @@ def backward(p: Projection, kept: tuple[Tensor, ...], coefficient: Tensor, grads
             grads.bias[columns] += bias_gradient(residual, coefficient)
     del x, buffer, scaled
     if u is not None and grads.hidden is not None:
-        if under_way := p.sum_over_shards(u):
-            under_way.wait()
-        p.add_hidden_gradient_(grads.hidden, u, coefficient)
+        p.sum_and_add_hidden_gradient_(grads.hidden, u, coefficient)()
+
+
+def gemms(work: Work) -> int:
+    return 2 + work.needs_hidden + work.needs_weight
+
+
+def memory(work: Work, chunks: Chunks, budget: int) -> Memory:
+    held = work.statistics_bytes
+    gathered = (1 + work.needs_weight) * work.hidden_rows_bytes  # the second time with their coefficients
+    sums = work.needs_hidden * work.rows * work.hidden_size * max(4, work.gemm_dtype.itemsize)
+    # Row-wise work and the products take turns on top of the residual.
+    row_wise = chunks.vocab_slice * work.rows * (work.logit_bytes - work.gemm_dtype.itemsize)
+    products = max(work.product_bytes, work.factor_bytes(chunks.vocab_slice))
+    columns = chunks.vocab_slice * work.column_bytes + max(products - row_wise, 0)
+    return Memory(held, held + work.chunk_bytes(chunks), held + columns + gathered + sums)

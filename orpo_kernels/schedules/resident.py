@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from ..gemm import even_chunks, matmul_into
-from ..planning import FACTOR_SLICE
 from ..projection import Projection
+from ..work import FACTOR_SLICE, Chunks, Memory, Work
+from .gradients import Gradients
 
-if TYPE_CHECKING:
-    from . import Gradients
+NEEDS_NO_LOGITS = False
+NOTE = "holds the residual, rows x V"
+NOTE_BY_GROUPS = "holds the residual of some pairs, and dW in fp32"
 
 
 def forward(p: Projection) -> tuple[Tensor, tuple[Tensor, ...]]:
     log_odds = p.empty_stats()
     residual = p.weight.new_empty(p.num_rows, p.vocab_size, dtype=p.plan.gemm_dtype)
-    for _ in p.residuals(p.row_chunks(), lambda rows: residual[rows], p.weight_slices(), log_odds):
+    for _ in p.residuals(lambda rows: residual[rows], p.weight_slices(), log_odds):
         pass
     return log_odds, (residual,)
 
@@ -26,22 +26,20 @@ def forward(p: Projection) -> tuple[Tensor, tuple[Tensor, ...]]:
 def backward(p: Projection, kept: tuple[Tensor, ...], coefficient: Tensor, grads: Gradients) -> None:
     (residual,) = kept
     coefficient = -p.options.logit_scale * coefficient
-    under_way = None
+    finish = None
     if grads.hidden is not None:
         u = residual.new_empty(p.num_rows, p.weight.shape[1])
         for columns, w in p.weight_slices():
             matmul_into(u, residual[:, columns], w, accumulate=columns.start > 0)
-        under_way = p.sum_over_shards(u)  # while the GEMM of the weight's gradient runs
-        if under_way is None:
-            p.add_hidden_gradient_(grads.hidden, u, coefficient)
-            del u
+        # Several ranks sum it up while the GEMM of the weight's gradient runs.
+        finish = p.sum_and_add_hidden_gradient_(grads.hidden, u, coefficient)
+        del u
     if grads.weight is not None:
         head_gradient(residual, p.scaled_hidden(coefficient), grads.weight, grads.accumulate)
     if grads.bias is not None:
         grads.bias.add_(bias_gradient(residual, coefficient))
-    if under_way is not None and grads.hidden is not None:
-        under_way.wait()
-        p.add_hidden_gradient_(grads.hidden, u, coefficient)
+    if finish is not None:
+        finish()
 
 
 def head_gradient(residual: Tensor, scaled: tuple[Tensor, Tensor | None], out: Tensor, accumulate: bool) -> None:
@@ -65,3 +63,21 @@ def head_gradient(residual: Tensor, scaled: tuple[Tensor, Tensor | None], out: T
 def bias_gradient(residual: Tensor, coefficient: Tensor) -> Tensor:
     """(V,) column sums of coefficient * residual."""
     return residual.t().mv(coefficient.to(residual.dtype))
+
+
+def gemms(work: Work) -> int:
+    return 1 + work.needs_hidden + work.needs_weight
+
+
+def memory(work: Work, chunks: Chunks, budget: int) -> Memory:
+    # The residual is the logits' own buffer: of a chunk only what the row-wise work adds is on top of it.
+    row = work.vocab_size * work.gemm_dtype.itemsize
+    chunk = work.chunk_bytes(chunks) - chunks.rows * row
+    # The gradient of the hidden states, then that of the weight; a shard's first one travels meanwhile.
+    factor = work.factor_bytes(work.vocab_size)
+    if chunks.group_rows is None:
+        held = work.statistics_bytes + work.residual_bytes
+        return Memory(held, held + chunk, held + (1 + work.sharded) * work.hidden_rows_bytes + factor)
+    held = work.statistics_bytes + work.accumulator_bytes + 4 * work.rows * work.hidden_size
+    rows = min(chunks.group_rows, work.rows)
+    return Memory(held, held + rows * row + max(rows * work.weight_row_bytes + factor, chunk), held)

@@ -18,7 +18,7 @@ it goes dense as a whole: exact, its residual kept like in `resident`, or made a
 kept has used up the budget.
 
 How many columns are active is the size of products, which the host has to know: it reads the numbers of a chunk's
-blocks, once (`counted`), and nothing else. A size fixed beforehand would have to be DENSE_SHARE for nothing to be cut
+blocks, once (`counted`), and nothing else. A size fixed beforehand would have to be `dense_share` for nothing to be cut
 off, four times what is active in a trained model.
 
 What is dropped is at most eps in each p_tj. Of a confident row, where all p_tj but the target's are small, it is at
@@ -29,23 +29,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..gemm import COLUMN_MULTIPLE, WeightSlices, even_chunks, matmul_into, matmul_long
-from ..planning import DENSE_SHARE, SPARSE_BLOCK_ROWS, SPARSE_SLICE
 from ..projection import Projection
 from ..sparsity import record_block
+from ..work import Chunks, Memory, Work
+from .gradients import Gradients
 from .resident import bias_gradient
 
-if TYPE_CHECKING:
-    from . import Gradients
-
+NEEDS_NO_LOGITS = False
+NOTE = "holds the residual's active columns, and the mean of the others"
 LEAST_WEIGHT = 2.0**-4  # of a row, beside the probability of the others
-HOSTS = ("cpu",)  # where to look at a number is not to wait for it
 
 
 class Block(NamedTuple):
@@ -80,18 +79,19 @@ def forward(p: Projection) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     u = p.weight.new_empty(p.num_rows, p.weight.shape[1], dtype=p.plan.gemm_dtype) if p.plan.needs_hidden else None
     weight, lse_others = p.weight_slices(), p.empty_stats()
     # The active rows of the weight, block after block in the same memory: fresh pages would cost more than the copy.
-    workspace = p.weight.new_empty(int(DENSE_SHARE * p.vocab_size), p.weight.shape[1], dtype=p.plan.gemm_dtype)
-    parts = 1 if p.shard is None else 2  # chunks that exist at a time
+    workspace = p.weight.new_empty(
+        int(p.plan.limits.dense_share * p.vocab_size), p.weight.shape[1], dtype=p.plan.gemm_dtype
+    )
     spare: list[Tensor] = []
     in_use: list[Tensor] = []
 
     def buffer_of(rows: slice) -> Tensor:
-        in_use.append(spare.pop() if spare else p.logits_buffer(parts))
+        in_use.append(spare.pop() if spare else p.logits_buffer())
         return in_use[-1][: rows.stop - rows.start]
 
     blocks: list[Block] = []
     room = p.plan.budget if p.plan.needs_head else 0
-    for rows, residual in p.residuals(p.row_chunks(parts), buffer_of, weight, log_odds, lse_others):
+    for rows, residual in p.residuals(buffer_of, weight, log_odds, lse_others):
         buffer = in_use.pop(0)
         chunk = sparse_blocks(p, rows, residual, log_odds[rows])
         if chunk is None:
@@ -108,8 +108,7 @@ def forward(p: Projection) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         blocks += chunk
     if u is not None:
         add_tails_(u, list(zip(blocks, row_slices(blocks), strict=True)), p, weight)
-        if under_way := p.sum_over_shards(u):
-            under_way.wait()
+        p.summed(u)()
     if not p.plan.needs_head:
         return log_odds, (u,)
     return log_odds, (u, *(tensor for block in blocks for tensor in block))
@@ -142,18 +141,15 @@ def backward(p: Projection, kept: tuple[Tensor | None, ...], coefficient: Tensor
 def sparse_blocks(p: Projection, rows: slice, residual: Tensor, log_odds: Tensor) -> list[Block] | None:
     """The blocks of a chunk, or None where one of them has too many active columns; residual (C, V)."""
     weight = torch.sigmoid(-log_odds).clamp(min=LEAST_WEIGHT).to(p.sum_dtype)
-    parts = list(even_chunks(residual.shape[0], SPARSE_BLOCK_ROWS))
-    most = DENSE_SHARE * p.vocab_size
+    parts = list(even_chunks(residual.shape[0], p.plan.limits.block_rows))
     found, masses = [], []
     for part in parts:
         peak, mass = p.ops.column_statistics(residual[part], weight[part])
         active = has_target(p, p.target[rows][part]) | ~(peak <= p.plan.sparse_eps) | mass.isnan()
-        if residual.device.type in HOSTS and active.sum() > most:
-            return None  # the other blocks need no look
         found.append(active)
         masses.append(mass.masked_fill_(active, 0))
     places = located(torch.stack(found), vocabulary_slices(p))
-    if max(columns.shape[0] for columns, _ in places) > most:
+    if max(columns.shape[0] for columns, _ in places) > p.plan.limits.dense_share * p.vocab_size:
         return None
     return [
         block_of(p, residual[part], log_odds[part], *place, mass)
@@ -163,9 +159,8 @@ def sparse_blocks(p: Projection, rows: slice, residual: Tensor, log_odds: Tensor
 
 def has_target(p: Projection, target: Tensor) -> Tensor:
     """(V,) whether a column is the target (B,) of a row, which may be on another rank."""
-    if p.shard is not None:
-        target = torch.where(p.shard.holds(target), target, p.vocab_size)
-    return target.new_zeros(p.vocab_size + 1, dtype=torch.bool).index_fill_(0, target, True)[:-1]
+    found = target.new_zeros(p.vocab_size + 1, dtype=torch.bool)
+    return found.index_fill_(0, p.own_columns(target), True)[:-1]
 
 
 def located(active: Tensor, slices: list[slice]) -> list[tuple[Tensor, Tensor]]:
@@ -186,14 +181,14 @@ def counted(ranks: Tensor, slices: list[slice]) -> tuple[Tensor, ...]:
 
 def vocabulary_slices(p: Projection) -> list[slice]:
     """What the gradient of the weight is taken in."""
-    return list(even_chunks(p.vocab_size, SPARSE_SLICE, COLUMN_MULTIPLE))
+    return list(even_chunks(p.vocab_size, p.plan.limits.sparse_columns, COLUMN_MULTIPLE))
 
 
 def block_of(p: Projection, residual: Tensor, log_odds: Tensor, columns: Tensor, bounds: Tensor, mass: Tensor) -> Block:
     """The active columns of a residual (B, V), and its tail, spread as `mass` (V,) is, which becomes its profile."""
     entries, sums = p.ops.gather_columns(residual, columns)
     # What an exact row sums to is 0, but of a shard, and where a soft-cap has put its slopes into the residual.
-    sums_to_zero = p.options.logit_softcap is None and p.shard is None
+    sums_to_zero = p.options.logit_softcap is None and p.is_whole
     total = 0.0 if sums_to_zero else residual.sum(1, dtype=sums.dtype)
     dropped = total - sums
     # (Entries rounded to 16 bits may add up to a little more than their row.)
@@ -246,7 +241,7 @@ class WeightSum:
         self.tail_states = tails.row_sums(self.x)
         self.workspace: Tensor | None = None  # one for all slices: fresh pages would cost more than the sums
         if out.dtype != p.sum_dtype or accumulate:
-            self.workspace = out.new_empty(min(SPARSE_SLICE, len(out)), out.shape[1], dtype=p.sum_dtype)
+            self.workspace = out.new_empty(min(p.plan.limits.sparse_columns, len(out)), out.shape[1], dtype=p.sum_dtype)
 
     def begin(self, columns: slice, profiles: Tensor) -> None:
         self.slice = self.out[columns]
@@ -345,3 +340,36 @@ def row_slices(blocks: list[Block], start: int = 0) -> Iterator[slice]:
     for block in blocks:
         yield slice(start, start + block.num_rows)
         start += block.num_rows
+
+
+def gemms(work: Work) -> int:
+    """Those that are always whole."""
+    return 1
+
+
+def memory(work: Work, chunks: Chunks, budget: int) -> Memory:
+    """At the most: half of the columns active, or dense chunks up to the budget."""
+    limits, itemsize, wide = work.limits, work.gemm_dtype.itemsize, max(4, work.gemm_dtype.itemsize)
+    chunk_rows, columns = min(chunks.rows, work.rows), int(limits.dense_share * work.vocab_size)
+    blocks_of_chunk = -(-chunk_rows // limits.block_rows)
+    blocks = blocks_of_chunk * -(-work.rows // max(chunks.rows, 1))
+    profiles, indices = blocks * work.vocab_size * wide, 8 * columns
+    # Dense chunks are kept where the budget has room for them, sparse ones, half of the columns at most, always.
+    dense = min(work.residual_bytes, budget)
+    residual = dense + int(limits.dense_share * (work.residual_bytes - dense))
+    of_head = residual + profiles + blocks * indices if work.needs_head else 0
+    held = 24 * work.rows + work.needs_hidden * work.hidden_rows_bytes + of_head
+
+    # Of each column of a block: whether it is active, a byte and its copy, and its rank among them, four.
+    logits = (chunk_rows * work.logit_bytes + 6 * blocks_of_chunk) * work.vocab_size
+    logits += work.casts * chunks.weight_slice * work.weight_row_bytes
+    of_chunk = 0 if work.needs_head else profiles + blocks_of_chunk * indices + chunk_rows * columns * itemsize
+    row_wise = 0 if work.in_place else min(limits.block_rows, chunk_rows) * work.vocab_size * wide
+    of_block = max(columns * work.weight_row_bytes, row_wise, profiles)
+    forward = held + logits + of_chunk + of_block
+    if not work.needs_head:
+        return Memory(held, forward, held)
+    columns = min(limits.sparse_columns, work.vocab_size)
+    of_slice = columns * (work.hidden_size * (2 * wide + itemsize) + chunk_rows * work.logit_bytes)
+    backward = held + profiles + 2 * work.hidden_rows_bytes + of_slice + 8 * work.vocab_size
+    return Memory(held, forward, backward)

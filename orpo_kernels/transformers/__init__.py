@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from .causal_lm import (
     CausalLMORPOOutput,
+    CausalLMOutput,
     CausalLMPreferenceOutput,
     causal_lm_answers,
     causal_lm_orpo_loss,
@@ -23,6 +24,7 @@ from .sharing import refuses_shared_prompt
 
 __all__ = [
     "CausalLMORPOOutput",
+    "CausalLMOutput",
     "CausalLMPreferenceOutput",
     "LMHead",
     "PackedPairs",

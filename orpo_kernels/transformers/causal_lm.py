@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .. import ORPOOutput, PreferenceOutput, Rows, orpo_loss_from_rows, preference_loss_from_rows
-from ..methods import Answers, Method, method_named
-from ..preference_loss import answers_of, row_logps
+from .. import PreferenceOutput, Rows, preference_loss_from_rows
+from ..loss import row_logps
+from ..methods import ORPO, Answers, Method, method_named
 from ..rows import padded_rows
 from .body import BodyOutput, router_loss_coef, run_body, unwrap
 from .engines import is_fsdp2, through
@@ -28,8 +28,8 @@ _FROM_THE_BATCH = ("nll_labels", "shift", "rows")
 _FROM_THE_METHOD = ("alpha", "beta", "prompt_nll", "nll_reduction")
 
 
-class CausalLMORPOOutput(ORPOOutput):
-    """`ORPOOutput`, and one thing more.
+class CausalLMOutput(PreferenceOutput):
+    """`PreferenceOutput`, and one thing more.
 
     Attributes:
         aux_loss: 0-d, the router loss of a mixture of experts, which is a part of `loss`; None where there is none.
@@ -37,11 +37,14 @@ class CausalLMORPOOutput(ORPOOutput):
 
     aux_loss: Tensor | None = None
 
+    def having(self, **values: Any) -> CausalLMOutput:
+        """With other values in some fields."""
+        changed = CausalLMOutput(*self._replace(**values))
+        changed.aux_loss = self.aux_loss
+        return changed
 
-class CausalLMPreferenceOutput(PreferenceOutput):
-    """`PreferenceOutput`, and the `aux_loss` of `CausalLMORPOOutput`."""
 
-    aux_loss: Tensor | None = None
+CausalLMORPOOutput = CausalLMPreferenceOutput = CausalLMOutput  # the names they had when they were two
 
 
 def causal_lm_orpo_loss(
@@ -50,14 +53,16 @@ def causal_lm_orpo_loss(
     attention_mask: Tensor | None = None,
     labels: Tensor | None = None,
     *,
-    packed: PackedPairs | None = None,
-    pair_weights: Tensor | None = None,
+    beta: float = 0.1,
+    alpha: float = 1.0,
     prompt_nll: bool = True,
     nll_reduction: str = "token",
+    packed: PackedPairs | None = None,
+    pair_weights: Tensor | None = None,
     ignore_index: int = IGNORE_INDEX,
     router_aux_loss_coef: float | None = None,
     **options: Any,
-) -> CausalLMORPOOutput:
+) -> CausalLMOutput:
     """ORPO loss of one batch, without its logits: a padded one, or one whose rows share their prompts.
 
     Args:
@@ -71,48 +76,41 @@ def causal_lm_orpo_loss(
             With padding on the left, a model with absolute positions (GPT-2) counts the padding, as its own
             forward does; pad on the right.
         labels: (2B, T) int64, unshifted: the response's ids, `ignore_index` on prompt and padding.
+        beta, alpha, nll_reduction: as in `orpo_loss`.
+        prompt_nll: whether the NLL of the chosen side covers its prompt as well (TRL) or only its response (the paper).
         packed: where everything is in a batch of `PreferenceCollator(packing="shared")`, instead of attention_mask and
             labels. Loss and gradients are those of the padded batch, or the model is refused: the first call also
             compares a few shared tokens with the sequences alone (`refuses_shared_prompt`).
         pair_weights: (B,) float64, finite and at least 0: what each pair's loss is multiplied by, `pair_weight` of
             `orpo_loss`. The router loss, which is of tokens, is not weighted.
-        prompt_nll: whether the NLL of the chosen side covers its prompt as well (TRL) or only its response (the paper).
-        nll_reduction: as in `orpo_loss`.
         ignore_index: the label that is no target; a packed batch has none.
         router_aux_loss_coef: the weight of the router loss of a mixture of experts with
             `config.output_router_logits=True`, which is added to the loss as the model's own forward adds it; by
             default the model's own. It is a mean over the tokens of this batch: where the denominators are those of k
             micro-batches, pass the model's coefficient / k.
-        options: anything else that `orpo_loss` takes: beta, alpha, nll_denominator, pair_denominator, data_group,
-            schedule, memory_budget, backend, sparse_eps.
+        options: anything else that `orpo_loss` takes: nll_denominator, pair_denominator, data_group, schedule,
+            memory_budget, backend, sparse_eps, limits.
 
     Returns:
-        `CausalLMORPOOutput`. `loss` is differentiable with respect to whatever of the model requires grad.
+        `CausalLMOutput`. `loss` is differentiable with respect to whatever of the model requires grad.
 
     Raises `TypeError` or `ValueError`, naming what was given and what is needed, for inputs that do not fit together,
     for an option that is not the caller's to give, and for a model that cannot be served (`body.py`, `lm_head.py`,
     `probe.py`, `sharing.py`).
     """
-    _check_options(options)
-    rows = batch_rows(
+    method = ORPO(beta=beta, alpha=alpha, prompt_nll=prompt_nll, nll_reduction=nll_reduction)
+    return causal_lm_preference_loss(
+        model,
         input_ids,
         attention_mask,
         labels,
+        method=method,
         packed=packed,
         pair_weights=pair_weights,
-        prompt_nll=prompt_nll,
-        nll_reduction=nll_reduction,
         ignore_index=ignore_index,
+        router_aux_loss_coef=router_aux_loss_coef,
+        **options,
     )
-
-    def at_the_head(aux_loss: Tensor | None, head: dict[str, Any]) -> tuple[Tensor, tuple]:
-        out = orpo_loss_from_rows(rows=rows, **head, **options)
-        return _with_router_loss(out, aux_loss, unwrap(model), router_aux_loss_coef)
-
-    loss, (out, aux_loss) = _run_to_the_head(model, input_ids, attention_mask, packed, at_the_head)
-    routed = CausalLMORPOOutput(*out._replace(loss=loss))
-    routed.aux_loss = aux_loss
-    return routed
 
 
 def causal_lm_preference_loss(
@@ -129,7 +127,7 @@ def causal_lm_preference_loss(
     ignore_index: int = IGNORE_INDEX,
     router_aux_loss_coef: float | None = None,
     **options: Any,
-) -> CausalLMPreferenceOutput:
+) -> CausalLMOutput:
     """The loss of any method on one batch, without its logits: `causal_lm_orpo_loss` for SFT, DPO, SimPO and CPO too.
 
     Args:
@@ -139,8 +137,8 @@ def causal_lm_preference_loss(
         reference_logps: (2B,) summed log-probabilities of the answers under the reference model, which DPO needs:
             `causal_lm_answers(reference_model, **batch).logps`.
         chosen_only: the batch has the B chosen sequences alone, as SFT trains on. Every pair then counts as not valid.
-        options: anything else that `preference_loss_from_rows` takes: nll_denominator, pair_denominator, schedule,
-            memory_budget, backend, sparse_eps.
+        options: anything else that `preference_loss_from_rows` takes: nll_denominator, pair_denominator, data_group,
+            schedule, memory_budget, backend, sparse_eps, limits.
 
     Raises as `causal_lm_orpo_loss`, and `ValueError` for an unknown method, for one without the reference it needs, and
     for one that compares with rejected answers where there are none.
@@ -173,7 +171,7 @@ def causal_lm_preference_loss(
         return _with_router_loss(out, aux_loss, unwrap(model), router_aux_loss_coef)
 
     loss, (out, aux_loss) = _run_to_the_head(model, input_ids, attention_mask, packed, at_the_head)
-    routed = CausalLMPreferenceOutput(*out._replace(loss=loss))
+    routed = CausalLMOutput(*out._replace(loss=loss))
     routed.aux_loss = aux_loss
     return routed
 
@@ -204,7 +202,7 @@ def causal_lm_answers(
         return row_logps(rows=rows, **head, **options), None
 
     logps, _ = _run_to_the_head(model, input_ids, attention_mask, packed, at_the_head)
-    return answers_of(logps, rows)
+    return Answers.of(logps, rows)
 
 
 def _run_to_the_head(

@@ -45,7 +45,7 @@ from ..objective import denominators
 from ..sparsity import Sparsity, measured_sparsity
 from .averages import Averages, Part
 from .body import router_loss_coef, unwrap, wants_router_loss
-from .causal_lm import CausalLMPreferenceOutput, batch_rows, causal_lm_preference_loss
+from .causal_lm import CausalLMOutput, batch_rows, causal_lm_preference_loss
 from .collator import PreferenceCollator, Refusal
 from .engines import run_inside
 from .lm_head import resolve_lm_head
@@ -93,7 +93,7 @@ class PreferenceLossMixin:
         inputs: dict[str, Any],
         step_counts: Tensor | None = None,
         counted: Tensor | None = None,
-    ) -> tuple[Tensor, CausalLMPreferenceOutput]:
+    ) -> tuple[Tensor, CausalLMOutput]:
         """Run the model on one micro-batch: its loss, to be called `backward` on as it is, and what it was made of.
 
         Args:
@@ -121,17 +121,15 @@ class PreferenceLossMixin:
         if wants_router_loss(unwrap(inner)):
             options["router_aux_loss_coef"] = router_loss_coef(unwrap(inner)) / (micro_batches * averaged)
 
-        def loss_of(**inputs: Any) -> CausalLMPreferenceOutput:
+        def loss_of(**inputs: Any) -> CausalLMOutput:
             with self.accelerator.autocast(), measured_sparsity(self._sparsity) as self._sparsity:
                 return causal_lm_preference_loss(inner, **inputs, method=self.method, **options)
 
         out = run_inside(model, inner, loss_of, inputs)
         own_nll = out.nll_loss * (counts[0] / own_counts[0].clamp(min=1)).to(out.nll_loss.dtype)
-        result = CausalLMPreferenceOutput(*out._replace(nll_loss=own_nll))
-        result.aux_loss = out.aux_loss
-        return out.loss * averaged, result
+        return out.loss * averaged, out.having(nll_loss=own_nll)
 
-    def evaluation_step(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, CausalLMPreferenceOutput]:
+    def evaluation_step(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, CausalLMOutput]:
         """`loss_step` without gradient, on a batch that the evaluation which is running, if one is, averages over."""
         counted = self._counted(inputs)
         with torch.no_grad():
@@ -150,7 +148,7 @@ class PreferenceLossMixin:
         return place < state.remainder
 
     def _evaluated(
-        self, inner: nn.Module, inputs: dict[str, Any], out: CausalLMPreferenceOutput, counted: Tensor | None
+        self, inner: nn.Module, inputs: dict[str, Any], out: CausalLMOutput, counted: Tensor | None
     ) -> dict[str, Part]:
         """What a batch adds to the metrics of its evaluation and to the parts of its loss."""
         nll_count, pairs = self._counts(inputs, counted)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from orpo_kernels import Rows, orpo_loss_from_rows, reference, token_logps
+from orpo_kernels import Limits, Rows, orpo_loss_from_rows, reference, token_logps
 
 from ..batches import IGNORE, relative_error
 
@@ -64,18 +64,18 @@ def test_evaluation(what, device, backend, room):
 
 
 @pytest.mark.parametrize("schedule", ["resident", "recompute"])
-def test_residual(schedule, device, backend, room, monkeypatch):
+def test_residual(schedule, device, backend, room):
     """A residual of more than 2^31 entries: kept whole, or made again in slices that are as large."""
     rows, size = 2**31 // VOCAB + 100, 32
     needs(16 if backend == "triton" else 48)
-    if schedule == "recompute":
-        monkeypatch.setattr("orpo_kernels.planning.CHUNK_BYTES", {"cpu": 2**35, "other": 2**35})
+    limits = Limits(chunk_bytes=2**35) if schedule == "recompute" else None
     hidden = torch.empty(rows, size, dtype=torch.bfloat16, device=device).normal_().requires_grad_()
     weight = torch.empty(VOCAB, size, dtype=torch.bfloat16, device=device).normal_(std=0.2).requires_grad_()
     position = torch.arange(rows, device=device)
     target = VOCAB - 1 - position * 29
     batch = one_pair(position, target)
-    out = orpo_loss_from_rows(hidden, weight, batch, schedule=schedule, beta=0.0, backend=backend, memory_budget=2**37)
+    options = {"schedule": schedule, "backend": backend, "memory_budget": 2**37, "limits": limits}
+    out = orpo_loss_from_rows(hidden, weight, batch, beta=0.0, **options)
     out.loss.backward()
 
     # The definition, a few rows at a time: without the odds ratio, the loss is a sum over rows.

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from orpo_kernels import Rows, measured_sparsity, orpo_loss_from_rows, planning
+from orpo_kernels import Limits, Rows, measured_sparsity, orpo_loss_from_rows
 from orpo_kernels.schedules import sparse
 
 from ..batches import relative_error
@@ -78,9 +78,7 @@ def test_a_sparse_pass_waits_once_a_chunk(dtype, schedule, softcap, device, back
     """Where it reads how many columns are active; and, forward and backward, nowhere else."""
     hidden, weight, rows = packed(dtype, device, positions=200, rows=600, size=64, vocab=20000)
     bias = torch.zeros(20000, device=device, dtype=dtype)
-    monkeypatch.setitem(planning.CHUNK_ROWS, "other", 300)
-    monkeypatch.setattr(planning, "LEAST_ROWS", 300)
-    monkeypatch.setattr(sparse, "SPARSE_BLOCK_ROWS", 128)
+    limits = Limits(chunk_rows=300, least_rows=300, block_rows=128)
     reads, counted = [], sparse.counted
 
     def allowed(ranks: torch.Tensor, slices: list[slice]) -> tuple[torch.Tensor, ...]:
@@ -90,7 +88,7 @@ def test_a_sparse_pass_waits_once_a_chunk(dtype, schedule, softcap, device, back
         torch.cuda.set_sync_debug_mode("error")
         return found
 
-    options = {"logit_softcap": softcap, "backend": backend}
+    options = {"logit_softcap": softcap, "backend": backend, "limits": limits}
     all_of_a_call(hidden, weight, rows, schedule, bias, **options)  # compiles and loads the kernels
     monkeypatch.setattr(sparse, "counted", allowed)
     with no_host_reads(), measured_sparsity() as measured:

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.confidence import GAPS, SIDES, confident, exact_results, results
-from orpo_kernels import ORPOOutput, measured_sparsity, orpo_loss, reference
+from orpo_kernels import Limits, ORPOOutput, measured_sparsity, orpo_loss, reference
 from orpo_kernels.ops import why_not
 
 from ..batches import IGNORE, Batch, answer_logps, batches, plain_loss, relative_error
 from ..test_loss import assert_as_good_as_plain, serves, share_fixtures
-from ..test_sparse import assert_as_good_as_exact, confident_head, keep_sparse
+from ..test_sparse import assert_as_good_as_exact, confident_head
 from .inputs import DTYPES, SPARSE, all_of_a_call, on, packed, realistic
 
 ALL_SCHEDULES = ("auto", "single_pass", "resident", "recompute")
@@ -83,15 +83,14 @@ def assert_logps_at_most_twice_plains_error(out: ORPOOutput, plain: ORPOOutput, 
 
 @pytest.mark.parametrize("softcap", [None, 8.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_error_of_a_sparse_backward_pass(dtype, softcap, device, backend, monkeypatch):
+def test_error_of_a_sparse_backward_pass(dtype, softcap, device, backend):
     """Three blocks, an odd vocabulary: beside the definition of what is left out, as in `test_sparse`."""
-    keep_sparse(monkeypatch)
-    monkeypatch.setattr("orpo_kernels.schedules.sparse.SPARSE_BLOCK_ROWS", 128)
+    limits = Limits(block_rows=128, dense_share=1.0)
     head = confident_head(rows=300, vocab=5003)
     head = replace(head, logit_softcap=softcap, bias=torch.linspace(-1, 1, 5003, dtype=torch.float64))
     tensors = ("hidden", "weight", "bias", "target", "upstream")
     head = replace(head, **{name: getattr(head, name).to(device) for name in tensors})
-    assert_as_good_as_exact(head, dtype, backend, [100, 100, 100])
+    assert_as_good_as_exact(head, dtype, backend, [100, 100, 100], limits)
 
 
 @pytest.mark.parametrize("schedule", SPARSE)

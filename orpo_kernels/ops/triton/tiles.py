@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...planning import COLUMNS_PER_SPLIT
+from ...work import COLUMNS_PER_SPLIT
 from .launch import Target
 
 TILES_FILE = "ORPO_KERNELS_TILES"  # the environment variable

@@ -6,18 +6,11 @@ Three kinds of groups, any of which may be combined, each as a dimension of a de
     sequence_group  ranks hold different positions of the same sequences. Of every sequence, rows and sums are summed.
     vocab_group     ranks hold different rows of the lm-head (Megatron's parallel head, arXiv 1909.08053), and the same
                     hidden states and labels. Of every row, two statistics are combined, and the gradient of its
-                    hidden state.
+                    hidden state (`sharded.py`).
 
 **Averages.** DDP and FSDP average gradients over their ranks, so those of the data and sequence groups are made to be
 averaged: the loss of a rank is its share of the whole batch's, times the number of ranks. Nothing is averaged over the
 vocabulary group: each rank's gradient of the weight is that of its own rows, and that of the hidden states is complete.
-
-**The vocabulary.** Rank k sees the logits z_j of its columns only. With l_k their logsumexp without the target y,
-
-    M = max_k l_k,      lse_others = M + log sum_k exp(l_k - M),      m = z_y - lse_others
-
-which is one all-reduce of N maxima and one of N sums together with N target logits, which only one rank has. The
-residual exp(z_j - lse_others) of its own columns each rank then makes alone; dh is the sum over the ranks of theirs.
 
 **Failure.** A rank that raises before the first exchange says so in it, and all raise. A rank that dies in between
 ends the others' next collective (at once with gloo, after the group's timeout with NCCL): they raise `PeerError`.
@@ -226,49 +219,6 @@ class VocabShard:
     def holds(self, target: Tensor) -> Tensor:
         """Which targets (C,), minus `start`, are among this rank's columns."""
         return (target >= 0) & (target < self.size)
-
-
-@dataclass(frozen=True)
-class Combination:
-    """The statistics of some rows on their way between the ranks, in two exchanges. See `combine`."""
-
-    own: Tensor  # (C,) logsumexp over this rank's columns without the target
-    top: Tensor  # (C,) the largest of all ranks'
-    parts: Tensor  # (2, C) sums of exp(own - top), and the target's logit
-    pending: Pending
-
-    def advance(self) -> Combination:
-        """The second exchange, once the first is through."""
-        self.pending.wait()
-        torch.exp(self.own - self.top, out=self.parts[0])
-        pending = self.pending.group.all_reduce(self.parts, "statistics of the rows")
-        return Combination(self.own, self.top, self.parts, pending)
-
-    def result(self) -> tuple[Tensor, Tensor]:
-        """m and lse_others over the whole vocabulary, (C,) float64."""
-        self.pending.wait()
-        lse_others = self.top + self.parts[0].log()
-        return self.parts[1] - lse_others, lse_others
-
-
-def nearest(target: Tensor, size: int) -> Tensor:
-    """A column of this rank for every target (C,), for the operations that need one: its own where it is here."""
-    return target.clamp(0, size - 1)
-
-
-def combine(shard: VocabShard, target: Tensor, log_odds: Tensor, lse_others: Tensor) -> Combination:
-    """Start to combine the statistics that a rank has of its columns.
-
-    Args:
-        target: (C,) int64, the target minus `shard.start`: on another rank where it is outside [0, shard.size).
-        log_odds, lse_others: (C,) float64, with `nearest(target)` in place of the target.
-    """
-    is_here = shard.holds(target)
-    # Where the target is elsewhere, the column that stood in for it is one of the others.
-    own = torch.where(is_here, lse_others, lse_others + torch.logaddexp(log_odds, torch.zeros_like(log_odds)))
-    top = own.clone()
-    parts = torch.stack((own, torch.where(is_here, log_odds + lse_others, 0)))
-    return Combination(own, top, parts, shard.group.all_reduce(top, "largest logits", dist.ReduceOp.MAX))
 
 
 # --- lm-heads that an engine has sharded ---------------------------------------------------------------------------
