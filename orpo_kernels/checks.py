@@ -8,6 +8,7 @@ from torch import Tensor
 from .ops import host_ops, is_readable
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+HOSTS = ("cpu",)  # where to look at numbers is not to wait for them
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -49,11 +50,32 @@ def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor)
         raise TypeError(f"{name} is on {tensor.device}, but {other_name} is on {other.device}: move one of them")
 
 
-def check_targets(name: str, target: Tensor, vocab_size: int) -> None:
-    """Targets in [0, V). On a GPU the check is asynchronous, so as not to wait for the device."""
+def check_rows(name: str, position: Tensor, num_positions: int, target: Tensor, vocab_size: int) -> None:
+    """Positions (R,) in [0, N), and targets (R,) in [0, V), which errors call `name`.
+
+    Of tensors on a CPU a `ValueError` says here what they hold. A GPU looks at its own, so as not to be waited for: one
+    that is outside stops it, and whatever waits for it next raises the `RuntimeError` of a device-side assertion.
+    """
     if not target.numel() or not is_readable(target):
         return
-    if target.device.type != "cpu":
+    if target.device.type not in HOSTS:
+        torch._assert_async(
+            host_ops(target).are_within(position, num_positions, target, vocab_size),
+            f"{name} holds a token id outside [0, {vocab_size}), the rows of the weight, or rows.position a position "
+            f"outside [0, {num_positions}), those of hidden; the same call on a CPU says which",
+        )
+        return
+    check_targets(name, target, vocab_size)
+    low, high = host_ops(position).bounds(position)
+    if low < 0 or high >= num_positions:
+        raise ValueError(f"rows.position runs from {low} to {high}, but hidden has {num_positions} positions")
+
+
+def check_targets(name: str, target: Tensor, vocab_size: int) -> None:
+    """Targets (R,) in [0, V), where they are taken with their positions; as `check_rows`."""
+    if not target.numel() or not is_readable(target):
+        return
+    if target.device.type not in HOSTS:
         valid = ((target >= 0) & (target < vocab_size)).all()
         torch._assert_async(valid, f"{name} holds a token id outside [0, {vocab_size}), the rows of the weight")
         return
@@ -63,19 +85,6 @@ def check_targets(name: str, target: Tensor, vocab_size: int) -> None:
             f"{name} holds token ids from {low} to {high}, but weight has {vocab_size} rows: ids must be in "
             f"[0, {vocab_size}), or ignore_index where there is no target"
         )
-
-
-def check_positions(position: Tensor, num_positions: int) -> None:
-    """Positions in [0, N). On a GPU the check is asynchronous."""
-    if not position.numel() or not is_readable(position):
-        return
-    if position.device.type != "cpu":
-        valid = ((position >= 0) & (position < num_positions)).all()
-        torch._assert_async(valid, f"rows.position holds a position outside [0, {num_positions}), those of hidden")
-        return
-    low, high = host_ops(position).bounds(position)
-    if low < 0 or high >= num_positions:
-        raise ValueError(f"rows.position runs from {low} to {high}, but hidden has {num_positions} positions")
 
 
 def check_pair_weight(weight: Tensor | None) -> None:

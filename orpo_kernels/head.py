@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .autograd import TokenLogOdds
-from .checks import check_head, check_options, check_positions, check_same_device, check_targets
+from .checks import check_head, check_options, check_rows, check_same_device
 from .ops import select
 from .parallel import NO_GROUPS, Groups, VocabShard, local_head
 from .parallel.sharded import ShardedOptions
@@ -78,8 +78,7 @@ class Head:
 
     def check_values(self, hidden: Tensor, position: Tensor, target: Tensor, name: str) -> None:
         """hidden (N, H), position and target (R,). `name` is what errors call the targets."""
-        check_targets(name, target, self.vocab_size)
-        check_positions(position, hidden.shape[0])
+        check_rows(name, position, hidden.shape[0], target, self.vocab_size)
 
     def planned(
         self,

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from orpo_kernels import ORPOOutput, Rows
+from orpo_kernels.rows import DTYPES
 
 IGNORE = -100
 
@@ -188,3 +189,29 @@ def random_rows(
         num_pairs=pairs,
         pair_weight=random_weights(generator, pairs) if weighted else None,
     )
+
+
+@st.composite
+def labelled(draw: st.DrawFn) -> tuple[Tensor, Tensor | None, int]:
+    """Labels (2B, T) that lie in any order, those of the NLL (B, T) or None, and ignore_index."""
+    pairs, length = draw(st.integers(0, 3)), draw(st.integers(0, 6))
+    ignore_index = draw(st.sampled_from([-100, 0, 3]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+
+    def labels(rows: int) -> Tensor:
+        values = torch.randint(0, 4, (rows, length), generator=generator)
+        return values.masked_fill(torch.rand(rows, length, generator=generator) < 0.5, ignore_index)
+
+    own = labels(2 * pairs)
+    own = own.t().contiguous().t() if draw(st.booleans()) else own
+    return own, labels(pairs) if draw(st.booleans()) else None, ignore_index
+
+
+def assert_same_rows(ours: Rows, mirror: Rows) -> None:
+    """Bit for bit, and in the same order."""
+    assert ours.num_pairs == mirror.num_pairs
+    assert ours.padded is mirror.padded is False
+    for name in DTYPES:
+        a, b = getattr(ours, name), getattr(mirror, name)
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b), name

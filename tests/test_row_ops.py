@@ -6,42 +6,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from orpo_kernels.objective import Denominators, count_rows, odds_ratio, sequence_sums
 from orpo_kernels.ops import torch_ops, why_not
-from orpo_kernels.rows import DTYPES, Rows, label_rows
+from orpo_kernels.rows import label_rows
 
-from .batches import random_rows
+from .batches import assert_same_rows, labelled, random_rows
 
 if why_not("native", torch.device("cpu")):
     pytest.skip("no native kernels", allow_module_level=True)
 
 from orpo_kernels.ops import native
-
-
-def assert_same_rows(ours: Rows, mirror: Rows) -> None:
-    assert ours.num_pairs == mirror.num_pairs
-    assert ours.padded is mirror.padded is False
-    for name in DTYPES:
-        a, b = getattr(ours, name), getattr(mirror, name)
-        assert a.dtype == b.dtype
-        assert torch.equal(a, b), name
-
-
-@st.composite
-def labelled(draw) -> tuple[Tensor, Tensor | None, int]:
-    pairs, length = draw(st.integers(0, 3)), draw(st.integers(0, 6))
-    ignore_index = draw(st.sampled_from([-100, 0, 3]))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
-
-    def labels(rows: int) -> Tensor:
-        values = torch.randint(0, 4, (rows, length), generator=generator)
-        return values.masked_fill(torch.rand(rows, length, generator=generator) < 0.5, ignore_index)
-
-    own = labels(2 * pairs)
-    own = own.t().contiguous().t() if draw(st.booleans()) else own
-    return own, labels(pairs) if draw(st.booleans()) else None, ignore_index
 
 
 @given(labelled(), st.booleans(), st.booleans())

@@ -6,9 +6,11 @@ The whole loss through the kernels is in `test_loss`, `test_edges` and `test_con
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Callable
 from types import ModuleType
+from unittest import mock
 
 import pytest
 import torch
@@ -18,13 +20,13 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from orpo_kernels import orpo_loss_from_rows, reference
+from orpo_kernels import checks, ops, orpo_loss_from_rows, reference
 from orpo_kernels.gemm import WeightSlices
 from orpo_kernels.objective import Denominators, odds_ratio_loss
 from orpo_kernels.ops import torch_ops
 from orpo_kernels.ops import triton as triton_ops
 
-from .batches import random_rows
+from .batches import assert_same_rows, labelled, random_rows
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -282,6 +284,70 @@ def test_pair_loss(seed, pairs, rows, spread, count, weighted):
     mirror = odds_ratio_loss(log_odds, batch, 0.7, 0.1, counts, torch_ops)
     for name, a, b in zip(ours._fields, ours, mirror, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-300, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@few
+@given(labelled(), st.booleans(), st.booleans())
+def test_rows_of_labels(case, shift, per_sequence):
+    """Bit for bit those of the mirror, in its order; no sequence, no position and no row at all among them."""
+    labels, nll_labels, ignore_index = case
+    nll_labels = None if nll_labels is None else nll_labels.to(DEVICE)
+    arguments = labels.to(DEVICE), nll_labels, shift, ignore_index, per_sequence
+    rows = triton_ops.label_rows(*arguments)
+    assert_same_rows(rows, torch_ops.label_rows(*arguments))
+    torch.testing.assert_close(triton_ops.count_rows(rows), torch_ops.count_rows(rows), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("own_nll", [False, True])
+def test_rows_of_labels_of_several_blocks(own_nll, monkeypatch):
+    """Of positions and of sequences: what was counted before goes on."""
+    monkeypatch.setattr(importlib.import_module("orpo_kernels.ops.triton.label_rows"), "BLOCK", 4)
+    generator = torch.Generator().manual_seed(0)
+    labels, nll_labels = (torch.randint(-1, 3, (count, 9), generator=generator).to(DEVICE) for count in (6, 3))
+    arguments = labels, nll_labels if own_nll else None, own_nll, -1, own_nll
+    assert_same_rows(triton_ops.label_rows(*arguments), torch_ops.label_rows(*arguments))
+
+
+@few
+@given(seed=st.integers(0, 2**31), pairs=st.integers(1, 20), rows=st.sampled_from([0, 1, 70]))
+def test_counts_of_rows(seed, pairs, rows):
+    """Of rows in any order; the same bits every time. Blocks of 16 rows and sequences."""
+    batch = random_rows(torch.Generator().manual_seed(seed), 50, 10, pairs, rows).to(DEVICE)
+    with mock.patch.object(importlib.import_module("orpo_kernels.ops.triton.count_rows"), "BLOCK", 16):
+        counts, again = triton_ops.count_rows(batch), triton_ops.count_rows(batch)
+    assert torch.equal(counts, again)
+    torch.testing.assert_close(counts, torch_ops.count_rows(batch), rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("position", [-1, 0, 9, 10, 2**40])
+@pytest.mark.parametrize("target", [-1, 0, 6, 7, 2**40])
+def test_rows_are_within(position, target):
+    """One row among others that are; at the bounds, beside them, and where 32 bits would wrap around to 0."""
+    positions, targets = (torch.zeros(5000, dtype=torch.int64, device=DEVICE) for _ in range(2))
+    positions[4321], targets[17] = position, target
+    verdict = triton_ops.are_within(positions, 10, targets, 7)
+    assert verdict.shape == ()
+    assert verdict.device == targets.device
+    assert (
+        bool(verdict)
+        == bool(torch_ops.are_within(positions, 10, targets, 7))
+        == (position in (0, 9) and target in (0, 6))
+    )
+
+
+def test_a_gpu_checks_its_rows_by_the_kernels(monkeypatch):
+    """Of tensors on a CPU that stands in for one: the error is raised where the verdict is looked at, here at once."""
+    monkeypatch.setattr(ops, "CPUS", ())
+    monkeypatch.setattr(ops, "GPUS", ("cpu", "cuda"))
+    monkeypatch.setattr(checks, "HOSTS", ())
+    inside = torch.tensor([0, 6], device=DEVICE)
+    assert ops.host_ops(inside) is triton_ops
+    checks.check_rows("labels", inside, 7, inside, 7)
+    if DEVICE.type == "cpu":  # on a GPU the assertion would end all later tests
+        with pytest.raises(RuntimeError, match=r"labels holds a token id outside \[0, 6\)"):
+            checks.check_rows("labels", inside, 7, inside, 6)
+        with pytest.raises(RuntimeError, match=r"a position outside \[0, 6\)"):
+            checks.check_rows("labels", inside, 6, inside, 7)
 
 
 @pytest.mark.parametrize("num_rows", [0, 1, 60])

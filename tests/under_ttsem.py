@@ -22,7 +22,7 @@ from orpo_kernels.ops import triton as triton_ops
 from orpo_kernels.ops.triton.launch import INTERPRETER, Target
 from orpo_kernels.ops.triton.tiles import MatmulTile, matmul_tile
 from tests import faulty_kernels
-from tests.batches import random_rows
+from tests.batches import assert_same_rows, random_labels, random_rows
 
 SM_90 = Target("cuda", 90)
 TILES = {
@@ -178,6 +178,27 @@ def test_sequence_sums_and_odds_ratio(num_rows, pairs, weighted):
     mirror = objective.odds_ratio(token_log_odds, rows, sums, 0.7, 0.1, counts)
     for value, truth in zip(ours, mirror, strict=True):
         torch.testing.assert_close(value, truth, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("own_nll", [False, True])
+@pytest.mark.parametrize(
+    ("pairs", "length", "block"), [(0, 3, 16), (1, 0, 16), (1, 1, 16), (3, 21, 4), (2, 1100, 1024)]
+)
+def test_rows_of_labels(pairs, length, block, own_nll, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("orpo_kernels.ops.triton.label_rows"), "BLOCK", block)
+    generator = torch.Generator().manual_seed(0)
+    labels, nll_labels = (random_labels(generator, (count, length), 3, 0.6) for count in (2 * pairs, pairs))
+    arguments = labels, nll_labels if own_nll else None, own_nll, -100, own_nll
+    assert_same_rows(triton_ops.label_rows(*arguments), torch_ops.label_rows(*arguments))
+
+
+@pytest.mark.parametrize(("num_rows", "pairs"), [(0, 1), (1, 1), (9, 20), (5000, 2)])
+def test_counts_and_checks_of_rows(num_rows, pairs):
+    rows = random_rows(torch.Generator().manual_seed(0), 50, 20, pairs, num_rows)
+    torch.testing.assert_close(triton_ops.count_rows(rows), torch_ops.count_rows(rows))
+    for positions, tokens in ((50, 20), (1, 20), (50, 1)):
+        arguments = rows.position, positions, rows.target, tokens
+        assert torch.equal(triton_ops.are_within(*arguments), torch_ops.are_within(*arguments))
 
 
 @each_dtype

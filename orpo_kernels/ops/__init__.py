@@ -94,9 +94,11 @@ def select(backend: str, device: torch.device, dtype: torch.dtype = torch.float3
 
 
 def host_ops(tensor: Tensor) -> ModuleType:
-    """The module for what is done with a few numbers a row where `tensor`, of any dtype, is: native or eager."""
-    is_host = tensor.device.type in CPUS and is_readable(tensor) and not torch.compiler.is_compiling()
-    return _module("native" if is_host and _not_built() is None else "torch")
+    """The module for what is done with a few numbers a row where `tensor`, of any dtype, is: a backend's, or eager."""
+    kind = tensor.device.type
+    name = "native" if kind in CPUS else "triton" if kind in GPUS else "torch"
+    is_host = is_readable(tensor) and not torch.compiler.is_compiling()
+    return _module(name if is_host and why_not(name, tensor.device) is None else "torch")
 
 
 @functools.cache

@@ -169,6 +169,12 @@ def bounds(index: Tensor) -> tuple[int, int]:
     return int(low), int(high)
 
 
+def are_within(position: Tensor, num_positions: int, target: Tensor, vocab_size: int) -> Tensor:
+    """0-d bool on their device: whether position (R,) is in [0, num_positions) and target (R,) in [0, vocab_size)."""
+    are_positions = (position >= 0) & (position < num_positions)
+    return (are_positions & (target >= 0) & (target < vocab_size)).all()
+
+
 def _transform(
     logits: Tensor, logit_scale: float, logit_softcap: float | None, want_slope: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -207,7 +213,8 @@ def _finish(z: Tensor, index: Tensor, target_value: Tensor, slope: Tensor | None
         logits.copy_(z)
 
 
-# What a backend has; beside it `host_ops` finds `label_rows`, `count_rows` and `bounds` here.
+# What a backend has; beside it `host_ops` finds `label_rows` and `count_rows` here, `bounds` for a CPU and `are_within`
+# for devices that the host does not wait for.
 __all__ = [
     "column_statistics",
     "gather_columns",
