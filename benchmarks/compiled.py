@@ -40,6 +40,7 @@ from benchmarks.stub_gpu import GPUS, Specialisation, stub_gpu
 from orpo_kernels import Rows, orpo_loss_from_rows
 from orpo_kernels.ops import triton as triton_ops
 from orpo_kernels.ops.triton import tiles
+from orpo_kernels.ops.triton.label_rows import filled_rows
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 WITH_A_DOT = ("split_statistics_kernel", "project_residual_kernel")
@@ -105,9 +106,20 @@ def run_shard(shape: ModelShape, dtype: torch.dtype, num_rows: int = 4096, ranks
     triton_ops.recomputed_residual_(logits, target, lse_others, 1.0, shape.logit_softcap)
 
 
+def run_labels(num_pairs: int = 4, length: int = 1024) -> None:
+    """What makes rows of labels, counts them and checks them, on a GPU: to be called as `run_loss`."""
+    labels, nll_labels = (torch.empty(count, length, dtype=torch.int64) for count in (2 * num_pairs, num_pairs))
+    filled_rows(labels, None, False, -100, False)
+    vectors, _ = filled_rows(labels, nll_labels, True, -100, True)
+    rows = Rows(*vectors, num_pairs=num_pairs)
+    triton_ops.count_rows(rows)
+    triton_ops.are_within(rows.position, labels.numel(), rows.target, 32000)
+
+
 def specialisations(target: str, shapes: Iterable[ModelShape], dtypes: Iterable[str]) -> list[Specialisation]:
     """All that a GPU would compile for these models, by every schedule; fp32 at both of torch's precisions."""
     with stub_gpu(target, compile=False) as gpu, FakeTensorMode():
+        run_labels()
         for dtype in dtypes:
             for precision in ("highest", "high") if dtype == "float32" else ("highest",):
                 with matmul_precision(precision):

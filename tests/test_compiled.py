@@ -19,10 +19,14 @@ pytest.importorskip("triton", reason="triton is not installed")
 WITH_A_DOT = ("split_statistics_kernel", "project_residual_kernel")
 KERNELS = {
     *WITH_A_DOT,
+    "are_within_kernel",
     "column_statistics_kernel",
+    "count_labels_kernel",
+    "count_rows_kernel",
     "gather_columns_kernel",
     "gather_rows_kernel",
     "join_splits_kernel",
+    "label_rows_kernel",
     "odds_ratio_kernel",
     "recomputed_residual_kernel",
     "residual_kernel",

@@ -15,7 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.runtime.errors import OutOfResources
 
-from benchmarks.compiled import SCHEDULES, run_loss, run_shard
+from benchmarks.compiled import SCHEDULES, run_labels, run_loss, run_shard
 from benchmarks.shapes import SHAPES
 from benchmarks.stub_gpu import GPUS, StubGPU, stub_gpu
 from orpo_kernels.ops.triton import tiles
@@ -86,6 +86,25 @@ def test_every_tile_of_the_product_is_taken_once(target):
             assert (row_blocks - 1) * constants["BLOCK_R"] < rows <= row_blocks * constants["BLOCK_R"]
             columns += width
     assert columns == shape.vocab_size
+
+
+def test_rows_of_labels_of_any_sizes_are_made_by_the_same_code():
+    """A program for each sequence, and one for all rows; lengths and numbers of pairs make no difference."""
+    with stub_gpu("sm_90", compile=False) as gpu, FakeTensorMode():
+        found = []
+        for pairs, length in ((4, 1024), (1, 1), (3, 1000), (7, 16), (5, 131072)):
+            first = len(gpu.launches)
+            run_labels(pairs, length)
+            grids = {launch.kernel: launch.grid for launch in gpu.launches[first:]}
+            found.append(len(gpu.specialisations))
+            one, of_sequences = (1, 1, 1), (2 * pairs, 1, 1)
+            assert grids == {
+                "count_labels_kernel": of_sequences,
+                "label_rows_kernel": of_sequences,
+                "count_rows_kernel": one,
+                "are_within_kernel": one,
+            }
+    assert found == [2 * 2 + 2] * 5  # rows are made twice: shifted, with labels of the NLL and its means, and without
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=str)
