@@ -110,6 +110,7 @@ class PairLossFunction(torch.autograd.Function):
         ctx.save_for_backward(loss.grad)
         outputs = outputs_of(loss.numbers, loss.valid_pairs, dtype)
         ctx.mark_non_differentiable(*outputs[1:])
+        ctx.set_materialize_grads(False)  # a tensor of zeros for each of the metrics
         return outputs
 
     @staticmethod
@@ -140,6 +141,7 @@ class GroupedLoss(torch.autograd.Function):
         ctx.dtypes = (hidden.dtype, weight.dtype, weight.dtype)
         ctx.save_for_backward(grads.hidden, grads.weight, grads.bias)
         ctx.mark_non_differentiable(*outputs[1:])
+        ctx.set_materialize_grads(False)  # a tensor of zeros for each of the metrics
         return outputs
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Determinism, no waiting for the host, and torch.compile."""
+"""Determinism, no waiting for the host, few operations on the device, and torch.compile."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from orpo_kernels import Limits, Rows, measured_sparsity, orpo_loss_from_rows
+from orpo_kernels import Limits, Rows, measured_sparsity, orpo_loss, orpo_loss_from_rows
+from orpo_kernels.ops import why_not
 from orpo_kernels.schedules import sparse
 
-from ..batches import relative_error
+from ..batches import random_rows, relative_error
 from .inputs import DTYPES, SCHEDULES, SPARSE, all_of_a_call, packed
 
 SIZES = {
@@ -101,6 +102,49 @@ def test_a_host_read_would_be_noticed(device):
     number = torch.ones((), device=device)
     with no_host_reads(), pytest.raises(RuntimeError, match="synchronizing"):
         number.item()
+
+
+def test_rows_of_a_collator_are_moved_without_waiting(device, backend):
+    """Made on the host, in page-locked memory as a DataLoader leaves them: moved, forward and backward."""
+    hidden, weight, _ = packed(torch.bfloat16, device, positions=200, rows=1, size=64, vocab=1000)
+    rows = random_rows(torch.Generator().manual_seed(0), 200, 1000, 3, 333).pin_memory()
+    all_of_a_call(hidden, weight, rows.to(device), "single_pass", backend=backend)  # compiles and loads the kernels
+    with no_host_reads():
+        found = all_of_a_call(hidden, weight, rows.to(device), "single_pass", backend=backend)
+    assert found["loss"].isfinite()
+    assert found["hidden.grad"].any()
+
+
+# A call from labels finds and checks its rows as well. At most 4096 of them, which torch sorts in one kernel.
+MOST_OPERATIONS = {"rows": 25, "labels": 28}
+
+
+@pytest.mark.parametrize("given", MOST_OPERATIONS)
+def test_a_call_is_few_operations_on_the_device(given, device):
+    """Kernels, copies and fills of one call on a frozen head in one chunk, forward and backward."""
+    if reason := why_not("triton", device):
+        pytest.skip(reason)
+    hidden, weight, rows = packed(torch.bfloat16, device, positions=2048, rows=1500, size=512, vocab=32768, pairs=2)
+    labels = torch.randint(32768, (4, 512), device=device)
+    labels[:, :200] = -100
+    hidden.requires_grad_()
+
+    def call() -> None:
+        if given == "rows":
+            out = orpo_loss_from_rows(hidden, weight, rows, schedule="single_pass", backend="triton")
+        else:
+            batch = hidden.view(4, 512, 512)
+            out = orpo_loss(batch, weight, labels, shift=True, schedule="single_pass", backend="triton")
+        torch.autograd.grad(out.loss, hidden)
+
+    call()  # compiles and loads the kernels
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    operations = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert operations
+    assert len(operations) <= MOST_OPERATIONS[given], "\n".join(operations)
 
 
 @pytest.mark.parametrize("schedule", ["single_pass", "resident", "recompute"])

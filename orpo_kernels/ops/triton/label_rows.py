@@ -49,11 +49,10 @@ def store_rows(POSITION, TARGET, SEQUENCE, SCORED, o_r, mask, position, target, 
     tl.store(SCORED + o_r, scored, mask=mask)
 
 
-LABELS = ["LABELS", "NLL_LABELS"]
 SIZES = ["num_pairs", "T", "ignore_index"]
 
 
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=[*LABELS, "COUNTS"])
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["LABELS", "NLL_LABELS", "COUNTS"])
 def count_labels_kernel(
     LABELS,  # (2B, T) int64
     NLL_LABELS,  # (B, T) int64 or None
@@ -81,10 +80,11 @@ def count_labels_kernel(
     tl.store(COUNTS + 4 * num_pairs + i_sequence, tl.sum(nll, 0).to(tl.int64))
 
 
-ROWS = ["POSITION", "TARGET", "SEQUENCE", "SCORED", "NLL_WEIGHT"]
+INPUTS = ["LABELS", "NLL_LABELS", "COUNTS"]
+OUTPUTS = ["POSITION", "TARGET", "SEQUENCE", "SCORED", "NLL_WEIGHT", "TOTAL"]
 
 
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=[*LABELS, "COUNTS", *ROWS, "TOTAL"])
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=INPUTS + OUTPUTS)
 def label_rows_kernel(
     # data
     LABELS,  # (2B, T) int64

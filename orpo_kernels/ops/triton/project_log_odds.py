@@ -146,7 +146,7 @@ def project_log_odds(
             (-(-rows // tile.rows) * splits,),
             *operands(x, w, tile),
             None if bias is None else bias[columns],
-            target - columns.start,
+            target - columns.start if columns.start else target,
             *partials[-1],
             rows,
             w.shape[0],
