@@ -7,7 +7,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 NATIVE := CMakeLists.txt $(wildcard native/*.cpp native/*.h)
 
-.PHONY: help demo test test-all test-native sanitize lint format bench clean
+.PHONY: help demo test test-all test-native sanitize lint format bench docs clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -52,6 +52,10 @@ format: $(READY)  ## write the formatting
 
 bench: $(READY)  ## the loss beside its peers, in two minutes (`make bench BENCH=--full`: everything)
 	$(BIN)/python -m benchmarks $(BENCH)
+
+docs: $(READY)  ## the documents as a site, in build/site
+	$(BIN)/python -m pip install --quiet mkdocs-material 'mkdocstrings[python]'
+	$(BIN)/mkdocs build --strict
 
 clean:  ## remove the environment and what the runs left
 	rm -rf $(VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
