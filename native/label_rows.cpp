@@ -7,8 +7,9 @@
 
 namespace orpo {
 
-int64_t label_rows(const Labels& a, const LabelRows& out) {
+FoundRows label_rows(const Labels& a, const LabelRows& out) {
   int64_t r = 0;
+  bool unique_positions = true;
   const std::unique_ptr<int64_t[]> nll_rows(new int64_t[2 * a.pairs]());
   const auto add = [&](int64_t s, int64_t t, int64_t target, bool scored, bool in_nll) {
     out.position[r] = s * a.length + t;
@@ -24,8 +25,9 @@ int64_t label_rows(const Labels& a, const LabelRows& out) {
     if (s >= a.pairs) return a.ignore_index;
     return a.nll_labels ? a.nll_labels[s * a.nll_stride + t + a.shift] : a.labels[s * a.stride + t + a.shift];
   };
-  // First the rows of the labels, with the NLL of the same target; then NLL rows with a target of their own.
-  for (int64_t s = 0; s < 2 * a.pairs; ++s)
+  // Of every sequence the rows of its labels, with the NLL of the same target; then NLL rows with a target of their own.
+  out.offsets[0] = 0;
+  for (int64_t s = 0; s < 2 * a.pairs; ++s) {
     for (int64_t t = 0; t < targets; ++t) {
       const int64_t label = a.labels[s * a.stride + t + a.shift], nll = nll_label(s, t);
       if (label != a.ignore_index)
@@ -33,14 +35,17 @@ int64_t label_rows(const Labels& a, const LabelRows& out) {
       else if (nll != a.ignore_index)
         add(s, t, nll, false, true);
     }
-  for (int64_t s = 0; a.nll_labels && s < a.pairs; ++s)
-    for (int64_t t = 0; t < targets; ++t) {
+    for (int64_t t = 0; a.nll_labels && s < a.pairs && t < targets; ++t) {
       const int64_t label = a.labels[s * a.stride + t + a.shift], nll = nll_label(s, t);
-      if (nll != a.ignore_index && label != a.ignore_index && nll != label) add(s, t, nll, false, true);
+      if (nll == a.ignore_index || label == a.ignore_index || nll == label) continue;
+      add(s, t, nll, false, true);
+      unique_positions = false;
     }
+    out.offsets[s + 1] = r;
+  }
   for (int64_t i = 0; a.per_sequence && i < r; ++i)
     out.nll_weight[i] /= std::max<int64_t>(1, nll_rows[out.sequence[i]]);
-  return r;
+  return {r, unique_positions};
 }
 
 Counts count_rows(const int64_t* sequence, const bool* scored, const double* nll_weight, int64_t rows, int64_t pairs) {

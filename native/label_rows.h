@@ -19,10 +19,17 @@ struct LabelRows {
   int64_t *position, *target, *sequence;
   bool* scored;
   double* nll_weight;
+  int64_t* offsets;  // (2B + 1,): the rows of sequence s are [offsets[s], offsets[s + 1])
 };
 
-// Writes the rows that count for something, and returns their number: at most 2BT, and BT more with labels of the NLL.
-int64_t label_rows(const Labels&, const LabelRows&);
+// How many rows there are, and whether no position occurs twice.
+struct FoundRows {
+  int64_t count;
+  bool unique_positions;
+};
+
+// Writes the rows that count for something: at most 2BT, and BT more with labels of the NLL.
+FoundRows label_rows(const Labels&, const LabelRows&);
 
 // {the sum of the rows' NLL weights, the number of pairs of which both answers have a scored row}
 struct Counts {

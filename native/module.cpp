@@ -257,9 +257,10 @@ void pairs(const Array& log_odds, const Array& sequence, const Array& scored, co
   odds_ratio(a);
 }
 
-int64_t rows_of_labels(const Array& labels, const std::optional<Array>& nll_labels, bool shift, int64_t ignore_index,
-                       bool per_sequence, const Array& position, const Array& target, const Array& sequence,
-                       const Array& scored, const Array& nll_weight) {
+std::pair<int64_t, bool> rows_of_labels(const Array& labels, const std::optional<Array>& nll_labels, bool shift,
+                                        int64_t ignore_index, bool per_sequence, const Array& position,
+                                        const Array& target, const Array& sequence, const Array& scored,
+                                        const Array& nll_weight, const Array& offsets) {
   check_shape(labels, "labels", {-1, -1});
   const int64_t pairs = labels.shape(0) / 2, length = labels.shape(1);
   const auto [own, stride] = table(labels, "labels", 2 * pairs, length);
@@ -269,9 +270,11 @@ int64_t rows_of_labels(const Array& labels, const std::optional<Array>& nll_labe
   const Labels a{own, other, stride, nll_stride, pairs, length, shift, ignore_index, per_sequence};
   const LabelRows out{vector<int64_t>(position, "position", most), vector<int64_t>(target, "target", most),
                       vector<int64_t>(sequence, "sequence", most), vector<bool>(scored, "scored", most),
-                      vector<double>(nll_weight, "nll_weight", most)};
+                      vector<double>(nll_weight, "nll_weight", most),
+                      vector<int64_t>(offsets, "offsets", 2 * pairs + 1)};
   const nb::gil_scoped_release release;
-  return label_rows(a, out);
+  const FoundRows found = label_rows(a, out);
+  return {found.count, found.unique_positions};
 }
 
 void counts(const Array& sequence, const Array& scored, const Array& nll_weight, int64_t pairs, const Array& out) {
@@ -334,7 +337,8 @@ NB_MODULE(_native, m) {
         "nll"_a, "pair_weight"_a.none(), "alpha"_a, "beta"_a, "nll_count"_a, "pair_count"_a, "numbers"_a, "valid"_a,
         "grad"_a);
   m.def("label_rows", rows_of_labels, "labels"_a, "nll_labels"_a.none(), "shift"_a, "ignore_index"_a, "per_sequence"_a,
-        "position"_a, "target"_a, "sequence"_a, "scored"_a, "nll_weight"_a, "How many rows were written.");
+        "position"_a, "target"_a, "sequence"_a, "scored"_a, "nll_weight"_a, "offsets"_a,
+        "How many rows were written, and whether no position occurs twice.");
   m.def("count_rows", counts, "sequence"_a, "scored"_a, "nll_weight"_a, "pairs"_a, "out"_a);
   m.def("bounds", bounds, "index"_a, "The least and the largest of some integers; (0, 0) of none.");
   m.def("exp", exp_into, "x"_a, "out"_a, "repeats"_a, "threads"_a,

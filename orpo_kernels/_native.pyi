@@ -61,8 +61,9 @@ def label_rows(
     sequence: Tensor,
     scored: Tensor,
     nll_weight: Tensor,
-) -> int:
-    """How many rows were written."""
+    offsets: Tensor,
+) -> tuple[int, bool]:
+    """How many rows were written, and whether no position occurs twice."""
 
 def count_rows(sequence: Tensor, scored: Tensor, nll_weight: Tensor, pairs: int, out: Tensor) -> None: ...
 def bounds(index: Tensor) -> tuple[int, int]:

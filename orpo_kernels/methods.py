@@ -41,9 +41,8 @@ class Answers(NamedTuple):
     @classmethod
     def of(cls, logps: Tensor, rows: Rows) -> Answers:
         """The sums over the scored rows, which have the log-probabilities (R,)."""
-        sequences = 2 * rows.num_pairs
-        tokens = segment_sum(rows.scored.double(), rows.sequence, sequences)
-        return cls(segment_sum(torch.where(rows.scored, logps, 0), rows.sequence, sequences), tokens)
+        tokens = segment_sum(rows.scored.double(), rows)
+        return cls(segment_sum(torch.where(rows.scored, logps, 0), rows), tokens)
 
     @property
     def mean_logps(self) -> Tensor:
@@ -171,7 +170,7 @@ class Method:
 def _sums(logps: Tensor, rows: Rows, nll_weight: Tensor, sequence_group: Group | None) -> tuple[Answers, Tensor]:
     """The answers, and the sum of the NLL, of rows with the log-probabilities (R,)."""
     columns = (torch.where(rows.scored, logps, 0), rows.scored.double(), -_times(nll_weight, logps))
-    sums = torch.stack([segment_sum(column, rows.sequence, 2 * rows.num_pairs) for column in columns])
+    sums = torch.stack([segment_sum(column, rows) for column in columns])
     of_answers, tokens, nll = summed(sums, [sequence_group], "the sums of the sequences")
     return Answers(of_answers, tokens), nll.sum()
 

@@ -24,7 +24,6 @@ in the logarithm, in float64, and nothing overflows. Only an a that rounds to 0 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import ModuleType
 from typing import NamedTuple
 
@@ -71,7 +70,7 @@ def denominators(
 
     Both are divided by the number of ranks that hold other pairs: their losses and gradients will be averaged.
     """
-    own = _counts(rows, groups) if nll is None or pairs is None else None
+    own = counts_of(rows, groups) if nll is None or pairs is None else None
     counts = [
         own[index] if own is not None and count is None else as_scalar(count, rows.position.device)  # type: ignore[arg-type]
         for index, count in enumerate((nll, pairs))
@@ -79,22 +78,31 @@ def denominators(
     return Denominators(*(counts if groups.replicas == 1 else [count / groups.replicas for count in counts]))
 
 
-def _counts(rows: Rows, groups: Groups) -> Tensor:
+def counts_of(rows: Rows, groups: Groups = NO_GROUPS) -> Tensor:
     """(2,) float64: the NLL weight and the number of valid pairs, of the groups' ranks together."""
-    if groups.sequence is None:
+    if groups.sequence is not None:
+        scored_rows = summed(_scored_rows(rows), [groups.sequence], "the number of rows of every sequence")
+        counts = _counts(rows, scored_rows)
+        summed(counts[:1], [groups.sequence], "the number of NLL rows")
+    elif rows.known.counts is None:
         counts = host_ops(rows.position).count_rows(rows)
     else:
-        scored_rows = segment_sum(rows.scored.double(), rows.sequence, 2 * rows.num_pairs)
-        summed(scored_rows, [groups.sequence], "the number of rows of every sequence")
-        counts = torch.stack((rows.nll_weight.sum(), _valid_pairs(scored_rows).sum(dtype=torch.float64)))
-        summed(counts[:1], [groups.sequence], "the number of NLL rows")
+        counts = rows.known.counts.clone()  # which the sum over ranks is written into
     return summed(counts, [groups.data], "the numbers of NLL rows and pairs")
 
 
 def count_rows(rows: Rows) -> Tensor:
     """(2,) float64: the sum of the rows' NLL weights, and the number of pairs of which both answers are scored."""
-    scored_rows = segment_sum(rows.scored.double(), rows.sequence, 2 * rows.num_pairs)
+    return _counts(rows, _scored_rows(rows))
+
+
+def _counts(rows: Rows, scored_rows: Tensor) -> Tensor:
     return torch.stack((rows.nll_weight.sum(), _valid_pairs(scored_rows).sum(dtype=torch.float64)))
+
+
+def _scored_rows(rows: Rows) -> Tensor:
+    """(2B,) float64, the number of every sequence's scored rows."""
+    return segment_sum(rows.scored.double(), rows)
 
 
 def as_scalar(count: int | Tensor, device: torch.device) -> Tensor:
@@ -120,7 +128,8 @@ def odds_ratio_loss(
     sequence_group: its ranks hold the sequences' other rows; they all get the same loss, and as many times the gradient
         of their own rows as there are ranks.
     """
-    rows = replace(rows, nll_weight=rows.weighted_nll())
+    if rows.pair_weight is not None:
+        rows = rows.with_nll_weight(rows.weighted_nll())
     sums = ops.sequence_sums(token_log_odds, rows)
     if sequence_group is None:
         return ops.odds_ratio(token_log_odds, rows, sums, alpha, beta, counts)
@@ -139,12 +148,11 @@ def summed_over_ranks(sums: SequenceSums, group: Group) -> SequenceSums:
 
 def sequence_sums(token_log_odds: Tensor, rows: Rows) -> SequenceSums:
     """Masked averages and sums over the rows of each sequence, deterministic."""
-    logps, sequences = F.logsigmoid(token_log_odds), 2 * rows.num_pairs
-    scored_rows = segment_sum(rows.scored.double(), rows.sequence, sequences)
-    total = segment_sum(torch.where(rows.scored, logps, 0), rows.sequence, sequences)
+    logps, scored_rows = F.logsigmoid(token_log_odds), _scored_rows(rows)
+    total = segment_sum(torch.where(rows.scored, logps, 0), rows)
     # Weight 0 wins over an infinite log-probability.
     nll = torch.where(rows.nll_weight != 0, -rows.nll_weight * logps, 0)
-    return SequenceSums(total / scored_rows.clamp(min=1), scored_rows, segment_sum(nll, rows.sequence, sequences))
+    return SequenceSums(total / scored_rows.clamp(min=1), scored_rows, segment_sum(nll, rows))
 
 
 def odds_ratio(
@@ -176,12 +184,14 @@ def odds_ratio(
     return PairLoss(torch.cat((torch.stack((loss, nll_loss, or_loss)), mean_logps, d)), valid, grad)
 
 
-def segment_sum(values: Tensor, segment: Tensor, num_segments: int) -> Tensor:
-    """(num_segments,) sums of `values` (R,) by `segment` (R,) int64, deterministic."""
-    sums = values.new_zeros(num_segments)
+def segment_sum(values: Tensor, rows: Rows) -> Tensor:
+    """(2B,) sums of `values` (R,) float64 over the rows of each sequence, deterministic."""
+    if rows.known.offsets is not None:
+        return torch.segment_reduce(values, "sum", offsets=rows.known.offsets)
+    sums = values.new_zeros(2 * rows.num_pairs)
     if sums.is_cuda:
-        return sums.index_put_((segment,), values, accumulate=True)  # sorts; index_add_ would use atomics
-    return sums.index_add_(0, segment, values)
+        return sums.index_put_((rows.sequence,), values, accumulate=True)  # sorts; index_add_ would use atomics
+    return sums.index_add_(0, rows.sequence, values)
 
 
 def _valid_pairs(scored_rows: Tensor) -> Tensor:

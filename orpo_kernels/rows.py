@@ -8,7 +8,7 @@ every dialect of ORPO is a different way to fill in the same few fields.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,28 @@ DTYPES = {  # of the vectors that have a number for each row
 
 
 @dataclass(frozen=True)
+class Known:
+    """What the maker of rows knows of them, so that a device has neither to sort, nor to count, nor to be waited for.
+
+    Attributes:
+        counts: (2,) float64, what the two means divide by: the sum of `nll_weight`, and the number of pairs of which
+            both answers have a scored row. None: not known.
+        offsets: (2B + 1,) int64: the rows are in the order of their sequences, those of sequence s are
+            [offsets[s], offsets[s + 1]). None: they are in any order, or nobody has looked.
+        unique_positions: no position occurs twice. False: one may.
+    """
+
+    counts: Tensor | None = None
+    offsets: Tensor | None = None
+    unique_positions: bool = False
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Known:
+        """The same of rows whose vectors are `function` of theirs: on another device, say."""
+        counts, offsets = (None if t is None else function(t) for t in (self.counts, self.offsets))
+        return Known(counts, offsets, self.unique_positions)
+
+
+@dataclass(frozen=True)
 class Rows:
     """The rows of a batch of `num_pairs` preference pairs; vectors have shape (R,) and all live on one device.
 
@@ -41,8 +63,8 @@ class Rows:
         padded: whether there may be rows that count for nothing, neither scored nor weighted, with any target.
         pair_weight: (B,) float64, finite and at least 0, or None: what each pair's loss is multiplied by, its part of
             the NLL too. What the means are divided by is counted without it: a pair of weight 2 is summed twice and
-            counted once. No gradient is made for it. `dataclasses.replace(rows, pair_weight=...)` gives
-            weights to rows of any origin.
+            counted once. No gradient is made for it. `rows.weighted(pair_weight)` gives weights to rows of any origin.
+        known: what `knowing` was told of the rows. `dataclasses.replace` forgets it, whatever it replaces.
 
     Raises:
         ValueError: vectors of different lengths, or not a weight for each pair.
@@ -57,6 +79,7 @@ class Rows:
     num_pairs: int
     padded: bool = False
     pair_weight: Tensor | None = None
+    known: Known = field(default=Known(), init=False, compare=False)
 
     def __post_init__(self) -> None:
         for name, dtype in DTYPES.items():
@@ -91,6 +114,30 @@ class Rows:
     def __len__(self) -> int:
         return self.position.shape[0]
 
+    def knowing(self, **known: Any) -> Rows:
+        """The same rows, with more in `known`: what is said is believed, only shapes and dtypes are looked at.
+
+        Raises `ValueError` or `TypeError` for tensors that cannot be of these rows.
+        """
+        rows = replace(self)
+        object.__setattr__(rows, "known", replace(self.known, **known))
+        rows._check_known()
+        return rows
+
+    def _check_known(self) -> None:
+        expected = {"counts": ((2,), torch.float64), "offsets": ((2 * self.num_pairs + 1,), torch.int64)}
+        for name, (shape, dtype) in expected.items():
+            known = getattr(self.known, name)
+            if known is None:
+                continue
+            if tuple(known.shape) != shape or known.dtype != dtype:
+                raise ValueError(
+                    f"Rows.known.{name} is {tuple(known.shape)} of {known.dtype}, but {self.num_pairs} pairs ask for "
+                    f"{shape} of {dtype}"
+                )
+            if known.device != self.position.device:
+                raise TypeError(f"Rows.known.{name} is on {known.device}, but the rows are on {self.position.device}")
+
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Rows:
         """The same rows on another device. Built by a collator on the CPU they need no synchronisation on a GPU."""
         return self._moved(lambda tensor: tensor.to(device, non_blocking=non_blocking))
@@ -100,8 +147,29 @@ class Rows:
         return self._moved(lambda tensor: tensor.pin_memory())
 
     def select(self, index: Tensor) -> Rows:
-        """The rows at `index` (int64 or bool), still numbered as pairs of the whole batch."""
+        """The rows at `index` (int64 or bool), still numbered as pairs of the whole batch. Nothing is known of them."""
         return self._map(lambda vector: vector[index])
+
+    def by_sequence(self) -> Rows:
+        """The rows in the order of their sequences, with the offsets. Nothing is read on the host."""
+        if self.known.offsets is not None:
+            return self
+        counts, unique = self.known.counts, self.known.unique_positions
+        rows = self.select(self.sequence.argsort(stable=True))
+        return rows.knowing(offsets=rows._offsets(), counts=counts, unique_positions=unique)
+
+    def _offsets(self) -> Tensor:
+        """`Known.offsets` of rows that are in the order of their sequences."""
+        every_sequence = torch.arange(2 * self.num_pairs + 1, device=self.sequence.device)
+        return torch.searchsorted(self.sequence, every_sequence)
+
+    def weighted(self, pair_weight: Tensor | None) -> Rows:
+        """The same rows with weights of the pairs, (B,) float64, in place of those that they have."""
+        return self._keeping(pair_weight=pair_weight)
+
+    def with_nll_weight(self, nll_weight: Tensor) -> Rows:
+        """The same rows, weighing `nll_weight` (R,) float64 in the NLL. What they count is known no more."""
+        return self._keeping(nll_weight=nll_weight).knowing(counts=None)
 
     def live(self) -> Rows:
         """Without the rows that count for nothing. Where there may be some, their number is read on the host."""
@@ -128,7 +196,12 @@ class Rows:
 
     def _moved(self, move: Callable[[Tensor], Tensor]) -> Rows:
         everything: dict[str, Any] = {name: move(getattr(self, name)) for name in DTYPES}
-        return replace(self, **everything, pair_weight=None if self.pair_weight is None else move(self.pair_weight))
+        weight = None if self.pair_weight is None else move(self.pair_weight)
+        return replace(self, **everything, pair_weight=weight).knowing(**vars(self.known.map(move)))
+
+    def _keeping(self, **changes: Any) -> Rows:
+        """With changes that leave true what is known."""
+        return replace(self, **changes).knowing(**vars(self.known))
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Rows:
         vectors: dict[str, Any] = {name: function(getattr(self, name)) for name in DTYPES}
@@ -160,12 +233,13 @@ def rows_from_labels(
     """
     check_labels(labels, nll_labels, nll_reduction)
     rows = host_ops(labels).label_rows(labels, nll_labels, shift, ignore_index, nll_reduction == "sequence")
-    return rows if pair_weight is None else replace(rows, pair_weight=pair_weight)
+    return rows if pair_weight is None else rows.weighted(pair_weight)
 
 
 def label_rows(labels: Tensor, nll_labels: Tensor | None, shift: bool, ignore_index: int, per_sequence: bool) -> Rows:
-    """The rows of labels that are in order: those of the labels first, then those of the NLL's other targets."""
-    return padded_rows(labels, nll_labels, shift, ignore_index, "sequence" if per_sequence else "token").live()
+    """The rows of labels that are in order, by sequence: those of its labels, then those of the NLL's other targets."""
+    rows = padded_rows(labels, nll_labels, shift, ignore_index, "sequence" if per_sequence else "token").live()
+    return rows.knowing(offsets=rows._offsets(), unique_positions=nll_labels is None)
 
 
 def padded_rows(
@@ -196,7 +270,7 @@ def padded_rows(
     if own_nll:
         planes.append((position, nll_target, sequence, torch.zeros_like(scored), wants_nll & ~same_row))
     position, target, sequence, scored, is_nll = (
-        torch.cat([v.flatten() for v in vs]) for vs in zip(*planes, strict=True)
+        torch.stack(vectors, 1).flatten() for vectors in zip(*planes, strict=True)
     )
     weight = nll_weight(is_nll, sequence, 2 * pairs, nll_reduction)
     return Rows(position, target, sequence, scored, weight, pairs, padded=True, pair_weight=pair_weight)
@@ -216,7 +290,7 @@ def averaged_over_sequences(rows: Rows, groups: Groups) -> Rows:
     """The "sequence" reduction of rows of which every one of the NLL weighs 1, where other ranks hold others."""
     sums = rows.nll_weight.new_zeros(2 * rows.num_pairs).index_add_(0, rows.sequence, rows.nll_weight)
     summed(sums, [groups.sequence], "the number of NLL rows of every sequence")
-    return replace(rows, nll_weight=rows.nll_weight / sums.clamp(min=1)[rows.sequence])
+    return rows.with_nll_weight(rows.nll_weight / sums.clamp(min=1)[rows.sequence])
 
 
 def check_labels(labels: Tensor, nll_labels: Tensor | None, nll_reduction: str) -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from orpo_kernels import ORPOOutput, Rows
+from orpo_kernels.objective import count_rows
 from orpo_kernels.rows import DTYPES
 
 IGNORE = -100
@@ -215,3 +216,16 @@ def assert_same_rows(ours: Rows, mirror: Rows) -> None:
         a, b = getattr(ours, name), getattr(mirror, name)
         assert a.dtype == b.dtype
         assert torch.equal(a, b), name
+
+
+def assert_known(rows: Rows) -> None:
+    """What the rows' maker says of them is so."""
+    plain, known = replace(rows), rows.known
+    if known.counts is not None:
+        torch.testing.assert_close(known.counts, count_rows(plain), rtol=1e-14, atol=0)
+    if known.offsets is not None:
+        sizes = torch.bincount(rows.sequence, minlength=2 * rows.num_pairs)
+        assert known.offsets.diff().tolist() == sizes.tolist()
+        assert torch.equal(rows.sequence, rows.sequence.sort().values)
+    if known.unique_positions:
+        assert len(set(rows.position.tolist())) == len(rows)

@@ -25,6 +25,9 @@ def test_rows_of_labels(case, shift, per_sequence):
     ours = native.label_rows(labels, nll_labels, shift, ignore_index, per_sequence)
     mirror = label_rows(labels, nll_labels, shift, ignore_index, per_sequence)
     assert_same_rows(ours, mirror)
+    assert torch.equal(ours.known.offsets, mirror.known.offsets)
+    assert ours.known.unique_positions == (len(set(ours.position.tolist())) == len(ours))
+    assert mirror.known.unique_positions <= ours.known.unique_positions
     torch.testing.assert_close(native.count_rows(ours), count_rows(mirror), rtol=1e-14, atol=0)
 
 

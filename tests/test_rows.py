@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from orpo_kernels import Rows, dialects, orpo_loss_from_rows, rows_from_labels
+from orpo_kernels.objective import count_rows, denominators, segment_sum
+from orpo_kernels.rows import DTYPES, Known, label_rows
 
-from .batches import IGNORE, random_labels
+from .batches import IGNORE, assert_known, random_labels, random_rows
 
 
 def as_set(rows: Rows) -> set[tuple]:
@@ -138,6 +144,89 @@ def test_liger_takes_the_chosen_half_of_nll_targets():
     expected = {(0, 1, 0, True, 0.0), (0, 4, 0, False, 1.0), (1, 2, 0, True, 1.0), (2, 5, 0, False, 1.0)}
     assert as_set(dialects.liger(target, nll_target)) == expected | {(3, 3, 1, True, 0.0)}
     assert as_set(dialects.liger(target, nll_target[:1])) == expected | {(3, 3, 1, True, 0.0)}
+
+
+# --- what the maker of rows knows ----------------------------------------------------------------------------------
+
+
+@given(seed=st.integers(0, 2**31), pairs=st.integers(0, 3), own_nll=st.booleans(), on_host=st.booleans())
+def test_rows_of_labels_are_in_order_and_their_offsets_known(seed, pairs, own_nll, on_host):
+    generator = torch.Generator().manual_seed(seed)
+    labels = random_labels(generator, (2 * pairs, 5), 4, 0.6)
+    nll_labels = random_labels(generator, (pairs, 5), 4, 0.6) if own_nll else None
+    make = rows_from_labels if on_host else eager_rows
+    rows = make(labels, nll_labels)
+    assert rows.known.offsets is not None
+    assert rows.known.unique_positions or own_nll
+    assert_known(rows)
+
+
+def eager_rows(labels, nll_labels):
+    return label_rows(labels, nll_labels, False, IGNORE, False)
+
+
+@given(seed=st.integers(0, 2**31), num_rows=st.integers(0, 30))
+def test_sums_over_ranges_are_the_sums(seed, num_rows):
+    generator = torch.Generator().manual_seed(seed)
+    rows = random_rows(generator, 9, 5, 3, num_rows)
+    values = torch.randn(num_rows, generator=generator, dtype=torch.float64)
+    order = rows.sequence.argsort(stable=True)
+    in_order = rows.by_sequence()
+    assert_known(in_order)
+    assert in_order.known.offsets is not None
+    assert as_list(in_order) == as_list(rows.select(order))
+    assert torch.equal(segment_sum(values, rows), segment_sum(values[order], in_order))
+    assert torch.equal(count_rows(rows)[1], count_rows(in_order)[1])
+
+
+def as_list(rows: Rows) -> list[list]:
+    return [getattr(rows, name).tolist() for name in DTYPES]
+
+
+def known_rows() -> Rows:
+    rows = rows_from_labels(torch.tensor([[1, 2, 3], [4, IGNORE, 5]]))
+    return rows.knowing(counts=count_rows(rows))
+
+
+def test_what_is_known_moves_with_the_rows():
+    rows = known_rows()
+    weighted = rows.weighted(torch.ones(1, dtype=torch.float64))
+    for same in (rows.to("cpu"), rows.live(), weighted, copy.deepcopy(rows), pickle.loads(pickle.dumps(rows))):
+        assert_known(same)
+        assert same.known.counts is not None
+        assert same.known.offsets is not None
+        assert same.known.unique_positions
+    assert rows.to("meta").known.offsets.is_meta
+    reweighted = rows.with_nll_weight(2 * rows.nll_weight)
+    assert_known(reweighted)
+    assert reweighted.known.counts is None
+    assert reweighted.known.offsets is not None
+
+
+def test_what_is_known_is_forgotten_where_it_may_be_wrong():
+    rows = known_rows()
+    changed = {"nll_weight": 2 * rows.nll_weight, "position": rows.position * 0, "sequence": rows.sequence.flip(0)}
+    for other in (rows.select(torch.tensor([1, 1, 0])), *(replace(rows, **{k: v}) for k, v in changed.items())):
+        assert other.known == Known()
+    # So the means divide by what is there, whatever was counted before.
+    counts = denominators(replace(rows, nll_weight=2 * rows.nll_weight), None, None)
+    assert [float(count) for count in counts] == [6.0, 1.0]
+
+
+def test_counts_that_are_known_are_what_the_means_divide_by():
+    rows = known_rows().knowing(counts=torch.tensor([7.0, 5.0], dtype=torch.float64))
+    assert [float(count) for count in denominators(rows, None, None)] == [7.0, 5.0]
+    assert [float(count) for count in denominators(rows, 4, None)] == [4.0, 5.0]
+
+
+def test_what_cannot_be_of_the_rows_is_refused():
+    rows = known_rows()
+    with pytest.raises(ValueError, match=r"Rows.known.offsets is \(2,\) of torch.int64, but 1 pairs ask for \(3,\)"):
+        rows.knowing(offsets=torch.tensor([0, 5]))
+    with pytest.raises(ValueError, match=r"Rows.known.counts is \(2,\) of torch.float32"):
+        rows.knowing(counts=torch.ones(2))
+    with pytest.raises(TypeError, match=r"Rows\.known\.counts is on meta, but the rows are on cpu"):
+        rows.knowing(counts=torch.ones(2, dtype=torch.float64, device="meta"))
 
 
 def test_select_keeps_whole_rows():

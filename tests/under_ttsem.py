@@ -166,9 +166,11 @@ def test_project_residual(tiles, rows, vocab, size, dtype, scale, softcap, has_b
 
 
 @pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("in_order", [False, True])
 @pytest.mark.parametrize(("num_rows", "pairs"), [(1, 1), (9, 2), (4, 7), (1100, 2), (40, 260)])
-def test_sequence_sums_and_odds_ratio(num_rows, pairs, weighted):
+def test_sequence_sums_and_odds_ratio(num_rows, pairs, in_order, weighted):
     rows = random_rows(torch.Generator().manual_seed(0), 50, 20, pairs, num_rows, weighted)
+    rows = rows.by_sequence() if in_order else rows
     token_log_odds = 3 * torch.randn(num_rows, dtype=torch.float64)
     sums = objective.sequence_sums(token_log_odds, rows)
     for value, truth in zip(triton_ops.sequence_sums(token_log_odds, rows), sums, strict=True):

@@ -18,20 +18,26 @@ void check_label_rows() {
   std::vector<int64_t> position(9, -1), target(9, -1), sequence(9, -1);
   bool scored[9];
   std::vector<double> weight(9, NAN);
-  const LabelRows out{position.data(), target.data(), sequence.data(), scored, weight.data()};
+  std::vector<int64_t> offsets(3, -1);
+  const LabelRows out{position.data(), target.data(), sequence.data(), scored, weight.data(), offsets.data()};
   const auto rows = [&](const int64_t* nll, bool shift, bool per_sequence) {
-    return label_rows({labels.data(), nll, 3, 3, 1, 3, shift, no, per_sequence}, out);
+    const FoundRows found = label_rows({labels.data(), nll, 3, 3, 1, 3, shift, no, per_sequence}, out);
+    CHECK(found.unique_positions == !nll, "rows");
+    return found.count;
   };
   CHECK(rows(nullptr, false, false) == 3, "rows");
   CHECK(position[0] == 1 && target[0] == 1 && sequence[0] == 0 && scored[0] && weight[0] == 1, "rows");
   CHECK(position[2] == 5 && target[2] == 3 && sequence[2] == 1 && scored[2] && weight[2] == 0, "rows");
+  CHECK(offsets[0] == 0 && offsets[1] == 2 && offsets[2] == 3, "rows");
   CHECK(rows(nullptr, true, false) == 3, "rows");
   CHECK(position[0] == 0 && position[1] == 1 && position[2] == 4, "rows");
   CHECK(rows(nll_labels.data(), false, true) == 5, "rows");
   CHECK(position[0] == 0 && target[0] == 4 && !scored[0] && weight[0] == 1.0 / 3, "rows");  // no label there: the NLL's alone
   CHECK(position[1] == 1 && target[1] == 1 && scored[1] && weight[1] == 1.0 / 3, "rows");
   CHECK(position[2] == 2 && target[2] == 2 && scored[2] && weight[2] == 0, "rows");
-  CHECK(position[4] == 2 && target[4] == 5 && !scored[4] && weight[4] == 1.0 / 3, "rows");  // another target: a row more
+  CHECK(position[3] == 2 && target[3] == 5 && !scored[3] && weight[3] == 1.0 / 3, "rows");  // another target: a row more
+  CHECK(sequence[3] == 0 && position[4] == 5 && sequence[4] == 1 && scored[4], "rows");      // the next sequence
+  CHECK(offsets[0] == 0 && offsets[1] == 4 && offsets[2] == 5, "rows");
   const Counts counts = count_rows(sequence.data(), scored, weight.data(), 5, 1);
   CHECK(std::fabs(counts.nll - 1) < 1e-15 && counts.pairs == 1, counts.nll, counts.pairs);
   CHECK(count_rows(sequence.data(), scored, weight.data(), 3, 1).pairs == 0, "rows");

@@ -116,7 +116,7 @@ def gather_rows(hidden: Tensor, position: Tensor, coefficient: Tensor | None, dt
     return out
 
 
-def scatter_rows_(out: Tensor, position: Tensor, rows: Tensor, coefficient: Tensor) -> None:
+def scatter_rows_(out: Tensor, position: Tensor, rows: Tensor, coefficient: Tensor, unique: bool = False) -> None:
     """See `torch_ops.scatter_rows_`."""
     call(_native.scatter_rows_, out, position, rows, coefficient.float(), torch.get_num_threads())
 
@@ -148,9 +148,11 @@ def label_rows(labels: Tensor, nll_labels: Tensor | None, shift: bool, ignore_in
     nll_labels = None if nll_labels is None else nll_labels.contiguous()
     most = labels.numel() + (0 if nll_labels is None else nll_labels.numel())
     vectors = [labels.new_empty(most, dtype=dtype) for dtype in DTYPES.values()]
-    count = call(_native.label_rows, labels, nll_labels, shift, ignore_index, per_sequence, *vectors)
+    offsets = labels.new_empty(labels.shape[0] + 1)
+    count, unique = call(_native.label_rows, labels, nll_labels, shift, ignore_index, per_sequence, *vectors, offsets)
     position, target, sequence, scored, nll_weight = (vector[:count] for vector in vectors)
-    return Rows(position, target, sequence, scored, nll_weight, labels.shape[0] // 2)
+    rows = Rows(position, target, sequence, scored, nll_weight, labels.shape[0] // 2)
+    return rows.knowing(offsets=offsets, unique_positions=unique)
 
 
 def count_rows(rows: Rows) -> Tensor:

@@ -1,6 +1,6 @@
 """Labels to rows: two launches, and one number that the host reads between the labels and the loss.
 
-The rows lie in the order of `rows.label_rows`: those of the labels, sequence after sequence, then the NLL's with a
+The rows lie in the order of `rows.label_rows`, sequence after sequence: those of its labels, then the NLL's with a
 target of their own. One program a sequence counts its rows; the second launch adds up the counts of the sequences
 before each, and writes every row to its place: deterministic, without atomics. The vectors are made for as many rows as
 there are labels, so that they are filled before the host knows how many there are.
@@ -81,7 +81,7 @@ def count_labels_kernel(
 
 
 INPUTS = ["LABELS", "NLL_LABELS", "COUNTS"]
-OUTPUTS = ["POSITION", "TARGET", "SEQUENCE", "SCORED", "NLL_WEIGHT", "TOTAL"]
+OUTPUTS = ["POSITION", "TARGET", "SEQUENCE", "SCORED", "NLL_WEIGHT", "OFFSETS"]
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=INPUTS + OUTPUTS)
@@ -95,7 +95,7 @@ def label_rows_kernel(
     SEQUENCE,  # (R,) int64
     SCORED,  # (R,) bool
     NLL_WEIGHT,  # (R,) float64
-    TOTAL,  # () int64, out, the number of rows
+    OFFSETS,  # (2B + 1,) int64, where the rows of each sequence begin, and the number of rows
     # shapes
     num_pairs,
     T,
@@ -107,21 +107,18 @@ def label_rows_kernel(
 ):
     i_sequence = tl.program_id(0)
     before = tl.zeros((BLOCK,), tl.int64)
-    others_before = tl.zeros((BLOCK,), tl.int64)
-    first = tl.zeros((BLOCK,), tl.int64)
-    others = tl.zeros((BLOCK,), tl.int64)
+    total = tl.zeros((BLOCK,), tl.int64)
     for start in range(0, 2 * num_pairs, BLOCK):
         o_s = start + tl.arange(0, BLOCK)
-        of_labels = tl.load(COUNTS + o_s, mask=o_s < 2 * num_pairs, other=0)
-        of_nll = tl.load(COUNTS + 2 * num_pairs + o_s, mask=o_s < 2 * num_pairs, other=0)
-        before += tl.where(o_s < i_sequence, of_labels, 0)
-        others_before += tl.where(o_s < i_sequence, of_nll, 0)
-        first += of_labels
-        others += of_nll
+        rows = tl.load(COUNTS + o_s, mask=o_s < 2 * num_pairs, other=0)
+        rows += tl.load(COUNTS + 2 * num_pairs + o_s, mask=o_s < 2 * num_pairs, other=0)
+        before += tl.where(o_s < i_sequence, rows, 0)
+        total += rows
     i_row = tl.sum(before, 0)
-    i_other = tl.sum(first, 0) + tl.sum(others_before, 0)
+    i_other = i_row + tl.load(COUNTS + i_sequence)
+    tl.store(OFFSETS + i_sequence, i_row)
     if i_sequence == 0:
-        tl.store(TOTAL, tl.sum(first, 0) + tl.sum(others, 0))
+        tl.store(OFFSETS + 2 * num_pairs, tl.sum(total, 0))
 
     weight = tl.full((), 1.0, tl.float64)
     if PER_SEQUENCE:
@@ -150,25 +147,28 @@ def label_rows_kernel(
 
 def label_rows(labels: Tensor, nll_labels: Tensor | None, shift: bool, ignore_index: int, per_sequence: bool) -> Rows:
     """See `rows.label_rows`. The host reads the number of rows, and waits for the device here alone."""
-    vectors, total = filled_rows(labels, nll_labels, shift, ignore_index, per_sequence)
-    count = int(total) if len(labels) else 0  # without a sequence nothing was launched
+    vectors, offsets = filled_rows(labels, nll_labels, shift, ignore_index, per_sequence)
+    if not len(labels):
+        offsets.zero_()  # without a sequence nothing was launched
+    count = int(offsets[-1])
     position, target, sequence, scored, nll_weight = (vector[:count] for vector in vectors)
-    return Rows(position, target, sequence, scored, nll_weight, len(labels) // 2)
+    rows = Rows(position, target, sequence, scored, nll_weight, len(labels) // 2)
+    return rows.knowing(offsets=offsets, unique_positions=nll_labels is None)
 
 
 def filled_rows(
     labels: Tensor, nll_labels: Tensor | None, shift: bool, ignore_index: int, per_sequence: bool
 ) -> tuple[list[Tensor], Tensor]:
-    """The vectors of the rows, longer than their number, and that number, 0-d int64 on the device."""
+    """The vectors of the rows, longer than their number, and the offsets of the sequences, (2B + 1,) int64."""
     labels = labels.contiguous()
     nll_labels = None if nll_labels is None else nll_labels.contiguous()
     sequences, length = labels.shape
     most = labels.numel() + (0 if nll_labels is None else nll_labels.numel())
     vectors = [labels.new_empty(most, dtype=dtype) for dtype in DTYPES.values()]
-    counts, total = labels.new_empty(3, sequences), labels.new_empty(())
+    counts, offsets = labels.new_empty(3, sequences), labels.new_empty(sequences + 1)
     sizes = sequences // 2, length, ignore_index
     options = {"SHIFT": int(shift), "BLOCK": BLOCK, "num_warps": 4}
     launch(count_labels_kernel, (sequences,), labels, nll_labels, counts, *sizes, **options)
     options["PER_SEQUENCE"] = per_sequence
-    launch(label_rows_kernel, (sequences,), labels, nll_labels, counts, *vectors, total, *sizes, **options)
-    return vectors, total
+    launch(label_rows_kernel, (sequences,), labels, nll_labels, counts, *vectors, offsets, *sizes, **options)
+    return vectors, offsets

@@ -1,7 +1,8 @@
 """Kernel 4: rows to the length-normalised log-probability of each sequence, and its share of the NLL.
 
-One program a sequence, which walks over all rows and takes its own, in their order: deterministic, for any number of
-rows in any order. Blocks without a row of the sequence cost reading their numbers, which is nothing beside the GEMMs.
+One program a sequence, which takes its rows in their order: deterministic. Where the rows are known to be sorted by
+sequence it walks over its own; else over all, in any order, and blocks without a row of the sequence cost reading their
+numbers.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .launch import launch
 BLOCK = 1024
 
 
-VECTORS = ["LOG_ODDS", "SEQUENCE", "SCORED", "NLL_WEIGHT", "MEAN_LOGPS", "SCORED_ROWS", "NLL"]
+VECTORS = ["LOG_ODDS", "SEQUENCE", "SCORED", "NLL_WEIGHT", "OFFSETS", "MEAN_LOGPS", "SCORED_ROWS", "NLL"]
 
 
 @triton.jit(do_not_specialize=["R"], do_not_specialize_on_alignment=VECTORS)
@@ -28,6 +29,7 @@ def sequence_sums_kernel(
     SEQUENCE,  # (R,) int64
     SCORED,  # (R,) bool
     NLL_WEIGHT,  # (R,) float64
+    OFFSETS,  # (2B + 1,) int64 or None: where the rows of each sequence begin
     MEAN_LOGPS,  # (2B,) float64, out
     SCORED_ROWS,  # (2B,) float64, out
     NLL,  # (2B,) float64, out
@@ -35,12 +37,15 @@ def sequence_sums_kernel(
     BLOCK: tl.constexpr,
 ):
     i_sequence = tl.program_id(0)
+    begin, end = 0, R
+    if OFFSETS is not None:
+        begin, end = tl.load(OFFSETS + i_sequence), tl.load(OFFSETS + i_sequence + 1)
     logp_sum = tl.zeros((BLOCK,), tl.float64)
     count = tl.zeros((BLOCK,), tl.float64)
     nll = tl.zeros((BLOCK,), tl.float64)
-    for start in range(0, R, BLOCK):
+    for start in range(begin, end, BLOCK):
         o_r = start + tl.arange(0, BLOCK)
-        mine = tl.load(SEQUENCE + o_r, mask=o_r < R, other=-1) == i_sequence
+        mine = tl.load(SEQUENCE + o_r, mask=o_r < end, other=-1) == i_sequence
         if tl.max(mine.to(tl.int32), 0) > 0:
             logp = logsigmoid(tl.load(LOG_ODDS + o_r, mask=mine, other=0.0))
             scored = tl.load(SCORED + o_r, mask=mine, other=0) != 0
@@ -65,6 +70,7 @@ def sequence_sums(token_log_odds: Tensor, rows: Rows) -> SequenceSums:
         rows.sequence,
         rows.scored,
         rows.nll_weight,
+        rows.known.offsets,
         *sums,
         len(rows),
         BLOCK=BLOCK,
