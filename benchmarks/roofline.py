@@ -245,7 +245,7 @@ SIZES: dict[str, Callable[..., dict[str, int]]] = {
         "rows": len(position), "hidden_size": hidden.shape[1], "itemsize": hidden.itemsize,
         "out_itemsize": dtype.itemsize,
     },
-    "scatter_rows_": lambda out, position, rows, coefficient: {
+    "scatter_rows_": lambda out, position, rows, coefficient, unique=False: {
         "rows": len(position), "positions": out.shape[0], "hidden_size": out.shape[1], "itemsize": rows.itemsize,
         "out_itemsize": out.itemsize,
     },

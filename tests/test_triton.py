@@ -261,6 +261,21 @@ def test_gather_and_scatter(dtype, seed, rows, scaled):
     assert all(torch.equal(a, b) for a, b in zip(run(triton_ops, dtype), run(triton_ops, dtype), strict=True))
 
 
+@dtypes
+@pytest.mark.parametrize("rows", [0, 1, 7])
+def test_scatter_to_positions_that_do_not_repeat(dtype, rows):
+    """In any order, and without a sort the same bits."""
+    generator = torch.Generator().manual_seed(rows)
+    hidden, values = (torch.randn(n, 19, generator=generator).to(DEVICE, dtype) for n in (9, rows))
+    position = torch.randperm(9, generator=generator)[:rows].to(DEVICE)
+    coefficient = torch.randn(rows, generator=generator).to(DEVICE)
+    for ops in (triton_ops, torch_ops):
+        sums = hidden.clone(), hidden.clone()
+        for out, unique in zip(sums, (False, True), strict=True):
+            ops.scatter_rows_(out, position, values, coefficient, unique)
+        assert torch.equal(*sums)
+
+
 @few
 @given(
     seed=st.integers(0, 2**31),
@@ -269,14 +284,17 @@ def test_gather_and_scatter(dtype, seed, rows, scaled):
     spread=st.sampled_from([1.0, 80.0]),
     count=st.sampled_from([None, 0.0, 1000.0]),
     weighted=st.booleans(),
+    in_order=st.booleans(),
 )
-def test_pair_loss(seed, pairs, rows, spread, count, weighted):
+def test_pair_loss(seed, pairs, rows, spread, count, weighted, in_order):
     """Averages, loss, metrics and the gradient of every row in float64: the same numbers to its last digits."""
     generator = torch.Generator().manual_seed(seed)
     weighted = weighted and pairs > 0
     batch = random_rows(generator, 50, 10, max(pairs, 1), rows if pairs else 0, weighted).to(DEVICE)
     if pairs == 0:
         object.__setattr__(batch, "num_pairs", 0)
+    elif in_order:
+        batch = batch.by_sequence()
     log_odds = (torch.randn(len(batch), generator=generator, dtype=torch.float64) * spread).to(DEVICE)
     nll = batch.nll_weight.sum() if count is None else torch.tensor(count, dtype=torch.float64, device=DEVICE)
     counts = Denominators(nll, torch.tensor(count or 1.0, dtype=torch.float64, device=DEVICE))

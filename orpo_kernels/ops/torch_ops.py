@@ -150,14 +150,14 @@ def gather_rows(hidden: Tensor, position: Tensor, coefficient: Tensor | None, dt
     return out
 
 
-def scatter_rows_(out: Tensor, position: Tensor, rows: Tensor, coefficient: Tensor) -> None:
+def scatter_rows_(out: Tensor, position: Tensor, rows: Tensor, coefficient: Tensor, unique: bool = False) -> None:
     """`out[position] += coefficient * rows`, deterministic also where a position repeats.
 
-    out (N, H), position (R,) int64, rows (R, H), coefficient (R,).
+    out (N, H), position (R,) int64, rows (R, H), coefficient (R,). unique: no position repeats, and nothing is sorted.
     """
     for some in even_chunks(position.shape[0], ROWS_AT_A_TIME):
         values = (rows[some] * coefficient[some, None]).to(out.dtype)
-        if out.is_cuda:
+        if out.is_cuda and not unique:
             out.index_put_((position[some],), values, accumulate=True)  # sorts; index_add_ would use atomics
         else:
             out.index_add_(0, position[some], values)

@@ -1,12 +1,13 @@
 """Kernel 6: rows, each times its coefficient, added to the positions they belong to.
 
-The coefficient is dloss/dm with the upstream gradient in it, a tensor that the host never reads. Rows are sorted by
-position first (a stable sort by the library); the first row of a position adds up all of them in their order, and is
-the only one to write there: deterministic, without atomics, however often a position repeats.
+The coefficient is dloss/dm with the upstream gradient in it, a tensor that the host never reads. Where positions may
+repeat, rows are sorted by position first (a stable sort by the library); the first row of a position adds up all of
+them in their order, and is the only one to write there: deterministic, without atomics, however often it repeats.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -47,9 +48,12 @@ def scatter_rows_kernel(
         tl.store(out, total.to(OUT.dtype.element_ty), mask=o_h < H)
 
 
-def scatter_rows_(out: Tensor, position: Tensor, rows: Tensor, coefficient: Tensor) -> None:
+def scatter_rows_(out: Tensor, position: Tensor, rows: Tensor, coefficient: Tensor, unique: bool = False) -> None:
     """See `torch_ops.scatter_rows_`."""
-    ordered, order = position.sort(stable=True)
+    if unique:  # in any order each of them is the first row of its position, and the last
+        ordered, order = position, torch.arange(position.shape[0], device=position.device)
+    else:
+        ordered, order = position.sort(stable=True)
     launch(
         scatter_rows_kernel,
         (position.shape[0],),
