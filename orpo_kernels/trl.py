@@ -38,6 +38,7 @@ from trl.experimental.orpo import ORPOTrainer as TRLORPOTrainer
 
 from .methods import ORPO
 from .transformers.averages import Part
+from .transformers.batch_rows import RowsCollator, with_rows
 from .transformers.body import unwrap
 from .transformers.collator import IGNORE_INDEX, End, Packing, Refusal, end_turn, pair_weights
 from .transformers.lm_head import resolve_lm_head
@@ -131,7 +132,7 @@ class ORPOTrainer(PreferenceLossMixin, TRLORPOTrainer):
         if packing == "shared" and reason:
             raise ValueError(f'{reason} Use packing="padded".')
         if packing != "padded" and not reason:
-            self.data_collator = partial(_packed, padding_id=self.padding_value or 0)
+            self.data_collator = RowsCollator(partial(_packed, padding_id=self.padding_value or 0), self.method)
 
     def _refuses_shared_prompt(self) -> str | None:
         if not self.use_dpo_data_collator:
@@ -164,9 +165,11 @@ class ORPOTrainer(PreferenceLossMixin, TRLORPOTrainer):
         weighted = batch if "pair_weights" in batch else pair_weights([{WEIGHT: w} for w in batch.get(WEIGHT, ())])
         inputs = {name: weighted[name].to(device) for name in ("pair_weights",) if name in weighted}
         if "packed" in batch:
-            return inputs | {name: batch[name] for name in ("input_ids", "packed")}
-        tensors = self.concatenated_inputs(batch, padding_value=self.padding_value or 0, device=device)
-        return inputs | {name: tensors[f"concatenated_{name}"] for name in ("input_ids", "attention_mask", "labels")}
+            inputs |= {name: batch[name] for name in ("input_ids", "packed", "rows") if name in batch}
+        else:
+            tensors = self.concatenated_inputs(batch, padding_value=self.padding_value or 0, device=device)
+            inputs |= {name: tensors[f"concatenated_{name}"] for name in ("input_ids", "attention_mask", "labels")}
+        return with_rows(inputs, self.method)
 
     def compute_loss(
         self,
@@ -184,7 +187,7 @@ class ORPOTrainer(PreferenceLossMixin, TRLORPOTrainer):
         """The loss, 0-d, and TRL's metrics; NaN for what is not known."""
         inner = self.accelerator.unwrap_model(model)
         inputs = self.loss_inputs(batch)
-        sides = sides_of(**{name: value for name, value in inputs.items() if name != "pair_weights"})
+        sides = sides_of(inputs["input_ids"], inputs.get("packed"))
         with mean_hidden_states(inner, sides / sides.sum((1, 2), keepdim=True)) as means:
             if train_eval == "eval":
                 loss, out = self.evaluation_step(model, inputs)
@@ -309,7 +312,7 @@ def _closed(side: Rendered, tokenizer: Any) -> str:
 # --- mean logits ---------------------------------------------------------------------------------------------------
 
 
-def sides_of(input_ids: Tensor, packed: PackedPairs | None = None, **padded: Any) -> Tensor:
+def sides_of(input_ids: Tensor, packed: PackedPairs | None = None) -> Tensor:
     """(2, rows, T) fp32, 0 or 1: the positions that the means over the chosen and over the rejected side are taken of.
 
     As TRL averages logits: over all positions but the last of each sequence, padding included. In a packed batch there

@@ -182,7 +182,7 @@ def test_pairs_that_fill_up_the_last_batch_do_not_count(packing, left_out, tmp_p
 def test_which_pairs_fill_up_the_last_batch(tmp_path, monkeypatch):
     """Seven pairs over two processes in batches of two: in the second round the second process has one of its own."""
     trainer = trainer_of(tmp_path)
-    batch = collator("shared")(chat_examples(2))
+    batch, padded = (trainer.loss_inputs(collator(packing)(chat_examples(2))) for packing in ("shared", "padded"))
     assert trainer._counted(batch) is None
     monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
     state = trainer.accelerator.gradient_state
@@ -191,7 +191,7 @@ def test_which_pairs_fill_up_the_last_batch(tmp_path, monkeypatch):
     for process, expected in enumerate(([True, True], [True, False])):
         monkeypatch.setattr(type(trainer.accelerator), "process_index", process)
         assert trainer._counted(batch).tolist() == expected
-        assert trainer._counted(collator()(chat_examples(2))).tolist() == expected
+        assert trainer._counted(padded).tolist() == expected
     monkeypatch.setattr(type(state), "end_of_dataloader", False)
     assert trainer._counted(batch) is None
 

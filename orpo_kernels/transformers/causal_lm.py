@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +12,7 @@ from transformers import PreTrainedModel
 from .. import PreferenceOutput, Rows, preference_loss_from_rows
 from ..loss import row_logps
 from ..methods import ORPO, Answers, Method, method_named
-from ..rows import padded_rows
+from .batch_rows import batch_rows
 from .body import BodyOutput, router_loss_coef, run_body, unwrap
 from .engines import is_fsdp2, through
 from .lm_head import resolve_lm_head
@@ -24,7 +23,7 @@ from .sharing import refuses_shared_prompt
 T = TypeVar("T")
 
 _FROM_THE_MODEL = ("hidden", "weight", "bias", "low_rank", "logit_scale", "logit_softcap")
-_FROM_THE_BATCH = ("nll_labels", "shift", "rows")
+_FROM_THE_BATCH = ("nll_labels", "shift")
 _FROM_THE_METHOD = ("alpha", "beta", "prompt_nll", "nll_reduction")
 
 
@@ -58,6 +57,7 @@ def causal_lm_orpo_loss(
     prompt_nll: bool = True,
     nll_reduction: str = "token",
     packed: PackedPairs | None = None,
+    rows: Rows | None = None,
     pair_weights: Tensor | None = None,
     ignore_index: int = IGNORE_INDEX,
     router_aux_loss_coef: float | None = None,
@@ -81,6 +81,8 @@ def causal_lm_orpo_loss(
         packed: where everything is in a batch of `PreferenceCollator(packing="shared")`, instead of attention_mask and
             labels. Loss and gradients are those of the padded batch, or the model is refused: the first call also
             compares a few shared tokens with the sequences alone (`refuses_shared_prompt`).
+        rows: what `batch_rows`, or a `RowsCollator`, made of the batch on the host, in place of its labels: then no
+            device is waited for. What they cover is theirs, whatever prompt_nll and nll_reduction say.
         pair_weights: (B,) float64, finite and at least 0: what each pair's loss is multiplied by, `pair_weight` of
             `orpo_loss`. The router loss, which is of tokens, is not weighted.
         ignore_index: the label that is no target; a packed batch has none.
@@ -106,6 +108,7 @@ def causal_lm_orpo_loss(
         labels,
         method=method,
         packed=packed,
+        rows=rows,
         pair_weights=pair_weights,
         ignore_index=ignore_index,
         router_aux_loss_coef=router_aux_loss_coef,
@@ -121,6 +124,7 @@ def causal_lm_preference_loss(
     *,
     method: Method | str,
     packed: PackedPairs | None = None,
+    rows: Rows | None = None,
     pair_weights: Tensor | None = None,
     reference_logps: Tensor | None = None,
     chosen_only: bool = False,
@@ -131,7 +135,7 @@ def causal_lm_preference_loss(
     """The loss of any method on one batch, without its logits: `causal_lm_orpo_loss` for SFT, DPO, SimPO and CPO too.
 
     Args:
-        model, input_ids, attention_mask, labels, packed, pair_weights, ignore_index, router_aux_loss_coef: as in
+        model, input_ids, attention_mask, labels, packed, rows, pair_weights, ignore_index, router_aux_loss_coef: as in
             `causal_lm_orpo_loss`.
         method: one of `orpo_kernels.methods`, or its name, for its defaults.
         reference_logps: (2B,) summed log-probabilities of the answers under the reference model, which DPO needs:
@@ -154,11 +158,12 @@ def causal_lm_preference_loss(
         raise ValueError(
             f"The batch has chosen answers alone (chosen_only), and the method {method.name} compares two."
         )
-    rows = batch_rows(
+    rows = _live_rows(
         input_ids,
         attention_mask,
         labels,
         packed=packed,
+        rows=rows,
         pair_weights=pair_weights,
         prompt_nll=method.prompt_nll,
         nll_reduction=method.nll_reduction,
@@ -184,6 +189,7 @@ def causal_lm_answers(
     labels: Tensor | None = None,
     *,
     packed: PackedPairs | None = None,
+    rows: Rows | None = None,
     pair_weights: Tensor | None = None,
     ignore_index: int = IGNORE_INDEX,
     **options: Any,
@@ -194,9 +200,9 @@ def causal_lm_answers(
     of the pairs, which a batch may hold, change nothing here.
     """
     _check_options(options)
-    rows = batch_rows(
-        input_ids, attention_mask, labels, packed=packed, prompt_nll=False, ignore_index=ignore_index
-    ).live()
+    rows = _live_rows(
+        input_ids, attention_mask, labels, packed=packed, rows=rows, prompt_nll=False, ignore_index=ignore_index
+    )
 
     def at_the_head(aux_loss: Tensor | None, head: dict[str, Any]) -> tuple[Tensor, None]:
         return row_logps(rows=rows, **head, **options), None
@@ -269,48 +275,10 @@ def _with_router_loss(
     return out.loss + weight * aux_loss.to(out.loss.device), (out, aux_loss.detach())
 
 
-def batch_rows(
-    input_ids: Tensor,
-    attention_mask: Tensor | None = None,
-    labels: Tensor | None = None,
-    *,
-    packed: PackedPairs | None = None,
-    pair_weights: Tensor | None = None,
-    prompt_nll: bool = True,
-    nll_reduction: str = "token",
-    chosen_only: bool = False,
-    ignore_index: int = IGNORE_INDEX,
-) -> Rows:
-    """What the loss of a batch runs over, arguments and errors as in `causal_lm_preference_loss`. No host read."""
-    if packed is not None:
-        _check_packed(input_ids, attention_mask, labels, packed)
-        return replace(packed.to(input_ids.device).rows(prompt_nll, nll_reduction), pair_weight=pair_weights)
-    if labels is None:
-        raise TypeError("labels are missing; a batch has labels and an attention_mask, or `packed`.")
-    _check_batch(input_ids, attention_mask, labels, chosen_only)
-    pairs = labels.shape[0] if chosen_only else labels.shape[0] // 2
-    scored, nll = (
-        _predictable(ids, attention_mask, ignore_index) for ids in (labels, input_ids if prompt_nll else labels)
-    )
-    if chosen_only:
-        scored = torch.cat((scored, torch.full_like(scored, ignore_index)))  # empty answers, which no position has
-    return padded_rows(
-        scored,
-        nll[:pairs],
-        True,
-        ignore_index,
-        nll_reduction,
-        pair_weights,
-    )
-
-
-def _predictable(targets: Tensor, attention_mask: Tensor | None, ignore_index: int) -> Tensor:
-    """The targets that are tokens and come after a token. (Behind padding on the left, the first token does not.)"""
-    if attention_mask is None:
-        return targets
-    is_token = attention_mask == 1
-    after_token = torch.nn.functional.pad(is_token[:, :-1], (1, 0))
-    return targets.masked_fill(~(is_token & after_token), ignore_index)
+def _live_rows(*batch: Any, **options: Any) -> Rows:
+    """`batch_rows` that count for something: how many they are is read now, before the body keeps a device busy."""
+    rows = batch_rows(*batch, **options)
+    return rows if torch.compiler.is_compiling() else rows.live()
 
 
 def _check_options(options: dict[str, Any]) -> None:
@@ -326,40 +294,3 @@ def _check_options(options: dict[str, Any]) -> None:
                 f"{name} is given, but the model has the whole head and the batch whole sequences; pass data_group, or "
                 "call orpo_kernels.orpo_loss_from_rows with hidden states and a head of your own."
             )
-
-
-def _check_packed(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None, packed: PackedPairs) -> None:
-    if not isinstance(packed, PackedPairs):
-        raise TypeError(f"packed must be PackedPairs, but is a {type(packed).__name__}.")
-    for name, tensor in (("attention_mask", attention_mask), ("labels", labels)):
-        if tensor is not None:
-            raise TypeError(f"{name} and packed cannot both be given: a packed batch has its own.")
-    if input_ids.shape != packed.segments.shape:
-        raise ValueError(
-            f"input_ids and packed must be of one shape (R, T), but are {tuple(input_ids.shape)} and "
-            f"{tuple(packed.segments.shape)}."
-        )
-
-
-def _check_batch(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, chosen_only: bool) -> None:
-    tensors = {"input_ids": input_ids, "labels": labels}
-    if attention_mask is not None:
-        tensors["attention_mask"] = attention_mask
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, but is a {type(tensor).__name__}.")
-        if tensor.ndim != 2 or tensor.shape != input_ids.shape:
-            raise ValueError(
-                f"input_ids and {name} must be of one shape (2B, T), but are {tuple(input_ids.shape)} and "
-                f"{tuple(tensor.shape)}."
-            )
-        if tensor.device != input_ids.device:
-            raise ValueError(f"input_ids is on {input_ids.device} but {name} on {tensor.device}; move them together.")
-        if name != "attention_mask" and tensor.dtype != torch.int64:
-            raise TypeError(f"{name} must be int64, but is {tensor.dtype}.")
-    if attention_mask is not None and attention_mask.is_floating_point():
-        raise TypeError(f"attention_mask must be integer or bool, 1 on tokens, but is {attention_mask.dtype}.")
-    if input_ids.shape[0] % 2 and not chosen_only:
-        raise ValueError(
-            f"A batch is B chosen sequences, then B rejected ones, but input_ids has an odd {input_ids.shape[0]}."
-        )

@@ -19,7 +19,7 @@ width, and pays for pairs that do not see each other: of some widths, that is ta
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -60,9 +60,9 @@ class PackedPairs:
 
     def rows(self, prompt_nll: bool = True, nll_reduction: str = "token") -> Rows:
         """What the loss takes: with the NLL over prompt and answer (TRL), or over the answer only (the paper)."""
-        rows = _joined(self.answers, self.prompts) if prompt_nll else self.answers
+        rows = (_joined(self.answers, self.prompts) if prompt_nll else self.answers).by_sequence()
         weight = nll_weight(rows.nll_weight != 0, rows.sequence, 2 * rows.num_pairs, nll_reduction)
-        return replace(rows, nll_weight=weight)
+        return rows.with_nll_weight(weight)
 
     def visible(self, row: Any, query: Any, key: Any, window: int | Tensor | None = None) -> Tensor:
         """Whether the token at place `query` of a row sees the one at `key`; indices of any shapes that broadcast."""

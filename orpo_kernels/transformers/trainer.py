@@ -39,14 +39,15 @@ from torch.utils.data import SequentialSampler
 from transformers import EvalPrediction, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from .. import PreferenceOutput
+from .. import PreferenceOutput, Rows
 from ..methods import Method, all_options, method_named
-from ..objective import denominators
+from ..objective import counts_of
 from ..sparsity import Sparsity, measured_sparsity
 from .averages import Averages, Part
+from .batch_rows import RowsCollator, with_rows
 from .body import router_loss_coef, unwrap, wants_router_loss
-from .causal_lm import CausalLMOutput, batch_rows, causal_lm_preference_loss
-from .collator import PreferenceCollator, Refusal
+from .causal_lm import CausalLMOutput, causal_lm_preference_loss
+from .collator import IGNORE_INDEX, PreferenceCollator, Refusal
 from .engines import run_inside
 from .lm_head import resolve_lm_head
 from .pairs import COLUMNS, NAMED, GroupedByLength, UsablePairs, UsableStream, is_stream, lengths_of, warn_of_unusable
@@ -83,8 +84,12 @@ class PreferenceLossMixin:
     _evaluation: Averages | None = None  # of the evaluation that is running
     _logs_all_metrics = False  # of an evaluation; or only those that compute_metrics gives as well
 
+    @property
+    def _ignore_index(self) -> int:
+        return self.loss_options.get("ignore_index", IGNORE_INDEX)
+
     def loss_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """What `causal_lm_preference_loss` takes of a batch: input_ids, attention_mask and labels, or packed, ..."""
+        """What `causal_lm_preference_loss` takes of a batch, its rows among it (`with_rows`)."""
         raise NotImplementedError
 
     def loss_step(
@@ -108,7 +113,7 @@ class PreferenceLossMixin:
         """
         inner = self.accelerator.unwrap_model(model)
         self._compile_body(inner)
-        own_counts = self._counts(inputs, counted)
+        own_counts = _counts(inputs["rows"], counted)
         if counted is not None:
             weights = inputs.get("pair_weights")
             inputs = {**inputs, "pair_weights": counted.double() if weights is None else weights * counted}
@@ -143,7 +148,7 @@ class PreferenceLossMixin:
         state, processes = self.accelerator.gradient_state, self.accelerator.num_processes
         if processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
             return None
-        pairs = inputs["packed"].answers.num_pairs if "packed" in inputs else len(inputs["labels"]) // 2
+        pairs = inputs["rows"].num_pairs
         place = torch.arange(pairs, device=inputs["input_ids"].device) + self.accelerator.process_index * pairs
         return place < state.remainder
 
@@ -151,7 +156,7 @@ class PreferenceLossMixin:
         self, inner: nn.Module, inputs: dict[str, Any], out: CausalLMOutput, counted: Tensor | None
     ) -> dict[str, Part]:
         """What a batch adds to the metrics of its evaluation and to the parts of its loss."""
-        nll_count, pairs = self._counts(inputs, counted)
+        nll_count, pairs = _counts(inputs["rows"], counted)
         valid = out.valid_pairs if counted is None else out.valid_pairs & counted
         router = torch.zeros_like(out.loss) if out.aux_loss is None else out.aux_loss.to(out.loss)
         coef = router_loss_coef(unwrap(inner)) if out.aux_loss is not None else 0.0
@@ -216,21 +221,10 @@ class PreferenceLossMixin:
         """
         if not self.loss_is_scaled_for_ga or not batch_samples:
             return None
-        counts = torch.stack([self._counts(self.loss_inputs(batch)) for batch in batch_samples]).sum(0).to(device)
+        counts = torch.stack([_counts(self.loss_inputs(batch)["rows"]) for batch in batch_samples]).sum(0).to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             counts = self.accelerator.gather(counts[None]).sum(0)
         return counts
-
-    def _counts(self, inputs: dict[str, Any], counted: Tensor | None = None) -> Tensor:
-        """(2,) float64: what the two means of the loss divide by. Nothing is read on the host, but for `counted`."""
-        batch = {name: value for name, value in inputs.items() if name not in ("reference_logps", "pair_weights")}
-        ignored = {name: value for name, value in self.loss_options.items() if name == "ignore_index"}
-        rows = batch_rows(
-            **batch, **ignored, prompt_nll=self.method.prompt_nll, nll_reduction=self.method.nll_reduction
-        )
-        if counted is not None:
-            rows = rows.select(counted[rows.pair])
-        return torch.stack(denominators(rows, None, None))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """With group_by_length, by the tokens of prompt and answers."""
@@ -292,6 +286,14 @@ class PreferenceLossMixin:
             body.forward = torch.compile(body.forward, **self._compile_options)
 
 
+def _counts(rows: Rows, counted: Tensor | None = None) -> Tensor:
+    """(2,) float64: what the two means of the loss divide by, of the pairs that are `counted` (B,) bool."""
+    if counted is not None:
+        in_loss = counted[rows.pair]
+        rows = replace(rows, scored=rows.scored & in_loss, nll_weight=rows.nll_weight * in_loss)
+    return counts_of(rows)
+
+
 def _groups_by_length(args: Any) -> bool:
     """train_sampling_strategy="group_by_length", which was group_by_length=True before transformers 5."""
     return getattr(args, "train_sampling_strategy", "") == "group_by_length" or getattr(args, "group_by_length", False)
@@ -337,6 +339,7 @@ class PreferenceTrainer(PreferenceLossMixin, Trainer):
     """
 
     eval_dataset: Any
+    data_collator: Any
     _signature_columns: Any
 
     def __init__(
@@ -438,7 +441,7 @@ class PreferenceTrainer(PreferenceLossMixin, Trainer):
         return ReferencedPairs(pairs, logps)
 
     def loss_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        return dict(batch)
+        return with_rows(batch, self.method, self._ignore_index)
 
     def compute_loss(
         self,
@@ -447,8 +450,9 @@ class PreferenceTrainer(PreferenceLossMixin, Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        loss, out = self.loss_step(model, self.loss_inputs(inputs), num_items_in_batch)
-        self._recent.add(averaged_metrics(out, out.valid_pairs, self._counts(inputs)[0]))
+        inputs = self.loss_inputs(inputs)
+        loss, out = self.loss_step(model, inputs, num_items_in_batch)
+        self._recent.add(averaged_metrics(out, out.valid_pairs, _counts(inputs["rows"])[0]))
         return (loss, out) if return_outputs else loss
 
     def prediction_step(
@@ -478,9 +482,12 @@ class PreferenceTrainer(PreferenceLossMixin, Trainer):
         if self.accelerator.num_processes == 1 and self.accelerator.dispatch_batches is None:
             # Of a stream, Accelerate would cut all tensors to as many rows as the first of them has.
             self.accelerator.dataloader_config.dispatch_batches = False
-        collator = self.data_collator
+        collator = of_answers = self.data_collator
         if is_training and not self.method.is_preference and isinstance(collator, PreferenceCollator):
-            self.data_collator = replace(collator, answers="chosen")
+            of_answers = replace(collator, answers="chosen")
+        if not self.accelerator.dispatch_batches:  # which concatenates and slices what is in a batch, all of it tensors
+            of_answers = RowsCollator(of_answers, self.method, self._ignore_index)
+        self.data_collator = of_answers
         try:
             loader = super()._get_dataloader(dataset, description, *args, is_training=is_training, **options)
         finally:

@@ -1,0 +1,159 @@
+"""Which rows the loss of a batch runs over: made of its labels once, on the host, where the batch itself is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..methods import Method
+from ..objective import counts_of
+from ..rows import Rows, padded_rows, rows_from_labels
+from .packing import IGNORE_INDEX, PackedPairs
+
+_OF_THE_ROWS = ("input_ids", "attention_mask", "labels", "packed", "chosen_only")
+
+
+@dataclass(frozen=True)
+class RowsCollator:
+    """A collator of the caller's whose batches come with their rows, made in the processes of the data loader.
+
+    Attributes:
+        collator: makes batches as a `PreferenceCollator` does. Those of which no rows can be made are left as they are.
+        method, ignore_index: what `with_rows` takes.
+    """
+
+    collator: Callable[[Sequence[Any]], Any]
+    method: Method
+    ignore_index: int = IGNORE_INDEX
+
+    def __call__(self, examples: Sequence[Any]) -> Any:
+        batch = self.collator(examples)
+        is_whole = isinstance(batch, Mapping) and "input_ids" in batch and ("labels" in batch or "packed" in batch)
+        return with_rows(batch, self.method, self.ignore_index) if is_whole else batch
+
+
+def with_rows(batch: Mapping[str, Any], method: Method, ignore_index: int = IGNORE_INDEX) -> dict[str, Any]:
+    """The batch with the method's `rows` in place of its labels; as it is where it has rows.
+
+    Raises as `causal_lm_preference_loss` for what is missing, and for tensors that do not fit together.
+    """
+    if "rows" in batch:
+        return dict(batch)
+    rows = batch_rows(
+        **{name: batch[name] for name in _OF_THE_ROWS if name in batch},
+        prompt_nll=method.prompt_nll,
+        nll_reduction=method.nll_reduction,
+        ignore_index=ignore_index,
+    )
+    rest = {name: value for name, value in batch.items() if name != "labels"}
+    return rest | {"rows": _looked_at(rows) if rows.position.device.type == "cpu" else rows}
+
+
+def _looked_at(rows: Rows) -> Rows:
+    """Live rows on the host with all that a device may want to know of them."""
+    rows = rows.by_sequence()
+    unique = rows.known.unique_positions or len(rows.position.unique()) == len(rows)
+    return rows.knowing(counts=counts_of(rows), unique_positions=unique)
+
+
+def batch_rows(
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    *,
+    packed: PackedPairs | None = None,
+    rows: Rows | None = None,
+    pair_weights: Tensor | None = None,
+    prompt_nll: bool = True,
+    nll_reduction: str = "token",
+    chosen_only: bool = False,
+    ignore_index: int = IGNORE_INDEX,
+) -> Rows:
+    """What the loss of a batch runs over, on the device of its input_ids. No device is waited for.
+
+    Arguments and errors as in `causal_lm_preference_loss`; `rows` are taken as they are. Of a batch that is on a device
+    the rows may be `padded`.
+    """
+    if packed is not None:
+        _check_packed(input_ids, attention_mask, labels, packed)
+    if rows is not None:
+        _check_rows(rows, labels)
+        rows = rows.to(input_ids.device)
+        return rows if pair_weights is None else rows.weighted(pair_weights)
+    if packed is not None:
+        return packed.to(input_ids.device).rows(prompt_nll, nll_reduction).weighted(pair_weights)
+    if labels is None:
+        raise TypeError("labels are missing; a batch has labels and an attention_mask, or `packed`, or `rows`.")
+    _check_batch(input_ids, attention_mask, labels, chosen_only)
+    pairs = labels.shape[0] if chosen_only else labels.shape[0] // 2
+    scored, nll = (
+        _predictable(ids, attention_mask, ignore_index) for ids in (labels, input_ids if prompt_nll else labels)
+    )
+    if chosen_only:
+        scored = torch.cat((scored, torch.full_like(scored, ignore_index)))  # empty answers, which no position has
+    make = rows_from_labels if scored.device.type == "cpu" and not torch.compiler.is_compiling() else padded_rows
+    return make(
+        scored,
+        nll[:pairs],
+        shift=True,
+        ignore_index=ignore_index,
+        nll_reduction=nll_reduction,
+        pair_weight=pair_weights,
+    )
+
+
+def _predictable(targets: Tensor, attention_mask: Tensor | None, ignore_index: int) -> Tensor:
+    """The targets that are tokens and come after a token. (Behind padding on the left, the first token does not.)"""
+    if attention_mask is None:
+        return targets
+    is_token = attention_mask == 1
+    after_token = torch.nn.functional.pad(is_token[:, :-1], (1, 0))
+    return targets.masked_fill(~(is_token & after_token), ignore_index)
+
+
+def _check_packed(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None, packed: PackedPairs) -> None:
+    if not isinstance(packed, PackedPairs):
+        raise TypeError(f"packed must be PackedPairs, but is a {type(packed).__name__}.")
+    for name, tensor in (("attention_mask", attention_mask), ("labels", labels)):
+        if tensor is not None:
+            raise TypeError(f"{name} and packed cannot both be given: a packed batch has its own.")
+    if input_ids.shape != packed.segments.shape:
+        raise ValueError(
+            f"input_ids and packed must be of one shape (R, T), but are {tuple(input_ids.shape)} and "
+            f"{tuple(packed.segments.shape)}."
+        )
+
+
+def _check_rows(rows: Rows, labels: Tensor | None) -> None:
+    if not isinstance(rows, Rows):
+        raise TypeError(f"rows must be Rows, but is a {type(rows).__name__}.")
+    if labels is not None:
+        raise TypeError("labels and rows cannot both be given: rows are what was made of the labels; leave one out.")
+
+
+def _check_batch(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, chosen_only: bool) -> None:
+    tensors = {"input_ids": input_ids, "labels": labels}
+    if attention_mask is not None:
+        tensors["attention_mask"] = attention_mask
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, but is a {type(tensor).__name__}.")
+        if tensor.ndim != 2 or tensor.shape != input_ids.shape:
+            raise ValueError(
+                f"input_ids and {name} must be of one shape (2B, T), but are {tuple(input_ids.shape)} and "
+                f"{tuple(tensor.shape)}."
+            )
+        if tensor.device != input_ids.device:
+            raise ValueError(f"input_ids is on {input_ids.device} but {name} on {tensor.device}; move them together.")
+        if name != "attention_mask" and tensor.dtype != torch.int64:
+            raise TypeError(f"{name} must be int64, but is {tensor.dtype}.")
+    if attention_mask is not None and attention_mask.is_floating_point():
+        raise TypeError(f"attention_mask must be integer or bool, 1 on tokens, but is {attention_mask.dtype}.")
+    if input_ids.shape[0] % 2 and not chosen_only:
+        raise ValueError(
+            f"A batch is B chosen sequences, then B rejected ones, but input_ids has an odd {input_ids.shape[0]}."
+        )
