@@ -53,6 +53,7 @@ class Call:
         # Groups of pairs would accumulate the gradient of the whole weight, and other ranks have other groups.
         if options.plan.group_rows and (head.columns is not None or groups.sequence is not None):
             options = head.planned(hidden, len(rows), replace(compute, schedule="recompute"))
+        options = replace(options, unique_positions=rows.known.unique_positions)
         return cls(hidden, rows, head, compute, groups, options)
 
     def loss(

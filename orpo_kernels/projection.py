@@ -7,7 +7,7 @@ where that is not their own, and counts nothing twice.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING, ClassVar
 
@@ -29,12 +29,14 @@ class HeadOptions:
         logit_scale, logit_softcap: see `orpo_loss`.
         plan: schedule, chunk sizes and the dtype of the GEMMs.
         ops: the backend's row-wise operations.
+        unique_positions: no two rows take the same hidden state.
     """
 
     logit_scale: float
     logit_softcap: float | None
     plan: Plan
     ops: ModuleType
+    unique_positions: bool = field(default=False, kw_only=True)
 
     def projection(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor, target: Tensor
@@ -179,7 +181,7 @@ class Projection:
 
     def add_hidden_gradient_(self, grad: Tensor, u: Tensor, coefficient: Tensor) -> None:
         """`grad[position] += coefficient * u`: grad (N, H), u (R, H), coefficient (R,)."""
-        self.ops.scatter_rows_(grad, self.position, u, coefficient)
+        self.ops.scatter_rows_(grad, self.position, u, coefficient, self.options.unique_positions)
 
     def sum_and_add_hidden_gradient_(self, grad: Tensor, u: Tensor, coefficient: Tensor) -> Callable[[], None]:
         """`summed`, and `add_hidden_gradient_` of it: done once what is returned has been called."""

@@ -38,7 +38,7 @@ from trl.experimental.orpo import ORPOTrainer as TRLORPOTrainer
 
 from .methods import ORPO
 from .transformers.averages import Part
-from .transformers.batch_rows import RowsCollator, with_rows
+from .transformers.batches import RowsCollator, with_rows
 from .transformers.body import unwrap
 from .transformers.collator import IGNORE_INDEX, End, Packing, Refusal, end_turn, pair_weights
 from .transformers.lm_head import resolve_lm_head

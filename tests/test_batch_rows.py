@@ -18,8 +18,8 @@ from orpo_kernels import Rows
 from orpo_kernels.methods import DPO, ORPO, SFT
 from orpo_kernels.ops import why_not
 from orpo_kernels.transformers import PreferenceCollator, causal_lm_orpo_loss, causal_lm_preference_loss
-from orpo_kernels.transformers import batch_rows as making
-from orpo_kernels.transformers.batch_rows import RowsCollator, batch_rows, with_rows
+from orpo_kernels.transformers import batches as making
+from orpo_kernels.transformers.batches import RowsCollator, batch_rows, with_rows
 from orpo_kernels.transformers.packing import PackedPairs
 from orpo_kernels.transformers.trainer import PreferenceTrainer
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from orpo_kernels import Rows, dialects, orpo_loss_from_rows, rows_from_labels
 from orpo_kernels.objective import count_rows, denominators, segment_sum
+from orpo_kernels.ops import torch_ops
 from orpo_kernels.rows import DTYPES, Known, label_rows
 
 from .batches import IGNORE, assert_known, random_labels, random_rows
@@ -217,6 +218,22 @@ def test_counts_that_are_known_are_what_the_means_divide_by():
     rows = known_rows().knowing(counts=torch.tensor([7.0, 5.0], dtype=torch.float64))
     assert [float(count) for count in denominators(rows, None, None)] == [7.0, 5.0]
     assert [float(count) for count in denominators(rows, 4, None)] == [4.0, 5.0]
+
+
+@pytest.mark.parametrize("schedule", ["single_pass", "resident", "recompute"])
+def test_the_gradient_of_positions_that_do_not_repeat_is_not_sorted(schedule, monkeypatch):
+    said = []
+    scatter = torch_ops.scatter_rows_
+    monkeypatch.setattr(torch_ops, "scatter_rows_", lambda *args: [said.append(args[4]), scatter(*args)])
+    rows = known_rows()
+    gradients = []
+    for same in (rows, replace(rows)):
+        hidden = torch.arange(24.0).view(6, 4).sin().requires_grad_()
+        weight = torch.arange(28.0).view(7, 4).cos().requires_grad_(schedule != "single_pass")
+        orpo_loss_from_rows(hidden, weight, same, schedule=schedule, backend="torch").loss.backward()
+        gradients.append(hidden.grad)
+    assert said == [True, False]
+    assert torch.equal(*gradients)
 
 
 def test_what_cannot_be_of_the_rows_is_refused():

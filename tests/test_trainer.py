@@ -25,7 +25,7 @@ from transformers import EvalPrediction, TrainingArguments
 
 from benchmarks.workloads import have_real_data
 from orpo_kernels.transformers import PreferenceCollator, causal_lm_orpo_loss, tokenize_pairs
-from orpo_kernels.transformers.causal_lm import batch_rows
+from orpo_kernels.transformers.batches import batch_rows
 from orpo_kernels.transformers.trainer import METRICS, ORPOTrainer, preference_metrics, run_inside
 
 from . import runs

@@ -20,7 +20,7 @@ from trl.experimental.orpo import ORPOTrainer as TRLORPOTrainer
 
 from benchmarks.workloads import have_real_data, llmbar_pairs
 from orpo_kernels.transformers import tokenize_pairs
-from orpo_kernels.transformers.causal_lm import batch_rows
+from orpo_kernels.transformers.batches import batch_rows
 from orpo_kernels.trl import ORPOTrainer
 
 from .training import assert_same_logs, chat_examples, copies, grad_norms, losses, settings, tiny, tokenizer

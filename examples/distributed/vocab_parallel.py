@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orpo_kernels import orpo_loss_from_rows
 from orpo_kernels.transformers import PreferenceCollator
-from orpo_kernels.transformers.causal_lm import batch_rows
+from orpo_kernels.transformers.batches import batch_rows
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DATA = "examples/facts/facts.jsonl"

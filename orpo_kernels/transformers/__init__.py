@@ -9,6 +9,7 @@ Needs `transformers` (`pip install orpo_kernels[transformers]`); `import orpo_ke
 
 from __future__ import annotations
 
+from .batches import RowsCollator, batch_rows
 from .causal_lm import (
     CausalLMORPOOutput,
     CausalLMOutput,
@@ -30,8 +31,10 @@ __all__ = [
     "PackedPairs",
     "PreferenceCollator",
     "Refusal",
+    "RowsCollator",
     "TokenizedPair",
     "UnusablePair",
+    "batch_rows",
     "causal_lm_answers",
     "causal_lm_orpo_loss",
     "causal_lm_preference_loss",

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from .. import PreferenceOutput, Rows, preference_loss_from_rows
 from ..loss import row_logps
 from ..methods import ORPO, Answers, Method, method_named
-from .batch_rows import batch_rows
+from .batches import batch_rows
 from .body import BodyOutput, router_loss_coef, run_body, unwrap
 from .engines import is_fsdp2, through
 from .lm_head import resolve_lm_head

@@ -44,7 +44,7 @@ from ..methods import Method, all_options, method_named
 from ..objective import counts_of
 from ..sparsity import Sparsity, measured_sparsity
 from .averages import Averages, Part
-from .batch_rows import RowsCollator, with_rows
+from .batches import RowsCollator, with_rows
 from .body import router_loss_coef, unwrap, wants_router_loss
 from .causal_lm import CausalLMOutput, causal_lm_preference_loss
 from .collator import IGNORE_INDEX, PreferenceCollator, Refusal
