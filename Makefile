@@ -7,7 +7,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 NATIVE := CMakeLists.txt $(wildcard native/*.cpp native/*.h)
 
-.PHONY: help demo test test-all test-native sanitize lint format bench docs clean
+.PHONY: help demo test test-all test-native sanitize lint format bench docs gpu clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -56,6 +56,10 @@ bench: $(READY)  ## the loss beside its peers, in two minutes (`make bench BENCH
 docs: $(READY)  ## the documents as a site, in build/site
 	$(BIN)/python -m pip install --quiet mkdocs-material 'mkdocstrings[python]'
 	$(BIN)/mkdocs build --strict
+
+# With the environment where there is one, else with the machine's own torch and triton: nothing is downloaded.
+gpu:  ## on a GPU: right or not, how fast, what misses its goal, in eight minutes (`make gpu GPU=--quick`: two)
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(GPU)
 
 clean:  ## remove the environment and what the runs left
 	rm -rf $(VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

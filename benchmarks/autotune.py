@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.contest import Marks
 from benchmarks.shapes import SHAPES, ModelShape, named
 from orpo_kernels.gemm import WeightSlices
 from orpo_kernels.ops import torch_ops
@@ -98,25 +99,24 @@ def fault_of(tile: MatmulTile, dtype: torch.dtype, target: Target, device: str) 
     return None if max(errors) <= TOLERANCE[dtype] else f"wrong by {max(errors):.1e}"
 
 
-def milliseconds(call: Callable[[], object]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
+def milliseconds(call: Callable[[], object], device: torch.device) -> float:
+    marks = Marks(device)
+    marks.add()
     call()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end)
+    marks.add()
+    return 1e3 * marks.seconds()[0]
 
 
 def measure(
-    choices: list[MatmulTile], work: Work, dtype: torch.dtype, target: Target, rounds: int
+    choices: list[MatmulTile], work: Work, dtype: torch.dtype, target: Target, rounds: int, show: bool = True
 ) -> dict[MatmulTile, list[float]]:
     """Milliseconds of every round; one more round comes first, and is not counted."""
     times: dict[MatmulTile, list[float]] = {tile: [] for tile in choices}
     order = random.Random(0)
-    for _ in track(range(rounds + 1), "measuring"):
+    for _ in track(range(rounds + 1), "measuring", disable=not show):
         for tile in order.sample(choices, len(choices)):
             with using(tile, dtype, target):
-                times[tile].append(milliseconds(lambda: work.run(triton_ops)))
+                times[tile].append(milliseconds(lambda: work.run(triton_ops), work.x.device))
     return {tile: values[1:] for tile, values in times.items()}
 
 

@@ -1,4 +1,4 @@
-"""ESTIMATE of the loss's time on GPUs that nobody has measured here: FLOPs and bytes, counted from what is launched.
+"""ESTIMATE of the loss's time on GPUs, from the FLOPs and bytes of what is launched; what was measured: docs/gpu.md.
 
     python -m benchmarks.roofline                        # seven models, four schedules, five GPUs, 8192 rows, bf16
     python -m benchmarks.roofline --launches --shape Llama-3-8B     # and what each kind of launch contributes

@@ -17,6 +17,7 @@ contestant holds during its steps on the widest batch: resident set on a CPU, al
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import random
@@ -41,7 +42,6 @@ from torch import nn
 from benchmarks import machine
 from benchmarks.process import ProcessPeak
 from benchmarks.workloads import DPO_EN_DEMO, LLMBAR, have_real_data, preference_pairs
-from orpo_kernels.transformers import tokenize_pairs
 
 TRL, OURS, SHARED = "TRL ORPOTrainer", "ours", "ours, prompts shared"
 BETA, MAX_GRAD_NORM = 0.1, 1.0
@@ -191,6 +191,8 @@ class Clock:
 
 def whole(examples: list[dict[str, Any]], tokenizer: Any, max_length: int) -> list[dict[str, Any]]:
     """The pairs that nobody has to truncate, shuffled. Both trainers and the collator make the same ids of them."""
+    from orpo_kernels.transformers import tokenize_pairs
+
     examples = [{field: example[field] for field in ("prompt", "chosen", "rejected")} for example in examples]
     pairs, refused = tokenize_pairs(examples, tokenizer, end="trl")
     unusable = {refusal.index for refusal in refused}
@@ -202,7 +204,51 @@ def whole(examples: list[dict[str, Any]], tokenizer: Any, max_length: int) -> li
 
 
 def _trainers(model: Any, tokenizer: Any, examples: list, case: Case, dtype: str) -> dict[str, Any]:
-    """TRL's trainer and ours around one model, as their `train` would prepare it."""
+    """TRL's trainer and ours around one model, as their `train` would prepare it; ours alone where TRL is missing."""
+    if importlib.util.find_spec("trl") is None:
+        trainers = _without_trl(model, tokenizer, examples, case, dtype)
+    else:
+        trainers = _with_trl(model, tokenizer, examples, case, dtype)
+    for trainer in trainers.values():
+        trainer.accelerator.prepare_model(model)
+        trainer.current_gradient_accumulation_steps = 1
+    return trainers
+
+
+def _arguments(case: Case, dtype: str) -> dict[str, Any]:
+    return {
+        "output_dir": tempfile.mkdtemp(prefix="training_step-"),
+        "per_device_train_batch_size": case.pairs,
+        "bf16": dtype == "bfloat16",
+        "gradient_checkpointing": False,
+        "use_cpu": not torch.cuda.is_available(),
+        "report_to": "none",
+        "remove_unused_columns": False,
+    }
+
+
+def _without_trl(model: Any, tokenizer: Any, examples: list, case: Case, dtype: str) -> dict[str, Any]:
+    """Ours as a `transformers.Trainer`."""
+    from transformers import TrainingArguments
+
+    from orpo_kernels.transformers import PreferenceCollator
+    from orpo_kernels.transformers.trainer import ORPOTrainer
+
+    config = TrainingArguments(**_arguments(case, dtype))
+    packings: dict[str, Any] = {OURS: "padded", SHARED: "shared"}
+    return {
+        name: ORPOTrainer(
+            model,
+            config,
+            data_collator=PreferenceCollator(tokenizer, max_length=case.max_length, packing=packing),
+            train_dataset=examples,
+            beta=BETA,
+        )
+        for name, packing in packings.items()
+    }
+
+
+def _with_trl(model: Any, tokenizer: Any, examples: list, case: Case, dtype: str) -> dict[str, Any]:
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     from datasets import Dataset, disable_progress_bars
     from trl.experimental.orpo import ORPOTrainer as TRLORPOTrainer
@@ -210,17 +256,7 @@ def _trainers(model: Any, tokenizer: Any, examples: list, case: Case, dtype: str
     from orpo_kernels.trl import ORPOConfig, ORPOTrainer
 
     disable_progress_bars()
-    config = ORPOConfig(
-        output_dir=tempfile.mkdtemp(prefix="training_step-"),
-        per_device_train_batch_size=case.pairs,
-        max_length=case.max_length,
-        beta=BETA,
-        bf16=dtype == "bfloat16",
-        gradient_checkpointing=False,
-        use_cpu=not torch.cuda.is_available(),
-        report_to="none",
-        remove_unused_columns=False,
-    )
+    config = ORPOConfig(**_arguments(case, dtype), max_length=case.max_length, beta=BETA)
     trainers = {}
     contestants: dict[str, tuple[Any, dict[str, Any]]] = {
         TRL: (TRLORPOTrainer, {}),
@@ -229,15 +265,14 @@ def _trainers(model: Any, tokenizer: Any, examples: list, case: Case, dtype: str
     }
     for name, (trainer_class, packing) in contestants.items():
         data = Dataset.from_list(examples)
-        trainer = trainer_class(model=model, args=config, train_dataset=data, processing_class=tokenizer, **packing)
-        trainer.accelerator.prepare_model(model)
-        trainer.current_gradient_accumulation_steps = 1
-        trainers[name] = trainer
+        trainers[name] = trainer_class(
+            model=model, args=config, train_dataset=data, processing_class=tokenizer, **packing
+        )
     return trainers
 
 
 def _width(batch: dict[str, Any]) -> int:
-    return max(batch[f"{side}_input_ids"].shape[1] for side in ("chosen", "rejected"))
+    return max(ids.shape[1] for name, ids in batch.items() if name.endswith("input_ids"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -265,10 +300,13 @@ def measure(bench: Bench, dtype: str, rounds: int, progress: Progress) -> Result
 
 
 def check_losses(losses: dict[str, float], tolerance: float) -> None:
-    """All losses of a batch are TRL's, or what is timed is not the same work."""
+    """All losses of a batch are TRL's (without it, our padded batch's), or what is timed is not the same work."""
+    first = TRL if TRL in losses else OURS
     for name, loss in losses.items():
-        if not abs(loss - losses[TRL]) <= tolerance * abs(losses[TRL]):
-            raise RuntimeError(f"The loss of {name} is {loss}, that of {TRL} {losses[TRL]}: not within {tolerance:.0e}")
+        if not abs(loss - losses[first]) <= tolerance * abs(losses[first]):
+            raise RuntimeError(
+                f"The loss of {name} is {loss}, that of {first} {losses[first]}: not within {tolerance:.0e}"
+            )
 
 
 def peak_of_a_process(name: str, case: str, dtype: str, threads: int) -> int:

@@ -1,0 +1,1 @@
+"""What one GPU shows in minutes: `python -m benchmarks.gpu`, or `make gpu`. A module for each part of it."""

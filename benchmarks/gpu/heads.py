@@ -1,0 +1,65 @@
+"""The contest of heads (`benchmarks.contest`) at the shapes of models: time and memory of ours and of the peers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from benchmarks import contest, peers, suite, workloads
+from benchmarks.exact import Exact, exact
+from benchmarks.gpu.cases import Case, Settings, Skip
+from benchmarks.shapes import ModelShape
+from benchmarks.workloads import Workload
+
+SHARES = {"100%": 1.0, "40%": 0.4}
+PEERS = ("plain", "TRL-composed", "Liger", "CCE")
+RECOMPUTE = "ours, recompute"
+OURS: contest.Variants = {"ours": {}, RECOMPUTE: {"schedule": "recompute"}}
+
+
+def cases(settings: Settings) -> Iterator[Case]:
+    """All rows first, then two fifths of them."""
+    for share in SHARES:
+        for shape in settings.models:
+            for head in contest.HEADS:
+                key = f"heads/{shape.name}/{share}/{head}"
+                yield Case(key, functools.partial(measure, shape, share, head, settings))
+
+
+def measure(shape: ModelShape, share: str, head: str, settings: Settings) -> dict[str, Any]:
+    """Everybody on one head in bf16, as `suite.record_of` keeps it; a peer that is not installed is named in it."""
+    try:
+        work, truth = inputs(shape, share, settings.device, settings.pairs, settings.length)
+        ours = list(OURS) if head == "trained" else ["ours"]
+        names = [contest.FLOOR, *ours, *(name for name in PEERS if serves(name, shape))]
+        found = contest.measure(work, truth, head, names, settings.rounds, lambda: None, OURS)
+    except torch.OutOfMemoryError as error:
+        raise Skip("out of memory: the inputs do not fit") from error
+    return suite.record_of(work, head, found)
+
+
+def serves(name: str, shape: ModelShape) -> bool:
+    """Whether a peer computes this head at all; one that is not installed stays, and is named."""
+    peer = peers.PEERS[name]
+    return (peer.softcap or shape.logit_softcap is None) and (peer.bias or not shape.bias)
+
+
+@functools.lru_cache(maxsize=1)
+def inputs(shape: ModelShape, share: str, device: str, pairs: int, length: int) -> tuple[Workload, Exact]:
+    """A batch in bf16, and float64's loss of it."""
+    work = workloads.synthetic(
+        pairs,
+        length,
+        shape.hidden_size,
+        shape.vocab_size,
+        SHARES[share],
+        bias=shape.bias,
+        logit_softcap=shape.logit_softcap,
+        device=device,
+    )
+    work = replace(work, name=f"{shape.name}, {share} of the rows").cast(torch.bfloat16)
+    return work, exact(work)
