@@ -85,8 +85,8 @@ def _project_log_odds(rows: int, hidden_size: int, columns: int, itemsize: int) 
 
 
 def _residual(rows: int, columns: int, itemsize: int) -> tuple[int, int]:
-    """Kernel 2: one read and one write. It reads a row twice, but the second time from the L2 cache: the rows of all
-    running programs fit it (132 rows of 128256 bf16 logits are 33 MB)."""
+    """Kernel 2: one read and one write. It reads a long row twice; what the L2 cache does not keep of it until then is
+    not in here."""
     return 0, 2 * itemsize * rows * columns + 16 * rows
 
 

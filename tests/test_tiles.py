@@ -85,6 +85,13 @@ def test_rows_of_any_length_have_a_tile(name, vocab_size):
     assert tile.columns <= 64 * threads
 
 
+@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize(("vocab_size", "columns"), [(1, 1), (1000, 1024), (4097, 4096), (256000, 4096)])
+def test_a_pass_has_a_tile_that_fits_the_registers(name, vocab_size, columns):
+    tile = tiles.pass_tile(vocab_size, target_of(name))
+    assert (tile.columns, tile.warps) == (columns, 8)
+
+
 @pytest.mark.parametrize("rows", [1, 128, 129, 4096, 131072])
 @pytest.mark.parametrize("vocab_size", [1, 255, 256, 257, 49152, 128256, 256000])
 def test_splits_cover_the_vocabulary_and_none_is_empty(rows, vocab_size):

@@ -43,6 +43,7 @@ def cases(settings: Settings) -> Iterator[Case]:
     for shape in settings.models[:2]:
         for name in PRODUCTS:
             yield Case(f"kernels/{name}/{shape.name}", partial(product, name, shape, settings))
+        yield Case(f"kernels/project_log_odds, persistent sketch/{shape.name}", partial(sketch, shape, settings))
 
 
 def row_wise(name: str, vocabulary: int, settings: Settings) -> dict[str, Any]:
@@ -83,10 +84,9 @@ def _arguments(name: str, source: Tensor) -> tuple[Any, ...]:
 
 def product(name: str, shape: ModelShape, settings: Settings) -> dict[str, Any]:
     """Seconds of the kernel, of the library's product of the same sizes, and their ratio."""
-    kernel, device, rows = _operation(name, settings), settings.device, 2 * settings.pairs * settings.length
-    x = torch.randn(rows, shape.hidden_size, device=device).bfloat16()
-    w = (torch.randn(shape.vocab_size, shape.hidden_size, device=device) / shape.hidden_size**0.5).bfloat16()
-    target = torch.randint(shape.vocab_size, (rows,), device=device)
+    kernel = _operation(name, settings)
+    x, w, target = _head(shape, settings)
+    rows = len(x)
     call: Callable[[], Any]
     if name == "project_log_odds":
         weight = WeightSlices(w, w.dtype, len(w))
@@ -98,6 +98,36 @@ def product(name: str, shape: ModelShape, settings: Settings) -> dict[str, Any]:
         call = partial(kernel, x, w, None, target, target.double(), 1.0, shape.logit_softcap, out)
     found = _timed({"ours": call, "GEMM": partial(torch.mm, x, w.t(), out=out)}, settings)
     return {**found, "flops": 2 * rows * w.numel(), "ratio": found["ours"] / found["GEMM"]}
+
+
+def sketch(shape: ModelShape, settings: Settings) -> dict[str, Any]:
+    """The same of `project_log_odds` in its sketched form, in turns with the kernel as it is."""
+    device = torch.device(settings.device)
+    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability()[0] < 9:
+        raise Skip("the sketch needs a tensor memory accelerator, as NVIDIA's GPUs have it from Hopper on")
+    from benchmarks.gpu import persistent
+    from orpo_kernels.ops.triton import tiles
+    from orpo_kernels.ops.triton.launch import current_target
+
+    x, w, target = _head(shape, settings)
+    gpu, kernel, out = current_target(), _operation("project_log_odds", settings), x.new_empty(len(x), len(w))
+    tile = tiles.matmul_tile(x.dtype, gpu)
+    weight = WeightSlices(w, w.dtype, len(w))
+    calls = {
+        "ours": partial(persistent.log_odds, x, w, target, tile, gpu.processors),
+        "kernel": partial(kernel, x, weight, None, target, 1.0, None, out),
+    }
+    error = (calls["ours"]()[1] - calls["kernel"]()[1]).abs().max().item()
+    found = _timed({**calls, "GEMM": partial(torch.mm, x, w.t(), out=out)}, settings)
+    return {**found, "flops": 2 * len(x) * w.numel(), "ratio": found["ours"] / found["GEMM"], "error": error}
+
+
+def _head(shape: ModelShape, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, weight and targets."""
+    rows, device = 2 * settings.pairs * settings.length, settings.device
+    x = torch.randn(rows, shape.hidden_size, device=device).bfloat16()
+    w = (torch.randn(shape.vocab_size, shape.hidden_size, device=device) / shape.hidden_size**0.5).bfloat16()
+    return x, w, torch.randint(shape.vocab_size, (rows,), device=device)
 
 
 def _operation(name: str, settings: Settings) -> Callable[..., Any]:

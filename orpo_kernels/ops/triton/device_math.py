@@ -32,6 +32,20 @@ def transform(z, scale, softcap):
 
 
 @triton.jit
+def online(top, total, z):
+    """A log-sum-exp of one more logit in every lane: the largest so far, and the sum of exponentials below it."""
+    new_top = tl.maximum(top, z)
+    return new_top, total * tl.exp(top - new_top) + tl.exp(z - new_top)
+
+
+@triton.jit
+def joined(top, total):
+    """The lanes' largest logits and sums as one of each."""
+    of_all = tl.max(top, 0)
+    return of_all, tl.sum(total * tl.exp(top - of_all), 0)
+
+
+@triton.jit
 def log1p(x):
     """log(1 + x) for x >= 0, without the rounding of 1 + x (Higham, Accuracy and Stability, problem 1.5)."""
     u = 1.0 + x

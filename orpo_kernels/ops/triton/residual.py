@@ -1,12 +1,13 @@
 """Kernel 2: a chunk of logits becomes its softmax residual, in place.
 
 One program a row. The first pass over the row takes the largest and the sum of the *other* tokens' logits (online
-softmax, Milakov and Gimelshein, arXiv 1805.02867), the second writes
+softmax, Milakov and Gimelshein, arXiv 1805.02867): every lane its own, joined once at the end of the row, so that no
+tile waits for a reduction over the program. The second writes
 
     residual_j = exp(z_j - lse_others) * slope_j,   residual_y = -slope_y,   slope the soft-cap's derivative
 
-Device memory sees one read and one write of the chunk: the second pass finds the row in the L2 cache, which holds the
-rows of all running programs (132 rows of 128256 bf16 logits are 33 MB), and a row of one tile stays in registers.
+A row of one tile stays in registers: one read and one write. Of a longer one the second pass finds in the L2 cache what
+the other running programs have left there of it.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device_math import LOWEST, transform
+from .device_math import LOWEST, joined, online, transform
 from .launch import current_target, launch
-from .tiles import row_tile
+from .tiles import pass_tile, row_tile
 
 
 @triton.jit(do_not_specialize_on_alignment=["TARGET", "LOG_ODDS"])
@@ -53,18 +54,16 @@ def residual_kernel(
             residual *= 1.0 - t * t
         tl.store(row + o_v, residual.to(LOGITS.dtype.element_ty), mask=o_v < V)
     else:
-        top = tl.full((), LOWEST, tl.float32)
-        total = tl.zeros((), tl.float32)
-        for start in range(0, V, BLOCK_V):
+        tops = tl.full((BLOCK_V,), LOWEST, tl.float32)
+        totals = tl.zeros((BLOCK_V,), tl.float32)
+        for start in tl.range(0, V, BLOCK_V, num_stages=1):
             i_v = start + o_v
             z = tl.load(row + i_v, mask=i_v < V, other=0.0, eviction_policy="evict_last").to(tl.float32)
             z, t = transform(z, scale, softcap)
-            others = tl.where((i_v == target) | (i_v >= V), LOWEST, z)
-            new_top = tl.maximum(top, tl.max(others, 0))
-            total = total * tl.exp(top - new_top) + tl.sum(tl.exp(others - new_top), 0)
-            top = new_top
+            tops, totals = online(tops, totals, tl.where((i_v == target) | (i_v >= V), LOWEST, z))
+        top, total = joined(tops, totals)
         share = 1.0 / total
-        for start in range(0, V, BLOCK_V):
+        for start in tl.range(0, V, BLOCK_V, num_stages=1):
             i_v = start + o_v
             z = tl.load(row + i_v, mask=i_v < V, other=0.0, eviction_policy="evict_first").to(tl.float32)
             z, t = transform(z, scale, softcap)
@@ -82,7 +81,10 @@ def residual_(logits: Tensor, target: Tensor, logit_scale: float, logit_softcap:
     """See `torch_ops.residual_`. The rows of `logits` may lie apart, its columns not."""
     rows, vocab_size = logits.shape
     log_odds = logits.new_empty(rows, dtype=torch.float64)
-    tile = row_tile(vocab_size, logits.dtype, current_target())
+    gpu = current_target()
+    tile = row_tile(vocab_size, logits.dtype, gpu)
+    is_one = vocab_size <= tile.columns
+    tile = tile if is_one else pass_tile(vocab_size, gpu)
     launch(
         residual_kernel,
         (rows,),
@@ -93,7 +95,7 @@ def residual_(logits: Tensor, target: Tensor, logit_scale: float, logit_softcap:
         logits.stride(0),
         logit_scale,
         logit_softcap,
-        ONE_TILE=vocab_size <= tile.columns,
+        ONE_TILE=is_one,
         BLOCK_V=tile.columns,
         num_warps=tile.warps,
     )

@@ -1,6 +1,7 @@
 """The statistics of a chunk of logits that exist, which are only read: the share of a rank in a sharded vocabulary.
 
-One program a row: the online softmax of the *other* tokens (Milakov and Gimelshein, arXiv 1805.02867), in one pass.
+One program a row: the online softmax of the *other* tokens (Milakov and Gimelshein, arXiv 1805.02867), in one pass,
+every lane its own and joined once at the end.
 """
 
 from __future__ import annotations
@@ -10,11 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device_math import LOWEST, transform
+from .device_math import LOWEST, joined, online, transform
 from .launch import current_target, launch
-from .tiles import row_tile
-
-LARGEST_TILE = 16384  # columns: the row is read once and need not stay; 32768 with a soft-cap spill on AMD's gfx9
+from .tiles import pass_tile
 
 
 @triton.jit(do_not_specialize_on_alignment=["TARGET", "LOG_ODDS", "LSE_OTHERS"])
@@ -36,15 +35,13 @@ def statistics_kernel(
     row = LOGITS + i_row * stride_logits
     target = tl.load(TARGET + i_row)
     z_target, _ = transform(tl.load(row + target).to(tl.float32), scale, softcap)
-    top = tl.full((), LOWEST, tl.float32)
-    total = tl.zeros((), tl.float32)
-    for start in range(0, V, BLOCK_V):
+    tops = tl.full((BLOCK_V,), LOWEST, tl.float32)
+    totals = tl.zeros((BLOCK_V,), tl.float32)
+    for start in tl.range(0, V, BLOCK_V, num_stages=1):
         i_v = start + tl.arange(0, BLOCK_V)
         z, _t = transform(tl.load(row + i_v, mask=i_v < V, other=0.0).to(tl.float32), scale, softcap)
-        others = tl.where((i_v == target) | (i_v >= V), LOWEST, z)
-        new_top = tl.maximum(top, tl.max(others, 0))
-        total = total * tl.exp(top - new_top) + tl.sum(tl.exp(others - new_top), 0)
-        top = new_top
+        tops, totals = online(tops, totals, tl.where((i_v == target) | (i_v >= V), LOWEST, z))
+    top, total = joined(tops, totals)
     lse_others = top.to(tl.float64) + tl.log(total.to(tl.float64))
     tl.store(LOG_ODDS + i_row, z_target.to(tl.float64) - lse_others)
     tl.store(LSE_OTHERS + i_row, lse_others)
@@ -57,7 +54,7 @@ def statistics(
     rows, vocab_size = logits.shape
     log_odds = logits.new_empty(rows, dtype=torch.float64)
     lse_others = torch.empty_like(log_odds)
-    tile = row_tile(vocab_size, logits.dtype, current_target())
+    tile = pass_tile(vocab_size, current_target())
     launch(
         statistics_kernel,
         (rows,),
@@ -69,7 +66,7 @@ def statistics(
         logits.stride(0),
         logit_scale,
         logit_softcap,
-        BLOCK_V=min(tile.columns, LARGEST_TILE),
+        BLOCK_V=tile.columns,
         num_warps=tile.warps,
     )
     return log_odds, lse_others
