@@ -89,7 +89,7 @@ def test_rows_of_any_length_have_a_tile(name, vocab_size):
 @pytest.mark.parametrize(("vocab_size", "columns"), [(1, 1), (1000, 1024), (4097, 4096), (256000, 4096)])
 def test_a_pass_has_a_tile_that_fits_the_registers(name, vocab_size, columns):
     tile = tiles.pass_tile(vocab_size, target_of(name))
-    assert (tile.columns, tile.warps) == (columns, 8)
+    assert (tile.columns, tile.warps) == (min(columns, tiles.PASS_COLUMNS.get(name, 4096)), 8)
 
 
 @pytest.mark.parametrize("rows", [1, 128, 129, 4096, 131072])
