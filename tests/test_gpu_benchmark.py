@@ -188,6 +188,15 @@ def test_a_few_tiles_are_tried_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None
     assert own not in found
 
 
+def test_tiles_of_a_file_would_be_in_the_place_of_those_that_are_tried(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ORPO_KERNELS_TILES", "tiles.json")
+    results = Results(tmp_path, {})
+    run.run(SMALL, results, 60, [run.Part("tiles", 1, tiles.cases)])
+    assert results.cases["tiles"]["skipped"].startswith("ORPO_KERNELS_TILES is set")
+
+
 def test_a_part_that_cannot_be_listed_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def without_a_driver() -> None:
         raise RuntimeError("0 active drivers")

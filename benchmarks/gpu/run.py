@@ -67,7 +67,7 @@ def _cases(part: Part, settings: Settings) -> Iterable[Case]:
     try:
         return list(part.cases(settings))
     except Exception as error:
-        skipped = {"skipped": reason(error)}
+        skipped = {"skipped": why(error)}
         return [Case(part.name, lambda: skipped)]
 
 
@@ -75,7 +75,9 @@ def record_of(case: Case) -> dict[str, Any]:
     """What it measured, or why there is nothing: whatever goes wrong, the others are still to be measured."""
     try:
         return case.run()
-    except Skip as skip:
-        return {"skipped": str(skip)}
     except Exception as error:
-        return {"skipped": reason(error)}
+        return {"skipped": why(error)}
+
+
+def why(error: Exception) -> str:
+    return str(error) if isinstance(error, Skip) else reason(error)
