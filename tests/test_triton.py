@@ -269,10 +269,10 @@ def test_scatter_to_positions_that_do_not_repeat(dtype, rows):
     hidden, values = (torch.randn(n, 19, generator=generator).to(DEVICE, dtype) for n in (9, rows))
     position = torch.randperm(9, generator=generator)[:rows].to(DEVICE)
     coefficient = torch.randn(rows, generator=generator).to(DEVICE)
-    for ops in (triton_ops, torch_ops):
+    for backend_ops in (triton_ops, torch_ops):
         sums = hidden.clone(), hidden.clone()
         for out, unique in zip(sums, (False, True), strict=True):
-            ops.scatter_rows_(out, position, values, coefficient, unique)
+            backend_ops.scatter_rows_(out, position, values, coefficient, unique)
         assert torch.equal(*sums)
 
 
