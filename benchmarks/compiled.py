@@ -107,11 +107,12 @@ def run_shard(shape: ModelShape, dtype: torch.dtype, num_rows: int = 4096, ranks
 
 
 def run_labels(num_pairs: int = 4, length: int = 1024) -> None:
-    """What makes rows of labels, counts them and checks them, on a GPU: to be called as `run_loss`."""
+    """What makes rows of labels, counts, checks and sums them, on a GPU: to be called as `run_loss`."""
     labels, nll_labels = (torch.empty(count, length, dtype=torch.int64) for count in (2 * num_pairs, num_pairs))
     filled_rows(labels, None, False, -100, False)
-    (position, target, sequence, scored, nll_weight), _ = filled_rows(labels, nll_labels, True, -100, True)
+    (position, target, sequence, scored, nll_weight), offsets = filled_rows(labels, nll_labels, True, -100, True)
     rows = Rows(position, target, sequence, scored, nll_weight, num_pairs)
+    triton_ops.sequence_sums(rows.nll_weight, rows.knowing(offsets=offsets))
     triton_ops.count_rows(rows)
     triton_ops.are_within(rows.position, labels.numel(), rows.target, 32000)
 

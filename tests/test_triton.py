@@ -269,10 +269,10 @@ def test_scatter_to_positions_that_do_not_repeat(dtype, rows):
     hidden, values = (torch.randn(n, 19, generator=generator).to(DEVICE, dtype) for n in (9, rows))
     position = torch.randperm(9, generator=generator)[:rows].to(DEVICE)
     coefficient = torch.randn(rows, generator=generator).to(DEVICE)
-    for backend_ops in (triton_ops, torch_ops):
+    for backend in (triton_ops, torch_ops):
         sums = hidden.clone(), hidden.clone()
         for out, unique in zip(sums, (False, True), strict=True):
-            backend_ops.scatter_rows_(out, position, values, coefficient, unique)
+            backend.scatter_rows_(out, position, values, coefficient, unique)
         assert torch.equal(*sums)
 
 
@@ -312,7 +312,10 @@ def test_rows_of_labels(case, shift, per_sequence):
     nll_labels = None if nll_labels is None else nll_labels.to(DEVICE)
     arguments = labels.to(DEVICE), nll_labels, shift, ignore_index, per_sequence
     rows = triton_ops.label_rows(*arguments)
-    assert_same_rows(rows, torch_ops.label_rows(*arguments))
+    mirror = torch_ops.label_rows(*arguments)
+    assert_same_rows(rows, mirror)
+    assert torch.equal(rows.known.offsets, mirror.known.offsets)
+    assert rows.known.unique_positions == mirror.known.unique_positions
     torch.testing.assert_close(triton_ops.count_rows(rows), torch_ops.count_rows(rows), rtol=1e-14, atol=0)
 
 

@@ -73,16 +73,17 @@ def batch_rows(
     chosen_only: bool = False,
     ignore_index: int = IGNORE_INDEX,
 ) -> Rows:
-    """What the loss of a batch runs over, on the device of its input_ids. No device is waited for.
+    """What the loss of a batch runs over, on the device of its input_ids, as in `causal_lm_preference_loss`.
 
-    Arguments and errors as in `causal_lm_preference_loss`; `rows` are taken as they are. Of a batch that is on a device
-    the rows may be `padded`.
+    `rows` and `packed` are taken as they are. Of labels on a GPU the host reads how many rows they make: before the
+    body, and not behind all that the body does.
     """
     if packed is not None:
         _check_packed(input_ids, attention_mask, labels, packed)
     if rows is not None:
         _check_rows(rows, labels)
         rows = rows.to(input_ids.device)
+        rows = rows if torch.compiler.is_compiling() else rows.live()
         return rows if pair_weights is None else rows.weighted(pair_weights)
     if packed is not None:
         return packed.to(input_ids.device).rows(prompt_nll, nll_reduction).weighted(pair_weights)
@@ -95,7 +96,7 @@ def batch_rows(
     )
     if chosen_only:
         scored = torch.cat((scored, torch.full_like(scored, ignore_index)))  # empty answers, which no position has
-    make = rows_from_labels if scored.device.type == "cpu" and not torch.compiler.is_compiling() else padded_rows
+    make = padded_rows if torch.compiler.is_compiling() else rows_from_labels
     return make(
         scored,
         nll[:pairs],

@@ -158,7 +158,7 @@ def causal_lm_preference_loss(
         raise ValueError(
             f"The batch has chosen answers alone (chosen_only), and the method {method.name} compares two."
         )
-    rows = _live_rows(
+    rows = batch_rows(
         input_ids,
         attention_mask,
         labels,
@@ -200,7 +200,7 @@ def causal_lm_answers(
     of the pairs, which a batch may hold, change nothing here.
     """
     _check_options(options)
-    rows = _live_rows(
+    rows = batch_rows(
         input_ids, attention_mask, labels, packed=packed, rows=rows, prompt_nll=False, ignore_index=ignore_index
     )
 
@@ -273,12 +273,6 @@ def _with_router_loss(
         return out.loss, (out, None)
     weight = router_loss_coef(inner) if coef is None else coef
     return out.loss + weight * aux_loss.to(out.loss.device), (out, aux_loss.detach())
-
-
-def _live_rows(*batch: Any, **options: Any) -> Rows:
-    """`batch_rows` that count for something: how many they are is read now, before the body keeps a device busy."""
-    rows = batch_rows(*batch, **options)
-    return rows if torch.compiler.is_compiling() else rows.live()
 
 
 def _check_options(options: dict[str, Any]) -> None:
