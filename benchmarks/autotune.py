@@ -30,7 +30,7 @@ from rich.table import Table
 
 from benchmarks.contest import Marks
 from benchmarks.shapes import SHAPES, ModelShape, named
-from orpo_kernels.gemm import WeightSlices
+from orpo_kernels.engine.gemm import WeightSlices
 from orpo_kernels.ops import torch_ops
 from orpo_kernels.ops import triton as triton_ops
 from orpo_kernels.ops.triton import tiles

@@ -237,7 +237,7 @@ def active_columns(share: float) -> Iterator[list[int]]:
 
     Gives the reads of all chunks so far: of how many blocks each was.
     """
-    from orpo_kernels.schedules import sparse
+    from orpo_kernels.engine.schedules import sparse
 
     reads: list[int] = []
 
@@ -257,7 +257,7 @@ def gemms_in(native: bool | None) -> Iterator[None]:
 
     A processor without bf16 units makes our loss multiply in fp32, a slice at a time; peers leave that to the library.
     """
-    from orpo_kernels import work
+    from orpo_kernels.engine import work
 
     def gemm_dtype(dtype: torch.dtype, device: torch.device, backend: str = "torch") -> torch.dtype:
         return dtype if native else torch.promote_types(dtype, torch.float32)

@@ -41,10 +41,10 @@ from torch.utils._pytree import tree_iter
 from benchmarks import memory, shapes
 from benchmarks.shapes import SHAPES, ModelShape
 from orpo_kernels import orpo_loss_from_rows
-from orpo_kernels.gpus import GPU, GPUS
+from orpo_kernels.app.gpus import GPU, GPUS
+from orpo_kernels.engine.schedules import recompute, resident, single_pass, sparse
+from orpo_kernels.engine.work import COLUMNS_PER_SPLIT
 from orpo_kernels.ops import torch_ops
-from orpo_kernels.schedules import recompute, resident, single_pass, sparse
-from orpo_kernels.work import COLUMNS_PER_SPLIT
 
 SCHEDULES = {"evaluation": 1, "single_pass": 2, "resident": 3, "recompute": 3}  # and the GEMMs under each
 SPARSE = {"sparse, frozen": 2, "sparse, trained": 3}  # `sparse_eps`, and the GEMMs of the exact gradients
@@ -284,9 +284,9 @@ def _as_on(gpu: GPU) -> Iterator[Recorder]:
     with ExitStack() as stack:
         for module in (single_pass, resident, recompute, sparse):
             stack.enter_context(mock.patch.object(module, "matmul_into", recorder.matmul_into))
-        stack.enter_context(mock.patch("orpo_kernels.head.select", return_value=recorder.ops))
-        stack.enter_context(mock.patch("orpo_kernels.planning.resolve", return_value="triton"))
-        stack.enter_context(mock.patch("orpo_kernels.planning.default_budget", return_value=gpu.memory // 16))
+        stack.enter_context(mock.patch("orpo_kernels.engine.head.select", return_value=recorder.ops))
+        stack.enter_context(mock.patch("orpo_kernels.engine.planning.resolve", return_value="triton"))
+        stack.enter_context(mock.patch("orpo_kernels.engine.planning.default_budget", return_value=gpu.memory // 16))
         yield recorder
 
 

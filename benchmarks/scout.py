@@ -30,9 +30,9 @@ from torch import Tensor
 from benchmarks import peers, sparse
 from benchmarks.report import Sheet
 from benchmarks.workloads import Workload
-from orpo_kernels.gemm import even_chunks
+from orpo_kernels.engine.gemm import even_chunks
+from orpo_kernels.engine.schedules.sparse import LEAST_WEIGHT
 from orpo_kernels.ops import native
-from orpo_kernels.schedules.sparse import LEAST_WEIGHT
 
 BLOCK_ROWS = 512
 Scout = Callable[[Tensor, Tensor], Tensor]  # logits (R, V) in bf16 of hidden states (R, H) and weight (V, H)

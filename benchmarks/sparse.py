@@ -39,7 +39,7 @@ from benchmarks import report as reports
 from benchmarks.exact import BETA, exact
 from benchmarks.workloads import Workload
 from orpo_kernels import Limits, measured_sparsity
-from orpo_kernels.schedules import sparse
+from orpo_kernels.engine.schedules import sparse
 
 EPS = (10, 12, 14, 16)  # as powers of 1/2
 LIMITS = Limits.of(on_cpu=True)

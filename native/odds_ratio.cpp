@@ -1,5 +1,5 @@
 // Sequences to the loss of their pairs, and the gradient of every row, in float64: the formulas of
-// `orpo_kernels/objective.py`. One walk over the pairs, one over the rows: one thread, one instruction set.
+// `orpo_kernels/engine/objective.py`. One walk over the pairs, one over the rows: one thread, one instruction set.
 
 #include "odds_ratio.h"
 

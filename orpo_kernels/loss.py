@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .call import Call
-from .checks import check_options, check_same_device, check_targets
-from .head import Compute, Head
+from .engine.call import Call
+from .engine.checks import check_options, check_same_device, check_targets
+from .engine.head import Compute, Head
+from .engine.work import Limits, accumulation_dtype
 from .methods import ORPO, Method
 from .output import PreferenceOutput
 from .parallel import NO_GROUPS, Groups
 from .rows import Rows, check_reduction, padded_rows, rows_from_labels
-from .work import Limits, accumulation_dtype
 
 
 def orpo_loss(

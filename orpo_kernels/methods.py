@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .objective import LARGEST_LOGP, Denominators, PairLoss, odds_ratio_loss, reciprocal, segment_sum
+from .engine.objective import LARGEST_LOGP, Denominators, PairLoss, odds_ratio_loss, reciprocal, segment_sum
 from .parallel import Group, summed
 from .rows import Rows
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from orpo_kernels import ORPOOutput, Rows
-from orpo_kernels.objective import count_rows
+from orpo_kernels.engine.objective import count_rows
 from orpo_kernels.rows import DTYPES
 
 IGNORE = -100

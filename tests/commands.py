@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from orpo_kernels.cli import main
+from orpo_kernels.app.cli import main
 
 from .training import ANSWERS, tiny, tokenizer
 

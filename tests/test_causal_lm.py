@@ -15,7 +15,8 @@ pytest.importorskip("transformers")
 
 import transformers
 
-from orpo_kernels import autograd, reference
+from orpo_kernels import reference
+from orpo_kernels.engine import autograd
 from orpo_kernels.methods import METHODS
 from orpo_kernels.transformers import (
     causal_lm_answers,

@@ -30,11 +30,11 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from benchmarks.workloads import DPO_EN_DEMO, LLMBAR, data_folder
 from examples.smollm2 import cache_folder, is_available, load_smollm2
-from orpo_kernels.cli import main
-from orpo_kernels.finetuning.folder import COMPLETE, JsonLines, RunFolder, mark_complete, whole_folder, write_whole
-from orpo_kernels.finetuning.progress import Recorder
-from orpo_kernels.finetuning.scoring import METRICS, Scores, intervals
-from orpo_kernels.finetuning.search import side_by_side, winner
+from orpo_kernels.app.cli import main
+from orpo_kernels.app.finetuning.folder import COMPLETE, JsonLines, RunFolder, mark_complete, whole_folder, write_whole
+from orpo_kernels.app.finetuning.progress import Recorder
+from orpo_kernels.app.finetuning.scoring import METRICS, Scores, intervals
+from orpo_kernels.app.finetuning.search import side_by_side, winner
 from orpo_kernels.transformers import PreferenceCollator
 
 from .training import chat_examples, tiny, tokenizer

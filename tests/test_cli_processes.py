@@ -20,7 +20,7 @@ pytest.importorskip("psutil")
 
 import psutil
 
-from orpo_kernels.finetuning.folder import COMPLETE
+from orpo_kernels.app.finetuning.folder import COMPLETE
 
 from .test_cli import assert_same_run, records
 from .training import chat_examples, tiny, tokenizer

@@ -21,7 +21,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from benchmarks.workloads import data_folder
 from examples.smollm2 import is_available, load_smollm2
-from orpo_kernels.data import load_preferences
+from orpo_kernels.app.data import load_preferences
 from orpo_kernels.transformers import PreferenceCollator, UnusablePair, tokenize_pair, tokenize_pairs
 
 CHATML = (
@@ -365,7 +365,7 @@ def test_unusable_pairs_are_named(example, reason):
     assert refused[0].reason in str(raised.value)
 
 
-OTHER_LAYOUTS = "`orpo_kernels.data.load_preferences` reads"
+OTHER_LAYOUTS = "`orpo_kernels.app.data.load_preferences` reads"
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,10 @@ pytest.importorskip("accelerate")
 pytest.importorskip("typer")
 pytest.importorskip("matplotlib")
 
-from orpo_kernels.cli import main
-from orpo_kernels.finetuning import comparison
-from orpo_kernels.finetuning.fit import fit
-from orpo_kernels.finetuning.settings import TrainSettings, train_arguments
+from orpo_kernels.app.cli import main
+from orpo_kernels.app.finetuning import comparison
+from orpo_kernels.app.finetuning.fit import fit
+from orpo_kernels.app.finetuning.settings import TrainSettings, train_arguments
 from orpo_kernels.transformers import causal_lm_answers
 
 from .training import chat_examples, tiny, tokenizer

@@ -68,7 +68,7 @@ def gaps_of(backend: str) -> list[float]:
 
 
 def gemms_in(monkeypatch: pytest.MonkeyPatch, choose: Callable[[torch.dtype], torch.dtype]) -> None:
-    monkeypatch.setattr("orpo_kernels.work.gemm_dtype", lambda dtype, device, backend: choose(dtype))
+    monkeypatch.setattr("orpo_kernels.engine.work.gemm_dtype", lambda dtype, device, backend: choose(dtype))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from orpo_kernels.data import Preferences, load_preferences
-from orpo_kernels.errors import UserError
+from orpo_kernels.app.data import Preferences, load_preferences
+from orpo_kernels.app.errors import UserError
 
 # --- what a pair looks like, and what becomes of it ----------------------------------------------------------------
 

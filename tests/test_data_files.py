@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orpo_kernels.data import load_preferences
-from orpo_kernels.errors import UserError
+from orpo_kernels.app.data import load_preferences
+from orpo_kernels.app.errors import UserError
 
 PAIRS = [{"prompt": f"Frage {i}: wie spät?", "chosen": f"gut, {i}; ja 今", "rejected": 'nein\n"x"'} for i in range(3)]
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orpo_kernels.data import Preferences, load_preferences
-from orpo_kernels.errors import UserError
-from orpo_kernels.messages import strings
+from orpo_kernels.app.data import Preferences, load_preferences
+from orpo_kernels.app.errors import UserError
+from orpo_kernels.text.messages import strings
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}

@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from orpo_kernels.errors import Diverged, UserError
-from orpo_kernels.finetuning.pretrained import (
+from orpo_kernels.app.errors import Diverged, UserError
+from orpo_kernels.app.finetuning.pretrained import (
     companions,
     load_model,
     load_tokenizer,
@@ -301,7 +301,7 @@ def test_what_the_last_step_made_useless_is_not_saved(model, data, tmp_path, mon
         torch.nn.init.constant_(lm.lm_head.weight, torch.nan)
         return not_finite(lm)
 
-    monkeypatch.setattr("orpo_kernels.finetuning.fit.not_finite", spoil)
+    monkeypatch.setattr("orpo_kernels.app.finetuning.fit.not_finite", spoil)
     status, said, _ = command("train", model, data, *STEPS, "--output", tmp_path / "run")
     assert status == 2
     assert said["error"] == "The weight lm_head.weight is not finite behind step 2: give a smaller --lr."

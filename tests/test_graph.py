@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from orpo_kernels import Limits, ORPOOutput, orpo_loss, orpo_loss_from_rows, token_logps
-from orpo_kernels.graph import orpo_loss_op
+from orpo_kernels.engine.graph import orpo_loss_op
 
 from .batches import IGNORE, random_rows, relative_error
 

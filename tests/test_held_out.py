@@ -15,13 +15,13 @@ pytest.importorskip("matplotlib")
 
 from rich.console import Console
 
-from orpo_kernels.cli import main
-from orpo_kernels.data import split_pairs
-from orpo_kernels.finetuning import comparison, search
-from orpo_kernels.finetuning import fit as fitting
-from orpo_kernels.finetuning.folder import MARK
-from orpo_kernels.finetuning.manifest import sealed
-from orpo_kernels.finetuning.scoring import METRICS
+from orpo_kernels.app.cli import main
+from orpo_kernels.app.data import split_pairs
+from orpo_kernels.app.finetuning import comparison, search
+from orpo_kernels.app.finetuning import fit as fitting
+from orpo_kernels.app.finetuning.folder import MARK
+from orpo_kernels.app.finetuning.manifest import sealed
+from orpo_kernels.app.finetuning.scoring import METRICS
 
 from .commands import Run, pair, run_in, save_tiny, write_rows
 from .training import tokenizer

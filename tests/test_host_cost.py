@@ -88,7 +88,7 @@ def operations_of_a_gpu(monkeypatch) -> Operations:
     monkeypatch.setattr(InterpretedFunction, "run", launched)
     monkeypatch.setattr("orpo_kernels.ops.CPUS", ())
     monkeypatch.setattr("orpo_kernels.ops.GPUS", ("cpu",))
-    monkeypatch.setattr("orpo_kernels.checks.HOSTS", ())
+    monkeypatch.setattr("orpo_kernels.engine.checks.HOSTS", ())
     return operations
 
 

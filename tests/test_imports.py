@@ -30,7 +30,7 @@ def test_help_does_not_import_torch():
     pytest.importorskip("typer")
     code = f"""
 import sys
-from orpo_kernels.cli import main
+from orpo_kernels.app.cli import main
 for command in {COMMANDS}:
     assert main([*command.split(), "--help"]) == 0
     assert "torch" not in sys.modules, command
@@ -43,7 +43,7 @@ def test_completion_does_not_import_torch():
     pytest.importorskip("typer")
     code = """
 import sys
-from orpo_kernels.cli import main
+from orpo_kernels.app.cli import main
 main()
 assert "torch" not in sys.modules
 """

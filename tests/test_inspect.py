@@ -17,7 +17,7 @@ pytest.importorskip("matplotlib")
 
 from rich.console import Console
 
-from orpo_kernels.cli import main
+from orpo_kernels.app.cli import main
 from orpo_kernels.transformers import PreferenceCollator, tokenize_pair
 from orpo_kernels.transformers.showing import STYLES, tokens_of
 

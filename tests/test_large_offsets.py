@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 if not is_interpreted():
     pytest.skip("Triton compiles its kernels here", allow_module_level=True)
 
-from orpo_kernels.gemm import WeightSlices
+from orpo_kernels.engine.gemm import WeightSlices
 from orpo_kernels.ops import torch_ops
 from orpo_kernels.ops import triton as triton_ops
 

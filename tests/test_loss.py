@@ -86,7 +86,7 @@ def test_matches_definition(dtype, gemms, batch, schedule, small_chunks, backend
     batch = batch.to(dtype)
     gemm_dtype = gemms_in(gemms, dtype, backend)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("orpo_kernels.work.gemm_dtype", lambda dtype, device, backend: gemm_dtype)
+        patch.setattr("orpo_kernels.engine.work.gemm_dtype", lambda dtype, device, backend: gemm_dtype)
         ours = batch.run(orpo_loss, schedule=schedule, limits=small_chunks)
     assert_as_good_as_plain(batch, ours, dtype, gemm_dtype)
 
@@ -106,7 +106,7 @@ def gemms_in(gemms: str, dtype: torch.dtype, backend: str) -> torch.dtype:
 def test_error_is_at_most_twice_plains(schedule, dtype, gemms, monkeypatch, backend):
     """The same without any slack, on many answers: of a few, plain's errors may cancel."""
     gemm_dtype = gemms_in(gemms, dtype, backend)
-    monkeypatch.setattr("orpo_kernels.work.gemm_dtype", lambda dtype, device, backend: gemm_dtype)
+    monkeypatch.setattr("orpo_kernels.engine.work.gemm_dtype", lambda dtype, device, backend: gemm_dtype)
     batch = a_batch(dtype, pairs=16, length=3, size=48, vocab=307, **PLAIN_OPTIONS)
     batch = replace(batch, train_weight=schedule != "single_pass")
     (out, grads), (plain_out, plain_grads) = batch.run(orpo_loss, schedule=schedule), batch.run(plain_loss)
@@ -326,7 +326,9 @@ def test_autocast_takes_a_head_of_another_dtype(backend):
 @pytest.mark.parametrize("schedule", ["resident", "recompute"])
 def test_fp16_does_not_underflow(schedule, emulated, monkeypatch, backend):
     """Coefficients of 1e-6 and less, as of a million-token batch, under a GradScaler."""
-    monkeypatch.setattr("orpo_kernels.work.gemm_dtype", lambda d, device, backend: torch.float32 if emulated else d)
+    monkeypatch.setattr(
+        "orpo_kernels.engine.work.gemm_dtype", lambda d, device, backend: torch.float32 if emulated else d
+    )
     batch = replace(a_batch(torch.float16), bias=torch.randn(61).half())
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
     leaves = [t.clone().requires_grad_() for t in (batch.hidden, batch.weight, batch.bias)]

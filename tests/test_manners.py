@@ -25,13 +25,13 @@ pytest.importorskip("accelerate")
 pytest.importorskip("typer")
 pytest.importorskip("matplotlib")
 
-from orpo_kernels.cli import endings, main
-from orpo_kernels.cli.console import Console, table
-from orpo_kernels.errors import UserError
-from orpo_kernels.finetuning import comparison, rating, search
-from orpo_kernels.finetuning.fit import fit
-from orpo_kernels.finetuning.records import to_json
-from orpo_kernels.finetuning.settings import CompareSettings, SweepSettings, TrainSettings, resuming_command
+from orpo_kernels.app.cli import endings, main
+from orpo_kernels.app.cli.console import Console, table
+from orpo_kernels.app.errors import UserError
+from orpo_kernels.app.finetuning import comparison, rating, search
+from orpo_kernels.app.finetuning.fit import fit
+from orpo_kernels.app.finetuning.records import to_json
+from orpo_kernels.app.finetuning.settings import CompareSettings, SweepSettings, TrainSettings, resuming_command
 
 from .commands import Run, pair, run_in, save_tiny, write_rows
 
@@ -400,7 +400,7 @@ except KeyboardInterrupt:
 def test_a_comparison_that_is_terminated_leaves_no_orphan(tmp_path):
     script = f"""
 import sys
-from orpo_kernels.finetuning import comparison
+from orpo_kernels.app.finetuning import comparison
 child = "import os, pathlib, time; pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); time.sleep(600)"
 comparison._run_child([sys.executable, "-c", "import sys; " + child, {str(tmp_path / "pid")!r}])
 """

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orpo_kernels.messages import (
+from orpo_kernels.text.messages import (
     BadMessages,
     carries_text,
     is_message,

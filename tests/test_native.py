@@ -22,8 +22,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from orpo_kernels import backends, ops, orpo_loss
-from orpo_kernels.gemm import WeightSlices
-from orpo_kernels.objective import sequence_sums
+from orpo_kernels.engine.gemm import WeightSlices
+from orpo_kernels.engine.objective import sequence_sums
 from orpo_kernels.ops import resolve, torch_ops, why_not
 
 from .batches import random_rows, relative_error

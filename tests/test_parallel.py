@@ -614,9 +614,9 @@ def test_exchanges_overlap_with_gemms(ranks, schedule, order):
 
 
 def order_of_events(batch: Batch) -> str:
-    from orpo_kernels import gemm
+    from orpo_kernels.engine import gemm
+    from orpo_kernels.engine.schedules import resident, single_pass
     from orpo_kernels.parallel import sharded
-    from orpo_kernels.schedules import resident, single_pass
 
     events: list[str] = []
 

@@ -11,8 +11,8 @@ import pytest
 pytest.importorskip("typer")
 pytest.importorskip("transformers")
 
-from orpo_kernels import costs
-from orpo_kernels.cli import main
+from orpo_kernels.app import costs
+from orpo_kernels.app.cli import main
 
 from .training import tiny
 

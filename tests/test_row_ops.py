@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orpo_kernels.objective import Denominators, count_rows, odds_ratio, sequence_sums
+from orpo_kernels.engine.objective import Denominators, count_rows, odds_ratio, sequence_sums
 from orpo_kernels.ops import torch_ops, why_not
 from orpo_kernels.rows import label_rows
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orpo_kernels import Rows, dialects, orpo_loss_from_rows, rows_from_labels
-from orpo_kernels.objective import count_rows, denominators, segment_sum
+from orpo_kernels.engine.objective import count_rows, denominators, segment_sum
 from orpo_kernels.ops import torch_ops
 from orpo_kernels.rows import DTYPES, Known, label_rows
 

@@ -22,12 +22,12 @@ pytest.importorskip("matplotlib")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orpo_kernels.cli import main
-from orpo_kernels.errors import UserError
-from orpo_kernels.finetuning import fit, plots
-from orpo_kernels.finetuning.folder import COMPLETE, MARK, RunFolder, claim, mark_complete, whole_folder
-from orpo_kernels.finetuning.manifest import differing, manifest, sealed, unsealed
-from orpo_kernels.finetuning.progress import Recorder
+from orpo_kernels.app.cli import main
+from orpo_kernels.app.errors import UserError
+from orpo_kernels.app.finetuning import fit, plots
+from orpo_kernels.app.finetuning.folder import COMPLETE, MARK, RunFolder, claim, mark_complete, whole_folder
+from orpo_kernels.app.finetuning.manifest import differing, manifest, sealed, unsealed
+from orpo_kernels.app.finetuning.progress import Recorder
 
 from .test_cli import records, without_times
 from .training import chat_examples, tiny, tokenizer
@@ -445,7 +445,7 @@ def test_a_full_disk_is_a_sentence_and_nothing_is_lost(where, inputs, runs, tmp_
         if where == "a checkpoint":
             patch.setattr(torch, "save", full_as_torch_says)
         elif where == "the metrics":
-            patch.setattr("orpo_kernels.finetuning.folder.JsonLines.append", full)
+            patch.setattr("orpo_kernels.app.finetuning.folder.JsonLines.append", full)
         else:
             patch.setattr(fit, "save_as_it_came", full)
         status, said, _ = resumed(inputs, folder)

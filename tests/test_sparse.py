@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from orpo_kernels import Limits, ORPOLoss, measured_sparsity, orpo_loss, orpo_loss_from_rows, plan, token_logps
-from orpo_kernels.gemm import matmul_long
+from orpo_kernels.engine.gemm import matmul_long
 from orpo_kernels.ops import why_not
 
 from .batches import batches, relative_error

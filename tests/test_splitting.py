@@ -10,7 +10,7 @@ from typing import Any
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from orpo_kernels.data import prompt_key, split_pairs
+from orpo_kernels.app.data import prompt_key, split_pairs
 
 
 def pairs_of(prompts: list[int]) -> list[dict[str, Any]]:
@@ -75,7 +75,7 @@ def test_a_key_is_the_prompts_alone_and_the_same_in_every_process():
     pair = {"prompt": "Wie spät?", "chosen": "a", "rejected": "b"}
     chat = {"prompt": [{"content": "Wie spät?", "role": "user"}], "chosen": [], "rejected": [], "weight": 0.5}
     assert prompt_key(pair) == prompt_key(chat) != prompt_key({**chat, "tools": [{"name": "x"}]})
-    code = f"from orpo_kernels.data import prompt_key; print(prompt_key({pair!r}))"
+    code = f"from orpo_kernels.app.data import prompt_key; print(prompt_key({pair!r}))"
     said = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONHASHSEED": "7"},

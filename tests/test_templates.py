@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("transformers")
 
-from orpo_kernels.messages import carries_text
+from orpo_kernels.text.messages import carries_text
 from orpo_kernels.transformers import PreferenceCollator, UnusablePair, tokenize_pair, tokenize_pairs
 
 from .test_collator import CHATML, byte_level

@@ -379,7 +379,7 @@ def test_a_run_in_groups_goes_on_where_it_was(tmp_path):
 
 def test_the_flag_of_the_command(tmp_path, monkeypatch):
     pytest.importorskip("rich")
-    from orpo_kernels.cli import main
+    from orpo_kernels.app.cli import main
 
     tiny(initializer_range=0.02).save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")

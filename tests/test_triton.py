@@ -20,9 +20,10 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from orpo_kernels import checks, ops, orpo_loss_from_rows, reference
-from orpo_kernels.gemm import WeightSlices
-from orpo_kernels.objective import Denominators, odds_ratio_loss
+from orpo_kernels import ops, orpo_loss_from_rows, reference
+from orpo_kernels.engine import checks
+from orpo_kernels.engine.gemm import WeightSlices
+from orpo_kernels.engine.objective import Denominators, odds_ratio_loss
 from orpo_kernels.ops import torch_ops
 from orpo_kernels.ops import triton as triton_ops
 

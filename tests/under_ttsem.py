@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from ttsem import harness, mlir, sanitize
 
-from orpo_kernels import objective
-from orpo_kernels.gemm import WeightSlices
+from orpo_kernels.engine import objective
+from orpo_kernels.engine.gemm import WeightSlices
 from orpo_kernels.ops import torch_ops
 from orpo_kernels.ops import triton as triton_ops
 from orpo_kernels.ops.triton.launch import INTERPRETER, Target

@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.gpu.cases import Case, Settings, Skip, alternate, device_seconds
 from benchmarks.roofline import SIZES, Launch
 from benchmarks.shapes import ModelShape
-from orpo_kernels.gemm import WeightSlices
+from orpo_kernels.engine.gemm import WeightSlices
 from orpo_kernels.ops import select
 
 ROW_WISE = (

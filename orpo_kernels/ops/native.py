@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.dlpack import to_dlpack
 
 from .. import _native
-from ..gemm import WeightSlices, project, project_slice
-from ..objective import Denominators, PairLoss, SequenceSums
+from ..engine.gemm import WeightSlices, project, project_slice
+from ..engine.objective import Denominators, PairLoss, SequenceSums
 from ..rows import DTYPES, Rows
 
 

@@ -20,9 +20,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..gemm import WeightSlices, even_chunks, project, project_slice
-from ..objective import count_rows as count_rows
-from ..objective import odds_ratio, sequence_sums
+from ..engine.gemm import WeightSlices, even_chunks, project, project_slice
+from ..engine.objective import count_rows as count_rows
+from ..engine.objective import odds_ratio, sequence_sums
 from ..rows import label_rows as label_rows
 
 ROWS_AT_A_TIME = 512  # of temporaries H wide

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..gemm import WeightSlices, project
-from ..projection import HeadOptions, Projection
+from ..engine.gemm import WeightSlices, project
+from ..engine.projection import HeadOptions, Projection
 from .groups import Pending, VocabShard
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..engine.objective import counts_of
 from ..methods import Method
-from ..objective import counts_of
 from ..rows import Rows, padded_rows, rows_from_labels
 from .packing import IGNORE_INDEX, PackedPairs
 

@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from ..chats import chat_or_text
-from ..data.columns import ALIASES
-from ..messages import (
+from ..text.chats import chat_or_text
+from ..text.columns import ALIASES
+from ..text.messages import (
     MEDIA,
     REASONING,
     BadMessages,
@@ -49,7 +49,7 @@ REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")  # TRL's names for a pair
 KNOWN = {"prompt", *SIDES, TOOLS, TEMPLATE_OPTIONS, WEIGHT, *REFERENCE}
 # Other names of these, as files of data have them.
 _SAMPLE_WEIGHT, _THINKING = "sample_weight", "enable_thinking"
-_OTHER_LAYOUTS = "; `orpo_kernels.data.load_preferences` reads files in other layouts"
+_OTHER_LAYOUTS = "; `orpo_kernels.app.data.load_preferences` reads files in other layouts"
 _OTHER_NAMES = {alias for name in ("prompt", *SIDES) for alias in ALIASES[name] if alias != name}
 _OURS = {"conversation", "messages", "tools", "tokenize", "add_generation_prompt", "continue_final_message"}
 _THOUGHTS = re.compile(r"<think>.*?</think>|^.*?</think>", re.DOTALL)

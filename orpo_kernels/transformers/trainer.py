@@ -40,8 +40,8 @@ from transformers import EvalPrediction, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from .. import PreferenceOutput, Rows
+from ..engine.objective import counts_of
 from ..methods import Method, all_options, method_named
-from ..objective import counts_of
 from ..sparsity import Sparsity, measured_sparsity
 from .averages import Averages, Part
 from .batches import RowsCollator, with_rows

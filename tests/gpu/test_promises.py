@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from orpo_kernels import Limits, Rows, measured_sparsity, orpo_loss, orpo_loss_from_rows
+from orpo_kernels.engine.schedules import sparse
 from orpo_kernels.ops import why_not
-from orpo_kernels.schedules import sparse
 
 from ..batches import random_rows, relative_error
 from .inputs import DTYPES, SCHEDULES, SPARSE, all_of_a_call, packed

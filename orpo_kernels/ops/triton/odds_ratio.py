@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...objective import Denominators, PairLoss, SequenceSums
+from ...engine.objective import Denominators, PairLoss, SequenceSums
 from ...rows import Rows
 from .device_math import logsigmoid, one_minus_exp
 from .launch import launch

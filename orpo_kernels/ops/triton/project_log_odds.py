@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...gemm import WeightSlices
+from ...engine.gemm import WeightSlices
 from .device_math import LOWEST, transform
 from .launch import current_target, launch
 from .tile_matmul import logits_tile, row_block_and_column_block

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...objective import SequenceSums
+from ...engine.objective import SequenceSums
 from ...rows import Rows
 from .device_math import logsigmoid
 from .launch import launch

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...work import COLUMNS_PER_SPLIT
+from ...engine.work import COLUMNS_PER_SPLIT
 from .launch import Target
 
 TILES_FILE = "ORPO_KERNELS_TILES"  # the environment variable

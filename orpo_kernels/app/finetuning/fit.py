@@ -18,14 +18,14 @@ from rich.console import Console
 from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback, is_tensorboard_available
 
+from ...methods import method_named
+from ...transformers import PreferenceCollator, TokenizedPair
+from ...transformers.body import unwrap
+from ...transformers.lm_head import resolve_lm_head
+from ...transformers.probe import verify_lm_head
+from ...transformers.trainer import PreferenceTrainer
 from ..data import Problem
 from ..errors import Diverged, UserError
-from ..methods import method_named
-from ..transformers import PreferenceCollator, TokenizedPair
-from ..transformers.body import unwrap
-from ..transformers.lm_head import resolve_lm_head
-from ..transformers.probe import verify_lm_head
-from ..transformers.trainer import PreferenceTrainer
 from . import plots
 from .folder import (
     RunFolder,

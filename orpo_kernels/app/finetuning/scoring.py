@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...transformers import PreferenceCollator, TokenizedPair, causal_lm_orpo_loss, refuses_shared_prompt
+from ...transformers.packing import IGNORE_INDEX
 from ..errors import Diverged
-from ..transformers import PreferenceCollator, TokenizedPair, causal_lm_orpo_loss, refuses_shared_prompt
-from ..transformers.packing import IGNORE_INDEX
 
 RESAMPLES = 2000
 COVERED = 0.95

@@ -33,8 +33,8 @@ from typing import Any
 
 import yaml
 
+from ...methods import METHODS
 from ..errors import UserError
-from ..methods import METHODS
 from .manifest import differing, manifest, sealed, unsealed
 from .processes import processes
 

@@ -11,7 +11,7 @@
 |              | `messages` with `rejected_response` or `rejected_messages`            |                          |
 | transcript   | chosen, rejected: "Human: ..." and "Assistant: ..." in turns          | Anthropic HH             |
 
-A message is `{"role": ..., "content": ...}` or ShareGPT's `{"from": ..., "value": ...}` (`orpo_kernels.messages`). The
+A message is `{"role": ..., "content": ...}` or ShareGPT's `{"from": ..., "value": ...}` (`text/messages.py`). The
 prompt of conversations and transcripts is what both sides have in common, up to a question.
 
 An answer may have several messages (the assistant's, a tool's, the assistant's again), so **a list of messages is one
@@ -31,9 +31,9 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, Literal
 
-from ..chats import PlainText, parsed
-from ..messages import BadMessages, filled, kind, normalised, role_of, says_something, strings, without_marks
-from .columns import OPTIONAL, BadRow, Columns, Fields
+from ...text.chats import PlainText, parsed
+from ...text.columns import OPTIONAL, BadRow, Columns, Fields
+from ...text.messages import BadMessages, filled, kind, normalised, role_of, says_something, strings, without_marks
 
 Layout = Literal["text", "chat", "conversation", "transcript"]
 Messages = list[dict[str, Any]]

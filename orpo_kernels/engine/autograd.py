@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..methods import Method
+from ..parallel import Group
+from ..rows import Rows
 from .gemm import even_chunks
-from .methods import Method
 from .objective import Denominators, PairLoss
-from .parallel import Group
 from .projection import HeadOptions
-from .rows import Rows
 from .schedules import TABLE, Gradients
 from .work import FACTOR_SLICE, accumulation_dtype
 

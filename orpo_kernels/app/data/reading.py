@@ -16,9 +16,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ...text.columns import without_nulls
+from ...text.messages import is_message
 from ..errors import UserError
-from ..messages import is_message
-from .columns import without_nulls
 from .opening import COMPRESSIONS, explained, first_line, format_of, is_compressed, library, opened
 
 FORMATS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv")

@@ -7,16 +7,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..methods import Method
+from ..output import PreferenceOutput
+from ..parallel import Groups
+from ..rows import Rows, averaged_over_sequences
 from .autograd import GroupedLoss, Objective, PairLossFunction
 from .checks import check_denominators, check_options, check_pair_weight
 from .graph import loss_in_a_graph
 from .head import Compute, Head
-from .methods import Method
 from .objective import denominators
-from .output import PreferenceOutput
-from .parallel import Groups
 from .projection import HeadOptions
-from .rows import Rows, averaged_over_sequences
 from .work import accumulation_dtype
 
 

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..chats import chat_or_text, is_damaged
-from ..messages import CONVERSATION, MEDIA, BadMessages, carries_text, filled, texts_of
+from .chats import chat_or_text, is_damaged
+from .messages import CONVERSATION, MEDIA, BadMessages, carries_text, filled, texts_of
 
 Columns = Mapping[str, str]  # field -> the column that has it
 

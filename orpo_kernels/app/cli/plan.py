@@ -151,7 +151,7 @@ def _table(settings: PlanSettings, case: Case, gpu: GPU, everyone: list[Cost], l
 
 
 def _sentences(model: Model, gpu: GPU, state: int, left: int, ours: list[Cost]) -> list[str]:
-    from ..work import format_bytes
+    from ...engine.work import format_bytes
 
     said = []
     if model.parameters:
@@ -185,7 +185,7 @@ def _model(text: str) -> Model:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from ..transformers.lm_head import logit_transform
+    from ...transformers.lm_head import logit_transform
 
     try:
         config = AutoConfig.from_pretrained(text)

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..ops import select
+from ..parallel import NO_GROUPS, Groups, VocabShard, local_head
+from ..parallel.sharded import ShardedOptions
 from .autograd import TokenLogOdds
 from .checks import check_head, check_options, check_rows, check_same_device
-from .ops import select
-from .parallel import NO_GROUPS, Groups, VocabShard, local_head
-from .parallel.sharded import ShardedOptions
 from .planning import plan
 from .projection import HeadOptions
 from .work import Limits

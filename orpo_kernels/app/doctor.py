@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
-from .loss import orpo_loss
+from .. import reference
+from ..loss import orpo_loss
+from ..ops import BACKENDS, GPUS, is_interpreted, resolve, why_not
 from .machine import describe
-from .ops import BACKENDS, GPUS, is_interpreted, resolve, why_not
 
 PAIRS, LENGTH, HIDDEN_SIZE, VOCAB_SIZE = 2, 24, 64, 1000  # of the self-test
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

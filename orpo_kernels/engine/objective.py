@@ -31,9 +31,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ops import host_ops
-from .parallel import NO_GROUPS, Group, Groups, summed
-from .rows import Rows
+from ..ops import host_ops
+from ..parallel import NO_GROUPS, Group, Groups, summed
+from ..rows import Rows
 
 LARGEST_LOGP = -torch.finfo(torch.float64).tiny  # stands in for a log-probability that rounds to 0, where zeta is inf
 

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.progress import track
 
+from ...transformers import TokenizedPair, UnusablePair, tokenize_pair
 from ..data import Preferences, load_preferences, split_pairs
 from ..errors import UserError
-from ..transformers import TokenizedPair, UnusablePair, tokenize_pair
 from .held_out import Record, held_out_prompts, keys, record_of
 from .pretrained import rows_and_positions
 from .settings import DataSettings, TrainSettings, held_out_number

@@ -18,9 +18,9 @@ import torch
 import transformers
 from rich.console import Console
 
+from ...methods import METHODS
+from ...transformers import TokenizedPair
 from ..errors import UserError
-from ..methods import METHODS
-from ..transformers import TokenizedPair
 from . import plots
 from .fit import check_is_ours
 from .folder import RunFolder, check_claim, claim, write_whole

@@ -1,6 +1,6 @@
 """Which schedule, in chunks of what size: decided from shapes, what requires grad, and a memory budget.
 
-One GEMM here is 2 * R * V * H FLOP over the R rows that matter. The schedules (`orpo_kernels.schedules`):
+One GEMM here is 2 * R * V * H FLOP over the R rows that matter. The schedules (`orpo_kernels.engine.schedules`):
 
     evaluation    1 GEMM   nothing requires grad
     single_pass   2 GEMMs  weight and bias frozen: residual @ weight in the forward pass, nothing V-wide is kept
@@ -18,8 +18,8 @@ from types import ModuleType
 
 import torch
 
+from ..ops import resolve
 from . import schedules
-from .ops import resolve
 from .work import STARVED_ROWS, Chunks, Limits, Work, default_budget, format_bytes
 
 SCHEDULES = ("auto", "single_pass", "resident", "recompute")

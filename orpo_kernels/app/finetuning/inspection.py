@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from ...transformers import TokenizedPair, UnusablePair, tokenize_pair
+from ...transformers.packing import IGNORE_INDEX
 from ..data import Preferences
 from ..errors import UserError
-from ..transformers import TokenizedPair, UnusablePair, tokenize_pair
-from ..transformers.packing import IGNORE_INDEX
 from . import plots
 from .folder import claim, write_whole
 from .pretrained import load_tokenizer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .ops import host_ops, is_readable
+from ..ops import host_ops, is_readable
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 HOSTS = ("cpu",)  # where to look at numbers is not to wait for them

@@ -35,9 +35,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...sparsity import record_block
 from ..gemm import COLUMN_MULTIPLE, WeightSlices, even_chunks, matmul_into, matmul_long
 from ..projection import Projection
-from ..sparsity import record_block
 from ..work import Chunks, Memory, Work
 from .gradients import Gradients
 from .resident import bias_gradient

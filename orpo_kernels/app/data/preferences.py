@@ -7,9 +7,9 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
+from ...text.columns import ALIASES, BadRow, UnreadColumns
+from ...text.messages import BadMessages
 from ..errors import UserError
-from ..messages import BadMessages
-from .columns import ALIASES, BadRow, UnreadColumns
 from .layouts import Layout, read_row
 from .reading import Row, Unreadable, read_rows
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .planning import Plan, planned
-from .schedules import TABLE, resident
-from .work import Work
+from ..engine.planning import Plan, planned
+from ..engine.schedules import TABLE, resident
+from ..engine.work import Work
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from array import array
 from collections.abc import Sequence
 from typing import Any
 
+from ...transformers import TokenizedPair
 from ..errors import UserError
-from ..transformers import TokenizedPair
 from .folder import RunFolder, noted
 from .held_out import NAME, Record, record_of
 from .pretrained import model_manifest

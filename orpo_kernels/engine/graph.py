@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..methods import METHODS, Method
+from ..rows import Rows
 from .autograd import Objective, gradient_dtype, loss_and_gradients
 from .checks import check_pair_weight
 from .head import Compute, Head, operand_dtype
-from .methods import METHODS, Method
 from .objective import as_scalar, denominators
-from .rows import Rows
 from .work import Limits, accumulation_dtype
 
 METRICS = 7  # loss and metrics; the gradients of hidden, weight and bias follow

@@ -34,7 +34,7 @@ def inspect(settings: InspectSettings, output: Output) -> None:
 def _pairs(found: Inspection, whole: bool) -> list[Any]:
     from rich.rule import Rule
 
-    from ..transformers.showing import legend, shown
+    from ...transformers.showing import legend, shown
 
     parts: list[Any] = []
     for index in found.shown:
