@@ -8,7 +8,6 @@ The README has a pair of comments around every block that is written here; what 
 
 from __future__ import annotations
 
-import math
 import re
 import shlex
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import plots, report, suite
+from benchmarks.contest import ALL_ROWS
 from benchmarks.results import PROJECT
 
 Cases = dict[str, dict[str, Any]]
@@ -144,71 +144,38 @@ def summary(cases: Cases) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _time(cases: Cases) -> str:
-    """Everybody on the real batch: both heads in each dtype."""
+def _summary(cases: Cases) -> str:
+    """Times over ours on the real batch, and TRL's step over ours."""
     records = plots.contests(cases, "llmbar")
-    parts = []
-    for dtype in dict.fromkeys(record["dtype"] for record in records.values()):
-        by_head = {r["head"]: report.measurements(r) for r in records.values() if r["dtype"] == dtype}
-        names = [name for name in next(iter(by_head.values())) if not all(m[name].failure for m in by_head.values())]
-        last = list(by_head.values())[-1]
-        rows = []
-        for name in sorted(names, key=lambda name: last[name].median if last[name].forward else math.inf):
-            row = [name]
-            for found in by_head.values():
-                m = found[name]
-                ratio = report.ratios(m, found["ours"])[1] if m.forward else None
-                row += ["-", "-"] if ratio is None else [report.seconds(m.median), f"{ratio:.2f}"]
-            errors = last[name].gradient_errors
-            rows.append([*row, *(f"{errors[leaf]:.0e}" if leaf in errors else "" for leaf in ("hidden", "weight"))])
-        columns = [dtype]
-        for head in by_head:
-            columns += [f"{head}, s", "/ ours"]
-        parts.append(report.Sheet("", [*columns, "error of dh", "of dW"], rows).markdown(title=False))
-    work = next(iter(records.values()))["work"] if records else ""
-    first = f"{work}. Medians; the error is that of the gradients against float64."
-    return "\n\n".join([first, *parts, _verdicts(records)])
+    found = {key: report.measurements(record) for key, record in records.items()}
+    heads = [f"{r['dtype'].replace('float', 'fp').replace('bfp', 'bf')}, {r['head']}" for r in records.values()]
+    rows = []
+    for name in dict.fromkeys(name for measured in found.values() for name in measured):
+        pairs = [(measured[name], measured["ours"]) for measured in found.values() if name in measured]
+        is_timed = len(pairs) == len(found) and all(m.forward and not m.failure for m, _ in pairs)
+        if is_timed and name != ALL_ROWS:
+            rows.append([name, *(f"{report.ratios(m, ours)[1]:.2f}" for m, ours in pairs)])
+    rows.sort(key=lambda row: float(row[-1]))
+    parts = [report.Sheet("", ["over ours", *heads], rows).markdown(title=False)]
+    steps = [record for key, record in cases.items() if key.startswith("step/")]
+    if told := _steps(steps):
+        parts.append(f"A whole training step by TRL's trainer over ours, prompts shared: {told}.")
+    return "\n\n".join(parts)
 
 
-def _verdicts(records: Cases) -> str:
-    return "\n".join(f"- {r['dtype']}, head {r['head']}: {'; '.join(report.verdict(r))}" for r in records.values())
-
-
-def _memory(cases: Cases) -> str:
-    return report.memory_sheet("memory/shapes", cases["memory/shapes"]).markdown(title=False)
-
-
-def _step(cases: Cases) -> str:
-    return "\n\n".join(report.step_sheet(r).markdown() for key, r in cases.items() if key.startswith("step/"))
-
-
-def _confidence(cases: Cases) -> str:
-    return "\n\n".join(report.confidence_sheet(r).markdown() for k, r in cases.items() if k.startswith("confidence/"))
-
-
-def _estimate(cases: Cases) -> str:
-    """One GPU, two models."""
-    kept = [
-        one
-        for one in cases["estimate"]["estimates"]
-        if one["gpu"] == "H100 SXM" and one["shape"] in ("Llama-3-8B", "SmolLM2-135M")
-    ]
-    schedules = list(dict.fromkeys(one["schedule"] for one in kept))
-    rows = [
-        [shape, *(f"{one['ratio']:.2f}" for one in kept if one["shape"] == shape)]
-        for shape in dict.fromkeys(one["shape"] for one in kept)
-    ]
-    return report.Sheet("", ["estimate", *(f"`{s}`" for s in schedules)], rows).markdown(title=False)
+def _steps(records: list[dict[str, Any]]) -> str:
+    """TRL's median over that of shared prompts, in words."""
+    told = []
+    for record in records:
+        medians = report.step_medians(record)
+        if {"TRL ORPOTrainer", "ours, prompts shared"} <= set(medians):
+            ratio = medians["TRL ORPOTrainer"] / medians["ours, prompts shared"]
+            told.append(f"{record['case']}, {record['dtype']} {ratio:.1f}")
+    return "; ".join(told)
 
 
 # Each with the beginning of the keys that it needs.
-BLOCKS: dict[str, tuple[str, Callable[[Cases], str]]] = {
-    "time": ("contest/llmbar/", _time),
-    "memory": ("memory/shapes", _memory),
-    "step": ("step/", _step),
-    "confidence": ("confidence/", _confidence),
-    "estimate": ("estimate", _estimate),
-}
+BLOCKS: dict[str, tuple[str, Callable[[Cases], str]]] = {"summary": ("contest/llmbar/", _summary)}
 
 
 def with_blocks(text: str, results: dict[str, Any]) -> str:

@@ -248,20 +248,26 @@ def confidence_sheet(record: dict[str, Any]) -> Sheet:
     return Sheet(title, ["confident answers", *sides], rows)
 
 
+PARTS = ("body", "head_and_loss", "optimizer")  # of a step
+
+
+def step_medians(record: dict[str, Any], *parts: str) -> dict[str, float]:
+    """Seconds of everybody's step, or of some of its parts."""
+    return {
+        one["name"]: statistics.median(sum(step[part] for part in parts or PARTS) for step in one["steps"])
+        for one in record["contestants"]
+    }
+
+
 def step_sheet(record: dict[str, Any]) -> Sheet:
     steps = {one["name"]: one for one in record["contestants"]}
-
-    def median(one: dict[str, Any], *parts: str) -> float:
-        return statistics.median(sum(step[part] for part in parts) for step in one["steps"])
-
-    parts = ("body", "head_and_loss", "optimizer")
-    whole = {name: median(one, *parts) for name, one in steps.items()}
+    whole, of_parts = step_medians(record), [step_medians(record, part) for part in PARTS]
     rows = [
         [
             name,
             seconds(whole[name]),
             f"{whole[name] / whole['ours']:.2f}",
-            *(seconds(median(steps[name], part)) for part in parts),
+            *(seconds(of_part[name]) for of_part in of_parts),
             "" if steps[name]["peak_bytes"] is None else f"{steps[name]['peak_bytes'] / GIB:.2f}",
         ]
         for name in sorted(steps, key=lambda name: whole[name])

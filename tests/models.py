@@ -292,25 +292,7 @@ def shared_prompt(model: nn.Module) -> str:
     return "exact"
 
 
-def summary(lines: list[str]) -> str:
-    """What the README says of the table: the names of the models by how they are served."""
-    groups: dict[str, list[str]] = {name: [] for name in ("loss, shared prompts", "loss, padded", "refused")}
-    for line in lines[2:]:
-        name, _, _, loss, sharing = line.strip("| ").split(" | ")
-        served = "refused" if loss != "equal" else "loss, shared prompts" if sharing == "exact" else "loss, padded"
-        family = name if served == "loss, padded" else re.split("[:,]| without ", name)[0]
-        if family not in groups[served]:
-            groups[served].append(family)
-    return "\n".join(["| served | models |", "|---|---|", *(f"| {k} | {', '.join(v)} |" for k, v in groups.items())])
-
-
-README = Path(__file__).parents[1] / "README.md"
-IN_README = re.compile(r"(<!-- models -->\n).*?(\n<!-- /models -->)", re.DOTALL)
-
-
 if __name__ == "__main__":
     TABLE.parent.mkdir(exist_ok=True)
     TABLE.write_text(table())
-    lines = [line for line in TABLE.read_text().splitlines() if line.startswith("|")]
-    README.write_text(IN_README.sub(lambda m: m[1] + summary(lines) + m[2], README.read_text()))
     print(TABLE.read_text())

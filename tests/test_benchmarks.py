@@ -539,7 +539,10 @@ def results_of_every_kind() -> dict[str, Any]:
             "step/llmbar/float32": {
                 "case": "LLMBar",
                 "dtype": "float32",
-                "contestants": [{"name": "ours", "steps": steps, "peak_bytes": None}],
+                "contestants": [
+                    {"name": name, "steps": steps, "peak_bytes": None}
+                    for name in ("ours", "ours, prompts shared", "TRL ORPOTrainer")
+                ],
             },
             "contest/Phi-2/float32/trained": alike,
             "kept pages/llmbar/float32/trained": alike,
@@ -570,18 +573,19 @@ def test_docs_are_written_from_results(tmp_path: Path) -> None:
         assert (tmp_path / "docs" / "benchmarks" / f"{picture}.png").exists()
     readme = (tmp_path / "README.md").read_text()
     assert "old" not in readme
-    assert readme.startswith("before\n<!-- benchmarks: time -->\n")
+    assert readme.startswith("before\n<!-- benchmarks: summary -->\n")
     assert readme.endswith("after\n")
+    assert "over ours, prompts shared: LLMBar, float32 1.0." in readme
     assert readme.count("between\n") == readme.count("`python -m benchmarks --full`, ") == len(docs.BLOCKS)
     docs.write(results, tmp_path)
     assert (tmp_path / "README.md").read_text() == readme  # once more changes nothing
 
 
 def test_a_block_that_nobody_measured_stays() -> None:
-    text = "<!-- benchmarks: step -->\nold\n<!-- end of benchmarks: step -->\n"
+    text = "<!-- benchmarks: summary -->\nold\n<!-- end of benchmarks: summary -->\n"
     assert docs.with_blocks(text, {"machine": machine.describe(), "options": OPTIONS, "cases": {}}) == text
     with pytest.raises(ValueError, match="block 'tiem'"):
-        docs.with_blocks(text.replace("step", "tiem"), {"machine": {}, "options": OPTIONS, "cases": {}})
+        docs.with_blocks(text.replace("summary", "tiem"), {"machine": {}, "options": OPTIONS, "cases": {}})
 
 
 def test_the_readme_has_every_block() -> None:

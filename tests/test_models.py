@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 
 from orpo_kernels.transformers import PackedPairs, refuses_shared_prompt, sharing
 
-from .models import IN_README, MODELS, README, TABLE, WITH_MORE_THAN_A_HEAD, build, row, summary
+from .models import MODELS, TABLE, WITH_MORE_THAN_A_HEAD, build, row
 
 LINES = TABLE.read_text().splitlines()
 
@@ -27,12 +27,6 @@ def test_the_table_tells_what_is_true(name):
 
 def test_the_table_holds_no_other_model():
     assert len([line for line in LINES if line.startswith("| ")]) == 1 + len(MODELS | WITH_MORE_THAN_A_HEAD)
-
-
-def test_the_readme_says_the_same():
-    block = IN_README.search(README.read_text())
-    assert block is not None
-    assert block[0].splitlines()[1:-1] == summary([line for line in LINES if line.startswith("|")]).splitlines()
 
 
 # --- sharing prompts: what the trial sees --------------------------------------------------------------------------
