@@ -15,7 +15,7 @@ Config, data, callbacks, tokenisation and logged metrics are TRL's; the loss is 
 - `tools`, `tool_calls` and `chat_template_kwargs` reach the chat template; a column `weight` multiplies a pair's loss.
 - How many rows `max_length` cuts, and how many of them it leaves without an answer, is said.
 
-Needs `trl` (`pip install orpo_kernels[trl]`).
+Needs `trl` 0.28 or newer (`pip install orpo_kernels[trl]`).
 """
 
 from __future__ import annotations
@@ -32,9 +32,6 @@ from typing import Any, get_args
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
-from trl.data_utils import maybe_extract_prompt
-from trl.experimental.orpo import ORPOConfig
-from trl.experimental.orpo import ORPOTrainer as TRLORPOTrainer
 
 from .methods import ORPO
 from .transformers.averages import Part
@@ -48,6 +45,13 @@ from .transformers.rendering import WEIGHT, Rendered, UnusablePair, render_pair
 from .transformers.sharing import refuses_shared_prompt
 from .transformers.tokenization import numbers_of
 from .transformers.trainer import PAIR_METRICS, PreferenceLossMixin, pair_metrics
+from .transformers.versions import body_of, check_trl, loss_takes_counts
+
+check_trl()
+
+from trl.data_utils import maybe_extract_prompt  # noqa: E402
+from trl.experimental.orpo import ORPOConfig  # noqa: E402
+from trl.experimental.orpo import ORPOTrainer as TRLORPOTrainer  # noqa: E402
 
 __all__ = ["ORPOConfig", "ORPOTrainer"]
 
@@ -123,7 +127,7 @@ class ORPOTrainer(PreferenceLossMixin, TRLORPOTrainer):
         self.unusable_pairs: dict[str, list[Refusal]] = {}
         self.train_dataset = self._usable(self.train_dataset, "train")
         self.eval_dataset = self._usable(self.eval_dataset, "eval")
-        self.model_accepts_loss_kwargs = True  # transformers before 5.19: the loss is scaled already
+        loss_takes_counts(self)
         _refuse_encoder_decoder(self.model)  # one that came by its name
         self.method = ORPO(beta=self.beta)
         self.loss_options = {"sparse_eps": sparse_eps}
@@ -339,7 +343,7 @@ def mean_hidden_states(model: nn.Module, sides: Tensor) -> Iterator[list[Tensor]
         if hidden.shape[:2] == sides.shape[1:]:  # not the few tokens of a check
             means[:] = [sides.flatten(1) @ hidden.flatten(0, 1).float()]
 
-    handle = unwrap(model).base_model.register_forward_hook(keep)
+    handle = body_of(unwrap(model)).register_forward_hook(keep)
     try:
         yield means
     finally:

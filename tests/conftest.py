@@ -45,6 +45,18 @@ def backend(request, monkeypatch) -> str:
 
 
 @pytest.fixture(autouse=True)
+def _environment():
+    """TrainingArguments of transformers < 5.2 write bf16 and torch_compile into it, for all trainers that follow."""
+    before = dict(os.environ)
+    yield
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        if name in before:
+            os.environ[name] = before[name]
+        else:
+            del os.environ[name]
+
+
+@pytest.fixture(autouse=True)
 def _fresh():
     torch.manual_seed(0)
     torch.set_num_threads(1)  # whatever the test before has run

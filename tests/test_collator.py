@@ -263,7 +263,7 @@ def assert_as_trl(example: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -
 @pytest.mark.parametrize("name", ["words", "bos"])
 @given(prompt=FILLED, chosen=FILLED, rejected=FILLED)
 def test_trl_ids_and_labels_on_random_text(name, prompt, chosen, rejected):
-    pytest.importorskip("trl")
+    pytest.importorskip("trl.experimental.orpo")
     if chosen == rejected:
         return
     assert_as_trl(chat(prompt, chosen, rejected), TOKENIZERS[name])
@@ -271,7 +271,7 @@ def test_trl_ids_and_labels_on_random_text(name, prompt, chosen, rejected):
 
 @pytest.mark.parametrize("name", ["llmbar_419.jsonl", "dpo_en_demo.jsonl"])
 def test_trl_ids_and_labels_on_real_data(name):
-    pytest.importorskip("trl")
+    pytest.importorskip("trl.experimental.orpo")
     path = data_folder() / name
     if not path.exists():
         pytest.skip(f"{path} is not there; set ORPO_KERNELS_DATA to the folder that holds it")
@@ -286,7 +286,7 @@ def test_trl_ids_and_labels_on_real_data(name):
 
 
 def test_trl_empties_the_response_of_a_long_prompt_and_we_do_not():
-    pytest.importorskip("trl")
+    pytest.importorskip("trl.experimental.orpo")
     tokenizer, example = TOKENIZERS["words"], plain("The cat sat on the mat. " * 4, "It sat.", "The dog.")
     theirs = trl_pair(example, tokenizer, max_length=16)
     assert set(theirs["chosen_labels"]) == {-100}

@@ -47,7 +47,7 @@ def trainer_of(folder: Any, packing: Any = "padded", model: nn.Module | None = N
 
 
 def trl_trainer_of(folder: Any, packing: Any = "padded", size: int = 5, **options: Any) -> Any:
-    pytest.importorskip("trl")
+    pytest.importorskip("trl.experimental.orpo")
     from orpo_kernels.trl import ORPOConfig, ORPOTrainer
 
     pairs = options.pop("pairs", None) or chat_examples(12)
@@ -200,7 +200,7 @@ def test_which_pairs_fill_up_the_last_batch(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ["transformers", "trl"])
 def test_two_processes_give_the_numbers_of_one(kind, tmp_path):
     if kind == "trl":
-        pytest.importorskip("trl")
+        pytest.importorskip("trl.experimental.orpo")
     run = python(*LAUNCHER, "-m", "tests.runs", "evaluated", kind, tmp_path)
     assert run.returncode == 0, run.stderr
     alone = runs.make_trainer(kind, tmp_path / "alone", tiny(), evaluates=True)

@@ -194,7 +194,7 @@ def tokenised(row: dict[str, Any]) -> dict[str, list[int]]:
 
 def trl_trainer(name: str, model: nn.Module, folder: Any, **options: Any) -> Any:
     """TRL's own trainer for a method on a tiny model."""
-    pytest.importorskip("trl")
+    pytest.importorskip("trl.experimental.orpo")
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
     from trl.experimental.cpo import CPOConfig, CPOTrainer
@@ -229,7 +229,7 @@ SAME = {
 @pytest.mark.parametrize("name", SAME)
 def test_loss_and_gradient_are_those_of_trls_trainer(name, packing, tmp_path):
     """One batch, a policy that is not its reference: loss and norm of the gradient to 1e-5."""
-    pytest.importorskip("trl")
+    pytest.importorskip("trl.experimental.orpo")
     from orpo_kernels.transformers import causal_lm_answers, causal_lm_preference_loss
     from orpo_kernels.transformers.collator import pad_pairs
     from orpo_kernels.transformers.packing import pack_pairs
@@ -279,7 +279,7 @@ def _with_no_answer(row: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("name", SAME)
 def test_a_run_logs_what_trls_logs(name, tmp_path):
     """Four steps from the same weights on the same tokens: losses, gradient norms and all metrics of TRL's we have."""
-    pytest.importorskip("trl")
+    pytest.importorskip("trl.experimental.orpo")
     from transformers import TrainingArguments
 
     from orpo_kernels.transformers import PreferenceCollator

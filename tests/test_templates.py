@@ -15,6 +15,7 @@ pytest.importorskip("transformers")
 
 from orpo_kernels.text.messages import carries_text
 from orpo_kernels.transformers import PreferenceCollator, UnusablePair, tokenize_pair, tokenize_pairs
+from orpo_kernels.transformers.versions import version_of
 
 from .test_collator import CHATML, byte_level
 
@@ -26,9 +27,14 @@ LLAMA = (
 OPENS = "{% if add_generation_prompt %}{{'<|start_header_id|>assistant<|end_header_id|>\n\n'}}{% endif %}"
 
 
+def add_special_tokens(tokenizer: Any, tokens: list[str]) -> None:
+    name = "additional" if version_of("transformers") < (5,) else "extra"
+    tokenizer.add_special_tokens({f"{name}_special_tokens": tokens})
+
+
 def of_template(template: str, *special: str) -> Any:
     tokenizer = byte_level()
-    tokenizer.add_special_tokens({"extra_special_tokens": ["<|start_header_id|>", "<|end_header_id|>", EOT, *special]})
+    add_special_tokens(tokenizer, ["<|start_header_id|>", "<|end_header_id|>", EOT, *special])
     tokenizer.chat_template = template
     return tokenizer
 
@@ -218,7 +224,7 @@ def test_templates_of_models(path, asked):
     example, said = ASKED[asked]
     source = path.read_text()
     tokenizer = byte_level(bos=True)
-    tokenizer.add_special_tokens({"extra_special_tokens": sorted(set(SPECIAL.findall(source)))})
+    add_special_tokens(tokenizer, sorted(set(SPECIAL.findall(source))))
     tokenizer.chat_template = source
     if reason := refusal(example, tokenizer):
         assert asked not in ("text", "lists"), reason  # every model speaks

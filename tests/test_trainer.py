@@ -369,7 +369,7 @@ def python(*arguments: Any) -> subprocess.CompletedProcess:
 @each_trainer
 def test_a_killed_run_goes_on_where_it_was(kind, tmp_path):
     if kind == "trl":
-        pytest.importorskip("trl")
+        pytest.importorskip("trl.experimental.orpo")
     killed = python("-m", "tests.runs", "killed", kind, tmp_path / "killed")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert sorted(path.name for path in (tmp_path / "killed").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]

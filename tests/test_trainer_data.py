@@ -427,7 +427,7 @@ def test_weights_multiply_the_loss_of_their_pairs(form, accumulation, packing, t
 
 
 def trl_trainer_of(folder: Any, pairs: Any, packing: Any = "padded", **options: Any) -> Any:
-    pytest.importorskip("trl")
+    pytest.importorskip("trl.experimental.orpo")
     from orpo_kernels.trl import ORPOConfig, ORPOTrainer
 
     return ORPOTrainer(

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 pytest.importorskip("rich", reason="the benchmarks print with rich: pip install 'orpo-kernels[bench]'")
-pytest.importorskip("trl")
+pytest.importorskip("trl.experimental.orpo")
 
 from rich.console import Console
 from rich.progress import Progress

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
 
+from orpo_kernels.transformers.versions import sampling, version_of
+
 from .test_collator import byte_level
+
+if version_of("transformers") < (5,):  # it logs losses with four digits
+    importlib.import_module("transformers.trainer").round = lambda value, digits: value
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -58,6 +64,7 @@ def chat_examples(count: int = 24) -> list[dict[str, Any]]:
 
 def settings(folder: Any, **changes: Any) -> dict[str, Any]:
     """Training arguments that say everything that matters here."""
+    order = sampling(changes.pop("train_sampling_strategy", "sequential"))
     return {
         "output_dir": str(folder),
         "per_device_train_batch_size": 2,
@@ -66,7 +73,7 @@ def settings(folder: Any, **changes: Any) -> dict[str, Any]:
         "learning_rate": 1e-3,
         "lr_scheduler_type": "constant",
         "weight_decay": 0.0,
-        "train_sampling_strategy": "sequential",
+        **order,
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .packing import PackedPairs
+from .versions import body_of
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
@@ -56,7 +57,7 @@ def _check_config(model: PreTrainedModel) -> None:
     name = type(model).__name__
     if model.config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder model; the loss serves decoder-only language models.")
-    if model.base_model is model:
+    if body_of(model) is model:
         raise ValueError(f"{name} has no body apart from its head (no attribute {model.base_model_prefix!r}).")
 
 
@@ -77,7 +78,7 @@ def run_body(
     routed = wants_router_loss(model)
     if routed:
         arguments["output_router_logits"] = True
-    output = model.base_model(input_ids=input_ids, use_cache=False, **arguments)
+    output = body_of(model)(input_ids=input_ids, use_cache=False, **arguments)
     return BodyOutput(output[0], _router_loss(model, output, attention_mask) if routed else None)
 
 

@@ -21,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .body import MASKS, layer_kinds, run_body, unwrap, wants_router_loss
 from .packing import IGNORE_INDEX, SIDES, pack_pairs
 from .probe import training_without_noise, undisturbed
+from .versions import body_of
 
 # Lengths of prompt, chosen and rejected answer. They pack into two rows: one pair, then two pairs and a padding token.
 PROBE_PAIRS = ((5, 8, 7), (4, 4, 3), (3, 3, 2))
@@ -66,7 +67,7 @@ def _known_obstacle(inner: PreTrainedModel, config: PretrainedConfig) -> str | N
         return "its attention chooses among the keys of the row"
     if strange := [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]:
         return f"it has layers of the kind {strange[0]}"
-    if "position_ids" not in inspect.signature(inner.base_model.forward).parameters:
+    if "position_ids" not in inspect.signature(body_of(inner).forward).parameters:
         return "its body takes no position_ids"
     if attention not in MASKS:
         return f"{attention} takes no 4-D attention mask (model.set_attn_implementation('sdpa') does)"
@@ -75,7 +76,7 @@ def _known_obstacle(inner: PreTrainedModel, config: PretrainedConfig) -> str | N
 
 def _what_runs(inner: PreTrainedModel, config: PretrainedConfig) -> tuple:
     """What the result of a trial depends on. Of code, weak references: it may refer to the model."""
-    modules: list[nn.Module] = [inner.base_model]
+    modules: list[nn.Module] = [body_of(inner)]
     for module in modules:  # as `modules()`, whose bookkeeping would take milliseconds in every call of the loss
         modules += filter(None, module._modules.values())
     classes: dict[Any, None] = dict.fromkeys(map(type, modules))

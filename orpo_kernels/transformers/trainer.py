@@ -54,6 +54,7 @@ from .pairs import COLUMNS, NAMED, GroupedByLength, UsablePairs, UsableStream, i
 from .reference import ReferencedPairs, has_reference, reference_logps
 from .rendering import KNOWN
 from .sharing import refuses_shared_prompt
+from .versions import body_of, compilation_by_environment, groups_by_length, loss_takes_counts
 
 logger = logging.getLogger(__name__)
 
@@ -229,14 +230,14 @@ class PreferenceLossMixin:
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """With group_by_length, by the tokens of prompt and answers."""
         pairs = self.train_dataset if train_dataset is None else train_dataset
-        if not _groups_by_length(self.args) or (lengths := lengths_of(pairs)) is None:
+        if not groups_by_length(self.args) or (lengths := lengths_of(pairs)) is None:
             return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return GroupedByLength(self.args.train_batch_size * self.args.gradient_accumulation_steps, lengths, seed)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         """An evaluation keeps the order of the pairs, so that predictions are theirs, also with group_by_length."""
-        if not _groups_by_length(self.args) or eval_dataset is None or is_stream(eval_dataset):
+        if not groups_by_length(self.args) or eval_dataset is None or is_stream(eval_dataset):
             return super()._get_eval_sampler(eval_dataset)  # type: ignore[misc]
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
@@ -268,20 +269,23 @@ class PreferenceLossMixin:
                     "data_group, vocab_group and sequence_group."
                 )
         resolve_lm_head(self.model)
+        self._take_over(compilation_by_environment(self.accelerator))
 
     def _build_accelerator_args(self, **options: Any) -> dict[str, Any]:
         """`torch_compile=True` compiles the body, which is what the loss calls; Accelerate would compile the model."""
         arguments = super()._build_accelerator_args(**options)  # type: ignore[misc]
-        plugin = arguments.get("dynamo_plugin")
+        self._take_over(arguments.get("dynamo_plugin"))
+        return arguments
+
+    def _take_over(self, plugin: Any) -> None:
         if plugin is not None and plugin.backend != DynamoBackend.NO:
             self._compile_options = plugin.to_kwargs()
             plugin.backend = DynamoBackend.NO
-        return arguments
 
     def _compile_body(self, inner: nn.Module) -> None:
         if self._compile_options is None:
             return
-        body = unwrap(inner).base_model
+        body = body_of(unwrap(inner))
         if "forward" not in vars(body):  # its forward, not its call: so that hooks still see what goes in and out
             body.forward = torch.compile(body.forward, **self._compile_options)
 
@@ -292,11 +296,6 @@ def _counts(rows: Rows, counted: Tensor | None = None) -> Tensor:
         in_loss = counted[rows.pair]
         rows = replace(rows, scored=rows.scored & in_loss, nll_weight=rows.nll_weight * in_loss)
     return counts_of(rows)
-
-
-def _groups_by_length(args: Any) -> bool:
-    """train_sampling_strategy="group_by_length", which was group_by_length=True before transformers 5."""
-    return getattr(args, "train_sampling_strategy", "") == "group_by_length" or getattr(args, "group_by_length", False)
 
 
 class PreferenceTrainer(PreferenceLossMixin, Trainer):
@@ -370,7 +369,7 @@ class PreferenceTrainer(PreferenceLossMixin, Trainer):
         self._recent = Averages()  # since the last log
         options.setdefault("compute_metrics", preference_metrics)
         super().__init__(model, args, data_collator=data_collator, **options)
-        self.model_accepts_loss_kwargs = True  # transformers before 5.19: the loss is scaled already
+        loss_takes_counts(self)
         self._check_setup()
         if isinstance(data_collator, PreferenceCollator) and data_collator.packing == "auto":
             packing: Any = "padded" if refuses_shared_prompt(self.model) else "shared"

@@ -24,6 +24,7 @@ from ...transformers.body import unwrap
 from ...transformers.lm_head import resolve_lm_head
 from ...transformers.probe import verify_lm_head
 from ...transformers.trainer import PreferenceTrainer
+from ...transformers.versions import sampling
 from ..data import Problem
 from ..errors import Diverged, UserError
 from . import plots
@@ -324,7 +325,7 @@ def _arguments(settings: TrainSettings, folder: RunFolder, pairs: int, has_held_
         weight_decay=0.0,
         bf16=compute_dtype(settings.dtype) is torch.bfloat16,
         seed=settings.seed,
-        train_sampling_strategy="group_by_length" if settings.group_by_length else "random",
+        **sampling("group_by_length" if settings.group_by_length else "random"),
         logging_steps=1,
         logging_nan_inf_filter=False,
         include_num_input_tokens_seen="all",
