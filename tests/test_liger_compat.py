@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from orpo_kernels.compat.liger import LigerFusedLinearORPOLoss
+from orpo_kernels.compat.liger import LigerFusedLinearORPOLoss, liger_fused_linear_orpo
 
 NAMES = (
     *("chosen_logps", "rejected_logps", "chosen_logits_mean", "rejected_logits_mean", "nll_loss"),
@@ -43,7 +43,7 @@ def random_case(seed: int, ignore_index: int = -100) -> dict[str, Any]:
     }
 
 
-def outputs(loss: torch.nn.Module, case: dict[str, Any], upstream: float = 1.0) -> dict[str, Tensor]:
+def outputs(loss: Any, case: dict[str, Any], upstream: float = 1.0) -> dict[str, Tensor]:
     """Loss, metrics and gradients by name."""
     floats = ("lin_weight", "_input", "bias")
     leaves = {name: case[name].clone().requires_grad_() for name in floats if case[name] is not None}
@@ -86,6 +86,27 @@ def test_the_signatures_are_ligers():
         ours = inspect.signature(getattr(LigerFusedLinearORPOLoss, method)).parameters.values()
         expected = inspect.signature(getattr(theirs, method)).parameters.values()
         assert [(p.name, p.default) for p in ours] == [(p.name, p.default) for p in expected]
+
+
+@pytest.mark.parametrize("seed", [0, 3, 5])
+def test_the_function_is_ligers(seed):
+    functional = pytest.importorskip("liger_kernel.chunked_loss.functional")
+    theirs = functional.liger_fused_linear_orpo
+    own = list(inspect.signature(liger_fused_linear_orpo).parameters.values())
+    expected = list(inspect.signature(theirs.__self__.forward).parameters.values())[1:]  # without ctx
+    assert [(p.name, p.default) for p in own] == [(p.name, p.default) for p in expected]
+    case = random_case(seed)
+
+    def called(loss: Any) -> Any:
+        def call(lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Any = None, nll_target: Any = None) -> Any:
+            return loss(_input, lin_weight, target, bias, -100, 0.3, seed != 5, nll_target, False, 1)
+
+        return call
+
+    ours, liger = (outputs(called(loss), case) for loss in (liger_fused_linear_orpo, theirs))
+    assert ours.keys() == liger.keys()
+    for name, value in liger.items():
+        torch.testing.assert_close(ours[name], value, rtol=3e-5, atol=3e-6, msg=name)
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -1,9 +1,9 @@
-"""Liger's `LigerFusedLinearORPOLoss`, with our loss behind it: one import line to change.
+"""Liger's ORPO loss, as a module and as a function, with ours behind it: one import line to change.
 
-    from orpo_kernels.compat.liger import LigerFusedLinearORPOLoss
+    from orpo_kernels.compat.liger import LigerFusedLinearORPOLoss, liger_fused_linear_orpo
 
-Constructor, call and return values are those of liger-kernel 0.8.5 (`liger_kernel.chunked_loss`), which need not be
-installed. So are the values, but where Liger's are wrong:
+Arguments and return values are those of liger-kernel 0.8.5 (`liger_kernel.chunked_loss` and its `functional`), which
+need not be installed. So are the values, but where Liger's are wrong:
 
 | | Liger 0.8.5 | here |
 |---|---|---|
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from ..dialects import liger
 from ..loss import orpo_loss_from_rows
 
-__all__ = ["LigerFusedLinearORPOLoss"]
+__all__ = ["LigerFusedLinearORPOLoss", "liger_fused_linear_orpo"]
 
 
 class LigerFusedLinearORPOLoss(nn.Module):
@@ -107,6 +107,26 @@ class LigerFusedLinearORPOLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"ignore_index={self.ignore_index}, beta={self.beta}, compute_nll_loss={self.compute_nll_loss}"
+
+
+def liger_fused_linear_orpo(
+    _input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    beta: float = 0.1,
+    compute_nll_loss: bool = True,
+    nll_target: Tensor | None = None,
+    compiled: bool = True,
+    chunk_size: int = 1,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """`liger_kernel.chunked_loss.functional`'s form: `LigerFusedLinearORPOLoss` with all in one call, the input first.
+
+    (Liger's takes its arguments by place alone.)
+    """
+    loss = LigerFusedLinearORPOLoss(ignore_index, beta, compute_nll_loss, compiled, chunk_size)
+    return loss(weight, _input, target, bias, nll_target)
 
 
 @torch.no_grad()
