@@ -7,7 +7,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 NATIVE := CMakeLists.txt $(wildcard native/*.cpp native/*.h)
 
-.PHONY: help demo test test-all test-native sanitize lint format bench docs gpu clean
+.PHONY: help demo test test-all test-versions test-native sanitize lint format bench docs gpu clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,6 +33,9 @@ test: $(READY)  ## the tests
 
 test-all: $(READY)  ## the tests, the minutes-long ones included, and more examples of each property
 	$(PYTEST) --hypothesis-profile=thorough
+
+test-versions: $(READY)  ## the trainers' and models' tests in older and newer TRLs and transformers (VERSIONS="oldest axolotl": those rows alone)
+	$(BIN)/python -m tests.versions.run $(VERSIONS)
 
 test-native: $(READY)  ## the native kernels alone, in C++ and in Python
 	cmake --preset release && cmake --build --preset release && ctest --preset release

@@ -24,6 +24,7 @@ from orpo_kernels.transformers import reference as reference_module
 from orpo_kernels.transformers.trainer import METRICS, ORPOTrainer, PreferenceTrainer
 
 from .training import assert_same_logs, chat_examples, losses, settings, tiny, tokenizer
+from .versions import keeps_the_order
 
 each_method = pytest.mark.parametrize("method", METHODS)
 
@@ -98,6 +99,7 @@ def test_orpo_is_the_orpo_trainer(tmp_path):
         ORPOTrainer(tiny(), arguments, method="dpo", **own)
 
 
+@keeps_the_order
 @pytest.mark.parametrize("packing", ["padded", "shared"])
 def test_sft_trains_on_the_chosen_answers_alone(packing, tmp_path):
     """The rejected answers' tokens are in no batch, and the loss is cross-entropy on the chosen ones."""
@@ -314,6 +316,7 @@ def test_a_run_that_goes_on_keeps_its_reference(tmp_path):
     assert losses(resumed) == pytest.approx(losses(whole), rel=1e-5)
 
 
+@keeps_the_order
 def test_pairs_may_bring_their_reference(tmp_path):
     """Under TRL's names; a stream has to."""
     columns = ("ref_chosen_logps", "ref_rejected_logps")

@@ -30,6 +30,7 @@ from orpo_kernels.transformers.trainer import METRICS, ORPOTrainer, preference_m
 
 from . import runs
 from .training import assert_same_logs, chat_examples, grad_norms, losses, settings, tiny, tokenizer
+from .versions import keeps_the_order
 
 each_trainer = pytest.mark.parametrize("kind", ["transformers", "trl"])
 MIXTURE = {"num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 0.5}
@@ -56,6 +57,7 @@ def trained(folder: Any, model: nn.Module | None = None, **options: Any) -> ORPO
 # --- the loss ------------------------------------------------------------------------------------------------------
 
 
+@keeps_the_order
 def test_it_is_a_plain_loop(tmp_path):
     trainer = trained(tmp_path, beta=0.3, max_grad_norm=1.0)
     model, expected = tiny(), []
@@ -106,6 +108,7 @@ def test_what_a_sparse_backward_pass_leaves_out_is_logged(tmp_path):
     assert not any(key.startswith("sparse/") for logs in exact.state.log_history for key in logs)
 
 
+@keeps_the_order
 def test_accumulation_of_a_mixture_of_experts(tmp_path):
     """All but the router's loss is exact; of that, the mean over the micro-batches is taken."""
     model, batches = tiny("Mixtral", **MIXTURE), [chat_examples()[:1], chat_examples()[1:2]]
@@ -156,6 +159,7 @@ def test_lora(tmp_path):
 # --- data ----------------------------------------------------------------------------------------------------------
 
 
+@keeps_the_order
 def test_any_form_of_the_data_gives_the_same_run(tmp_path):
     """A list, a Dataset with a column more, an iterable, tokenised pairs: nothing has to be set for it."""
 
