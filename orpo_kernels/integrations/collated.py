@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..methods import Method
-from ..transformers.causal_lm import CausalLMPreferenceOutput
+from ..transformers.causal_lm import CausalLMOutput
 from ..transformers.collator import Packing
 from ..transformers.packing import SIDES, pack_pairs
 from ..transformers.sharing import refuses_shared_prompt
@@ -80,7 +80,7 @@ class CollatedPairsMixin(PreferenceLossMixin):
         prefix = "eval_" if train_eval == "eval" else ""
         return loss, {prefix + name: value for name, value in self.batch_metrics(out).items()}
 
-    def batch_metrics(self, out: CausalLMPreferenceOutput) -> dict[str, float]:
+    def batch_metrics(self, out: CausalLMOutput) -> dict[str, float]:
         """What the framework logs, without the means of logits that nobody has made."""
         raise NotImplementedError
 
@@ -102,6 +102,6 @@ def _holds(value: Any) -> bool:
     return value is not None and (not hasattr(value, "__len__") or len(value) > 0)
 
 
-def odds_ratio_losses(out: CausalLMPreferenceOutput) -> Tensor:
+def odds_ratio_losses(out: CausalLMOutput) -> Tensor:
     """(B,) -log sigmoid of the difference of log-odds."""
     return -F.logsigmoid(out.log_odds.detach())

@@ -16,7 +16,7 @@ from llamafactory.train.dpo import trainer as stock
 from llamafactory.train.tuner import run_exp
 
 from ..methods import ORPO, Method, SimPO
-from ..transformers.causal_lm import CausalLMPreferenceOutput
+from ..transformers.causal_lm import CausalLMOutput
 from .collated import OPTIONS, CollatedPairsMixin, odds_ratio_losses
 
 SECTION = "orpo_kernels"
@@ -35,7 +35,7 @@ class PreferenceTrainer(CollatedPairsMixin, stock.CustomDPOTrainer):
         super().__init__(*args, finetuning_args=finetuning_args, **options)
         self.serve(method_of(finetuning_args), padding_id=self.processing_class.pad_token_id, **own)
 
-    def batch_metrics(self, out: CausalLMPreferenceOutput) -> dict[str, float]:
+    def batch_metrics(self, out: CausalLMOutput) -> dict[str, float]:
         values = {
             "rewards/chosen": out.chosen_rewards,
             "rewards/rejected": out.rejected_rewards,

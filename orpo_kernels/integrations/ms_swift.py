@@ -11,7 +11,7 @@ from typing import Any
 
 from orpo_kernels.integrations.collated import OPTIONS, CollatedPairsMixin
 from orpo_kernels.methods import ORPO
-from orpo_kernels.transformers.causal_lm import CausalLMPreferenceOutput
+from orpo_kernels.transformers.causal_lm import CausalLMOutput
 from orpo_kernels.transformers.trainer import PAIR_METRICS, pair_metrics
 
 TRAINER = "orpo_kernels.integrations.ms_swift.ORPOTrainer"
@@ -53,7 +53,7 @@ def trainer_class() -> type:
             super().__init__(*args, **options)
             self.serve(ORPO(beta=self.beta, prompt_nll=False), padding_id=self.padding_value or 0, **own)
 
-        def batch_metrics(self, out: CausalLMPreferenceOutput) -> dict[str, float]:
+        def batch_metrics(self, out: CausalLMOutput) -> dict[str, float]:
             values = self.accelerator.gather_for_metrics(pair_metrics(out)).nanmean(0).tolist()
             return dict(zip(PAIR_METRICS, values, strict=True)) | {"nll_loss": out.nll_loss.item()}
 

@@ -43,7 +43,8 @@ class CausalLMOutput(PreferenceOutput):
         return changed
 
 
-CausalLMORPOOutput = CausalLMPreferenceOutput = CausalLMOutput  # the names they had when they were two
+CausalLMORPOOutput = CausalLMOutput  # the names they had when they were two
+CausalLMPreferenceOutput = CausalLMOutput
 
 
 def causal_lm_orpo_loss(
