@@ -42,7 +42,7 @@ from .transformers.lm_head import resolve_lm_head
 from .transformers.packing import PackedPairs, pack_pairs
 from .transformers.pairs import warn_of_unusable
 from .transformers.rendering import WEIGHT, Rendered, UnusablePair, render_pair
-from .transformers.sharing import refuses_shared_prompt
+from .transformers.sharing import automatic_packing, refuses_shared_prompt
 from .transformers.tokenization import numbers_of
 from .transformers.trainer import PAIR_METRICS, PreferenceLossMixin, pair_metrics
 from .transformers.versions import body_of, check_trl, loss_takes_counts
@@ -132,11 +132,21 @@ class ORPOTrainer(PreferenceLossMixin, TRLORPOTrainer):
         self.method = ORPO(beta=self.beta)
         self.loss_options = {"sparse_eps": sparse_eps}
         self._check_setup()
-        reason = self._refuses_shared_prompt() if packing != "padded" else None
+        if self._shares_prompts(packing):
+            packed = partial(_packed, padding_id=self.padding_value or 0, aligned=self.args.device.type != "cpu")
+            self.data_collator = RowsCollator(packed, self.method)
+
+    def _shares_prompts(self, packing: Packing) -> bool:
+        """Whether batches are packed. Raises `ValueError` where they are to be and cannot."""
+        if packing == "padded":
+            return False
+        reason = self._refuses_shared_prompt()
         if packing == "shared" and reason:
             raise ValueError(f'{reason} Use packing="padded".')
-        if packing != "padded" and not reason:
-            self.data_collator = RowsCollator(partial(_packed, padding_id=self.padding_value or 0), self.method)
+        chosen, why = ("padded", reason) if reason else automatic_packing(self.model, self.args.device)
+        chosen = packing if packing == "shared" else chosen
+        logger.info("packing=%r is %r: %s", packing, chosen, why)
+        return chosen == "shared"
 
     def _refuses_shared_prompt(self) -> str | None:
         if not self.use_dpo_data_collator:
@@ -257,8 +267,8 @@ def _refuse_encoder_decoder(model: Any) -> None:
         )
 
 
-def _packed(rows: Sequence[Mapping[str, Any]], padding_id: int) -> dict[str, Any]:
-    return pack_pairs(rows, padding_id) | pair_weights(rows)
+def _packed(rows: Sequence[Mapping[str, Any]], padding_id: int, aligned: bool = False) -> dict[str, Any]:
+    return pack_pairs(rows, padding_id, aligned=aligned) | pair_weights(rows)
 
 
 # --- rows that TRL is given ----------------------------------------------------------------------------------------

@@ -14,9 +14,9 @@ pytest.importorskip("transformers")
 
 from orpo_kernels import Rows
 from orpo_kernels.rows import rows_from_labels
-from orpo_kernels.transformers import PackedPairs, PreferenceCollator, causal_lm_orpo_loss
+from orpo_kernels.transformers import PackedPairs, PreferenceCollator, causal_lm_orpo_loss, packing, sharing
 from orpo_kernels.transformers.collator import pad_pairs
-from orpo_kernels.transformers.packing import cheapest_bins, first_fit_decreasing, pack_pairs
+from orpo_kernels.transformers.packing import aligned_width, cheapest_bins, first_fit_decreasing, pack_pairs
 
 from .models import assert_same, assert_sharing_is_exact, build, gradients, make_pairs
 from .test_collator import byte_level
@@ -274,3 +274,59 @@ def test_inputs_that_do_not_fit_are_refused():
         causal_lm_orpo_loss(model, batch["input_ids"])
     with pytest.raises(ValueError, match="nll_reduction is 'mean'"):
         causal_lm_orpo_loss(model, **batch, nll_reduction="mean")
+
+
+# --- shapes that come again ----------------------------------------------------------------------------------------
+
+
+@given(width=st.integers(1, 5000), steps=st.sampled_from([4, 8]))
+def test_few_widths_from_a_power_of_two_to_the_next(width, steps):
+    aligned = aligned_width(width, steps)
+    assert width <= aligned < width + max(8, width / steps)
+    assert aligned_width(aligned, steps) == aligned
+    power = 2 ** (width - 1).bit_length()
+    assert len({aligned_width(w, steps) for w in range(power // 2 + 1, power + 1)}) <= steps
+
+
+@given(st.data())
+def test_an_aligned_batch_has_the_same_tokens(data):
+    """Of the same pairs in few shapes: at most a quarter more places, and every row as it was."""
+    generator = random.Random(data.draw(st.integers(0, 2**31)))
+    batches = [
+        [
+            pair(*(generator.choices(range(1, 90), k=generator.randint(12, 90)) for _ in range(2)), (4, 4))
+            for _ in range(4)
+        ]
+        for _ in range(20)
+    ]
+    shapes: dict[bool, list[torch.Size]] = {False: [], True: []}
+    for pairs in batches:
+        for aligned, found in shapes.items():
+            batch = pack_pairs(pairs, PADDING_ID, aligned=aligned)
+            found.append(batch["input_ids"].shape)
+            assert (batch["packed"].segments >= 0).sum() == sum(len(packing._Piece.of(0, p)) for p in pairs)
+    assert len(set(shapes[True])) < len(set(shapes[False]))
+    assert sum(s.numel() for s in shapes[True]) <= 1.25 * sum(s.numel() for s in shapes[False])
+    padded = pad_pairs(batches[0], PADDING_ID, aligned=True)
+    assert {t.shape[1] for t in padded.values()} == {
+        aligned_width(pad_pairs(batches[0], PADDING_ID)["labels"].shape[1])
+    }
+
+
+@pytest.mark.parametrize(
+    ("device", "attention", "expected"),
+    [("cpu", "sdpa", "shared"), ("cuda", "flex_attention", "shared"), ("cuda", "sdpa", "padded")],
+)
+def test_prompts_are_shared_where_that_is_fast(device, attention, expected, monkeypatch):
+    model = build("Llama")
+    monkeypatch.setattr(sharing, "refuses_shared_prompt", lambda model: None)
+    monkeypatch.setattr(model.config, "_attn_implementation", attention)
+    chosen, why = sharing.automatic_packing(model, torch.device(device))
+    assert chosen == expected
+    assert ("flex_attention" in why) == (expected == "padded")
+
+
+def test_a_model_that_cannot_share_pads_everywhere():
+    chosen, why = sharing.automatic_packing(build("BLOOM: ALiBi"), torch.device("cpu"))
+    assert chosen == "padded"
+    assert "ALiBi" in why

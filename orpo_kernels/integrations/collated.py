@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from ..methods import Method
 from ..transformers.causal_lm import CausalLMOutput
-from ..transformers.collator import Packing
-from ..transformers.packing import SIDES, pack_pairs
-from ..transformers.sharing import refuses_shared_prompt
+from ..transformers.packing import SIDES, Packing, pack_pairs
+from ..transformers.sharing import automatic_packing, refuses_shared_prompt
 from ..transformers.trainer import PreferenceLossMixin
 from ..transformers.versions import loss_takes_counts
 
@@ -41,11 +40,13 @@ class CollatedPairsMixin(PreferenceLossMixin):
         self.method = method
         self.loss_options = {"sparse_eps": sparse_eps}
         self._check_setup()
-        reason = refuses_shared_prompt(self.model) if packing != "padded" else None
-        if packing == "shared" and reason:
+        if packing == "shared" and (reason := refuses_shared_prompt(self.model)):
             raise ValueError(f'{reason} Use packing="padded".')
-        if packing != "padded" and not reason:
-            self.data_collator = partial(packed, padding_id=padding_id)
+        if packing == "auto":
+            packing, _ = automatic_packing(self.model, self.args.device)
+        if packing == "shared":
+            is_aligned = self.args.device.type != "cpu"
+            self.data_collator = partial(packed, padding_id=padding_id, aligned=is_aligned)
 
     def loss_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         if "packed" in batch:
@@ -85,7 +86,7 @@ class CollatedPairsMixin(PreferenceLossMixin):
         raise NotImplementedError
 
 
-def packed(pairs: Sequence[Mapping[str, Any]], padding_id: int) -> dict[str, Any]:
+def packed(pairs: Sequence[Mapping[str, Any]], padding_id: int, aligned: bool = False) -> dict[str, Any]:
     """The batch of the frameworks' tokenised pairs with shared prompts. Raises `ValueError` for pairs with images."""
     for index, pair in enumerate(pairs):
         others = [name for name, value in pair.items() if any(word in name for word in _OF_IMAGES) and _holds(value)]
@@ -95,7 +96,7 @@ def packed(pairs: Sequence[Mapping[str, Any]], padding_id: int) -> dict[str, Any
                 "model and these pairs by the framework's own trainer."
             )
     names = [f"{side}_{field}" for side in SIDES for field in ("input_ids", "labels")]
-    return pack_pairs([{name: pair[name] for name in names} for pair in pairs], padding_id)
+    return pack_pairs([{name: pair[name] for name in names} for pair in pairs], padding_id, aligned=aligned)
 
 
 def _holds(value: Any) -> bool:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from .packing import IGNORE_INDEX, pack_pairs
+from .packing import IGNORE_INDEX, Packing, aligned_width, pack_pairs
 from .rendering import REFERENCE, SIDES, WEIGHT, UnusablePair
 from .tokenization import (
     End,
@@ -44,7 +44,6 @@ __all__ = [
     "tokenize_pairs",
 ]
 
-Packing = Literal["auto", "padded", "shared"]
 Answers = Literal["both", "chosen"]
 
 
@@ -54,13 +53,17 @@ class PreferenceCollator:
 
     `collator(examples)` of B pairs returns, by `packing`:
 
-    - "auto", the default: "padded", unless one of the trainers of this package finds that its model allows "shared".
+    - "auto", the default: "padded", unless one of the trainers of this package finds that its model allows "shared" and
+      that it is faster where it runs (`sharing.automatic_packing`).
     - "padded": int64 tensors of shape (2B, T), the B chosen sequences first, padded on the right: `input_ids`,
       `attention_mask` (1 on tokens, made from the lengths: pad and EOS may be one id) and `labels` (unshifted, -100 on
       prompt and padding). Right for every model.
     - "shared": `input_ids` (R, T) int64 in at most B rows, every prompt once, and `packed`, the `PackedPairs` that says
       where everything is. The loss and its gradients are the same, but some models do not allow it (ALiBi, recurrent
       layers, flash-attention); `refuses_shared_prompt(model)` says why, and the loss refuses such a batch.
+
+    With `aligned` the width T is rounded up to one of few (`aligned_width`), which a GPU's libraries have seen before;
+    None, the default, is True where one of the trainers of this package has a GPU.
 
     With `answers="chosen"` the rejected answers are left out, as SFT trains: a padded batch then has B rows and says
     `chosen_only=True`. Pairs that have the columns `ref_chosen_logps` and `ref_rejected_logps` (TRL's names for the
@@ -77,6 +80,7 @@ class PreferenceCollator:
     packing: Packing = "auto"
     answers: Answers = "both"
     too_long: TooLong = "cut"
+    aligned: bool | None = None
 
     def __post_init__(self) -> None:
         check_options(self.tokenizer, self.max_length, self.end, self.too_long)
@@ -91,11 +95,12 @@ class PreferenceCollator:
             raise ValueError("The batch holds no pair; give the collator at least one example.")
         padding_id = _padding_id(self.tokenizer)
         if self.packing == "shared":
-            batch = pack_pairs([_chosen_alone(p) for p in pairs] if self.answers == "chosen" else pairs, padding_id)
+            packed = [_chosen_alone(p) for p in pairs] if self.answers == "chosen" else pairs
+            batch = pack_pairs(packed, padding_id, aligned=bool(self.aligned))
         elif self.answers == "chosen":
-            batch = {**pad_pairs(pairs, padding_id, SIDES[:1]), "chosen_only": True}
+            batch = {**pad_pairs(pairs, padding_id, SIDES[:1], bool(self.aligned)), "chosen_only": True}
         else:
-            batch = pad_pairs(pairs, padding_id)
+            batch = pad_pairs(pairs, padding_id, aligned=bool(self.aligned))
         return batch | _reference_logps(pairs) | pair_weights(pairs)
 
     def tokenized(self, example: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -180,14 +185,18 @@ def pair_weights(pairs: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     return {"pair_weights": torch.tensor(values, dtype=torch.float64)}
 
 
-def pad_pairs(pairs: Sequence[Mapping[str, Any]], padding_id: int, sides: Sequence[str] = SIDES) -> dict[str, Any]:
-    """The padded batch of tokenised pairs, or of one of their sides."""
+def pad_pairs(
+    pairs: Sequence[Mapping[str, Any]], padding_id: int, sides: Sequence[str] = SIDES, aligned: bool = False
+) -> dict[str, Any]:
+    """The padded batch of tokenised pairs, or of one of their sides; `aligned`: as wide as an `aligned_width`."""
     ids = [pair[f"{side}_input_ids"] for side in sides for pair in pairs]
     labels = [pair[f"{side}_labels"] for side in sides for pair in pairs]
+    width = max(map(len, ids))
+    width = aligned_width(width) if aligned else width
     return {
-        "input_ids": _pad(ids, padding_id),
-        "attention_mask": _pad([[1] * len(row) for row in ids], 0),
-        "labels": _pad(labels, IGNORE_INDEX),
+        "input_ids": _pad(ids, padding_id, width),
+        "attention_mask": _pad([[1] * len(row) for row in ids], 0, width),
+        "labels": _pad(labels, IGNORE_INDEX, width),
     }
 
 
@@ -196,9 +205,9 @@ def _padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
-def _pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-    """(rows, longest row) int64, padded on the right."""
-    padded = torch.full((len(rows), max(map(len, rows))), value, dtype=torch.int64)
+def _pad(rows: Sequence[Sequence[int]], value: int, width: int) -> Tensor:
+    """(rows, width) int64, padded on the right."""
+    padded = torch.full((len(rows), width), value, dtype=torch.int64)
     for row, ids in zip(padded, rows, strict=True):
         row[: len(ids)] = torch.as_tensor(ids, dtype=torch.int64)
     return padded

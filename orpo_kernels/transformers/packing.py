@@ -20,13 +20,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..rows import Rows, nll_weight
 
+Packing = Literal["auto", "padded", "shared"]
 IGNORE_INDEX = -100
 PADDING = -1  # its segment
 SIDES = ("chosen", "rejected")
@@ -82,17 +84,30 @@ class PackedPairs:
         return PackedPairs(*(function(getattr(self, field.name)) for field in fields(self)))
 
 
-def pack_pairs(pairs: Sequence[Mapping[str, Any]], padding_id: int, capacity: int | None = None) -> dict[str, Any]:
+def aligned_width(width: int, steps: int = 8) -> int:
+    """The width rounded up to one of few that come again and again: `steps` of them from a power of two to the next.
+
+    A GPU's libraries plan anew for every shape that they have not seen. At most 1 / steps is added.
+    """
+    multiple = max(8, 2 ** (width - 1).bit_length() // (2 * steps))
+    return -(-width // multiple) * multiple
+
+
+def pack_pairs(
+    pairs: Sequence[Mapping[str, Any]], padding_id: int, capacity: int | None = None, aligned: bool = False
+) -> dict[str, Any]:
     """The batch of tokenised pairs (see `TokenizedPair`): `input_ids` (R, T) int64, and `packed`, its `PackedPairs`.
 
     capacity: tokens of a row at the most, or those of the longest pair; None: what costs least (`cheapest_bins`).
+    aligned: whether T is an `aligned_width`, of few steps: the number of rows varies as well.
 
     Raises `ValueError`, naming the pair, where a label is neither -100 nor the id at its place.
     """
     pieces = [_Piece.of(index, pair) for index, pair in enumerate(pairs)]
     sizes = [len(piece) for piece in pieces]
-    bins = cheapest_bins(sizes) if capacity is None else first_fit_decreasing(sizes, max(capacity, *sizes))
-    width = fullest(bins, sizes)
+    align = partial(aligned_width, steps=4) if aligned else int
+    bins = cheapest_bins(sizes, align) if capacity is None else first_fit_decreasing(sizes, max(capacity, *sizes))
+    width = align(fullest(bins, sizes))
     input_ids = torch.full((len(bins), width), padding_id, dtype=torch.int64)
     segments, position_ids = torch.full_like(input_ids, PADDING), torch.zeros_like(input_ids)
     answers, prompts = [], []
@@ -110,13 +125,16 @@ def pack_pairs(pairs: Sequence[Mapping[str, Any]], padding_id: int, capacity: in
     return {"input_ids": input_ids, "packed": PackedPairs(segments, position_ids, _joined(*answers), _joined(*prompts))}
 
 
-def cheapest_bins(sizes: Sequence[int]) -> list[list[int]]:
-    """Indices of `sizes` by rows: few rows leave little padding, but attention costs the square of their width."""
+def cheapest_bins(sizes: Sequence[int], align: Callable[[int], int] = int) -> list[list[int]]:
+    """Indices of `sizes` by rows: few rows leave little padding, but attention costs the square of their width.
+
+    align: what becomes of a width.
+    """
     longest, total = max(sizes), sum(sizes)
-    capacities = sorted({min(total, longest * quarters // 4) for quarters in range(4, 17)} | {total})
+    capacities = sorted({align(min(total, longest * quarters // 4)) for quarters in range(4, 17)} | {align(total)})
 
     def cost(bins: list[list[int]]) -> float:
-        width = fullest(bins, sizes)
+        width = align(fullest(bins, sizes))
         return len(bins) * width * (1 + width / ATTENTION_LENGTH)
 
     return min((first_fit_decreasing(sizes, capacity) for capacity in capacities), key=cost)

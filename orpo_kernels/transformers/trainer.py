@@ -53,7 +53,7 @@ from .lm_head import resolve_lm_head
 from .pairs import COLUMNS, NAMED, GroupedByLength, UsablePairs, UsableStream, is_stream, lengths_of, warn_of_unusable
 from .reference import ReferencedPairs, has_reference, reference_logps
 from .rendering import KNOWN
-from .sharing import refuses_shared_prompt
+from .sharing import automatic_packing
 from .versions import body_of, compilation_by_environment, groups_by_length, loss_takes_counts
 
 logger = logging.getLogger(__name__)
@@ -303,8 +303,8 @@ class PreferenceTrainer(PreferenceLossMixin, Trainer):
 
     Args, beside those of `Trainer` (all of it by keyword but `model` and `args`):
         data_collator: a `PreferenceCollator`, or anything that makes the same batches. With `packing="auto"`, its
-            default, prompts are shared if the model allows it (`refuses_shared_prompt`). SFT leaves the rejected
-            answers out of the batches that it trains on.
+            default, prompts are shared if the model allows it and it is fast there (`automatic_packing`). SFT leaves
+            the rejected answers out of the batches that it trains on.
         train_dataset, eval_dataset: raw examples (prompt, chosen, rejected; `tokenize_pair` says what else they may
             hold), or pairs that it made. With a `PreferenceCollator` they are looked through and tokenised here, once
             (`pairs.py`): what cannot be used is left out, said in a warning and held in `unusable_pairs`; what
@@ -371,11 +371,20 @@ class PreferenceTrainer(PreferenceLossMixin, Trainer):
         super().__init__(model, args, data_collator=data_collator, **options)
         loss_takes_counts(self)
         self._check_setup()
-        if isinstance(data_collator, PreferenceCollator) and data_collator.packing == "auto":
-            packing: Any = "padded" if refuses_shared_prompt(self.model) else "shared"
-            self.data_collator = replace(data_collator, packing=packing)
+        if isinstance(data_collator, PreferenceCollator):
+            self.data_collator = self._for_this_model(data_collator)
         self.train_dataset = self._prepared(self.train_dataset, "train")
         self.eval_dataset = self._prepared(self.eval_dataset, "eval")
+
+    def _for_this_model(self, collator: PreferenceCollator) -> PreferenceCollator:
+        """The collator with what it leaves open decided by the model and the device."""
+        if collator.aligned is None:
+            collator = replace(collator, aligned=self.args.device.type != "cpu")
+        if collator.packing != "auto":
+            return collator
+        packing, why = automatic_packing(self.model, self.args.device)
+        logger.info('packing="auto" is %r: %s', packing, why)
+        return replace(collator, packing=packing)
 
     def _prepared(self, pairs: Any, name: str) -> Any:
         """The pairs as they go into batches: those that can be used, with what the method needs of a reference."""

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...transformers import PreferenceCollator, TokenizedPair, causal_lm_orpo_loss, refuses_shared_prompt
+from ...transformers import PreferenceCollator, TokenizedPair, causal_lm_orpo_loss
 from ...transformers.packing import IGNORE_INDEX
+from ...transformers.sharing import automatic_packing
 from ..errors import Diverged
 
 RESAMPLES = 2000
@@ -72,7 +73,7 @@ def score(
     Raises `Diverged` where a value is not finite.
     """
     model.eval()
-    packing: Any = "padded" if refuses_shared_prompt(model) else "shared"
+    packing, _ = automatic_packing(model, model.device)
     collate = PreferenceCollator(tokenizer, packing=packing)
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i]["chosen_input_ids"]))  # similar lengths: less padding
     values = np.empty((3, len(pairs)))
