@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import nn
-from torch.nn.attention.flex_attention import create_mask, flex_attention
+from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 
 pytest.importorskip("transformers")
 
@@ -84,6 +86,23 @@ def test_it_is_the_mask_of_the_others(lengths, window):
     rows, width = packed.segments.shape
     assert torch.equal(create_mask(mask.mask_mod, rows, 1, width, width, "cpu"), packed.attention_mask(window))
     assert mask.shape == (rows, 1, width, width)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=15)
+@given(st.data())
+def test_its_blocks_are_those_of_the_whole_mask(data):
+    """Ragged pairs, several in a row, padding behind them; windows of any width."""
+    lengths = data.draw(st.lists(st.tuples(*[st.integers(1, 300)] * 3), min_size=1, max_size=4))
+    window = data.draw(st.sampled_from([None, 1, 3, 130, 1000]))
+    is_aligned = data.draw(st.booleans())
+    capacity = data.draw(st.sampled_from([0, 900]))
+    packed = pack_pairs(make_pairs(*lengths), 0, capacity, is_aligned)["packed"]
+    rows, width = packed.segments.shape
+    ours = block_mask(build("Llama"), packed, window)
+    whole = create_block_mask(ours.mask_mod, rows, None, width, width, "cpu")
+    for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices", "q_num_blocks", "q_indices"):
+        assert torch.equal(getattr(ours, name), getattr(whole, name)), name
+    assert ours.seq_lengths == whole.seq_lengths
 
 
 def test_blocks_in_which_nothing_is_seen_are_skipped():

@@ -131,24 +131,54 @@ def _additive_mask(model: PreTrainedModel, packed: PackedPairs, window: int | No
     return torch.zeros_like(visible, dtype=model.dtype).masked_fill(~visible, torch.finfo(model.dtype).min)
 
 
+BLOCK = 128  # places of queries, and of keys, that FlexAttention takes or skips together
+
+
 def block_mask(model: PreTrainedModel, packed: PackedPairs, window: int | None) -> Any:
     """FlexAttention skips blocks in which nothing is seen: the other answers and the other pairs cost nothing.
 
     The window is a tensor, and as wide as the row where there is none: the compiled attention is then one for all kinds
     of layers. (For a number of Python's it would be compiled for each, and past eight times no more, but run unfused.)
     """
-    from torch.nn.attention.flex_attention import create_block_mask
+    from torch.nn.attention.flex_attention import BlockMask
 
-    rows, width = packed.segments.shape
+    width = packed.segments.shape[1]
     reach = torch.full((), window or width, device=packed.segments.device)
-    return create_block_mask(
-        lambda row, _, query, key: packed.visible(row, query, key, reach),
-        B=rows,
-        H=None,
-        Q_LEN=width,
-        KV_LEN=width,
-        device=packed.segments.device,
+    partial, full = _seen_blocks(packed, window)
+    return BlockMask.from_kv_blocks(
+        *_ordered(partial),
+        *_ordered(full),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=lambda row, _, query, key: packed.visible(row, query, key, reach),
+        seq_lengths=(width, width),
     )
+
+
+def _seen_blocks(packed: PackedPairs, window: int | None) -> tuple[Tensor, Tensor]:
+    """(R, 1, Q, K) bool: the blocks of which some places are seen, and those of which all are.
+
+    From the bounds of what each token sees. (`create_block_mask` evaluates the mask at all T x T places: 12 ms a step
+    on an H100.)
+    """
+    rows, width = packed.segments.shape
+    count = -(-width // BLOCK)
+    place = torch.arange(count * BLOCK, device=packed.segments.device)
+    edge = place[::BLOCK]
+
+    def seen(first: Tensor, end: Tensor) -> Tensor:
+        """(R, T, K) how many places of [first, end) are in each block of keys."""
+        return (torch.minimum(end[..., None], edge + BLOCK) - torch.maximum(first[..., None], edge)).clamp(min=0)
+
+    own, first, end = packed.visible_bounds(window)
+    places = seen(own, place[:width] + 1) + seen(first, end)
+    places = torch.nn.functional.pad(places, (0, 0, 0, count * BLOCK - width)).view(rows, 1, count, BLOCK, count).sum(3)
+    full = places == BLOCK * BLOCK
+    return (places > 0) & ~full, full
+
+
+def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks of keys each block of queries has, (R, 1, Q), and which, those first, (R, 1, Q, K); int32."""
+    return blocks.sum(-1, dtype=torch.int32), blocks.int().argsort(dim=-1, descending=True, stable=True).int()
 
 
 # The attention implementations that take a 4-D mask, and in which form.

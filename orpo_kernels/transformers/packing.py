@@ -24,6 +24,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..rows import Rows, nll_weight
@@ -73,6 +74,22 @@ class PackedPairs:
         if window is None:
             return visible
         return visible & (self.position_ids[row, key] > self.position_ids[row, query] - window)
+
+    def visible_bounds(self, window: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """The same as intervals, (R, T) each: the token at place q sees [own, q] and, of its prompt, [first, end)."""
+        place = torch.arange(self.segments.shape[1], device=self.segments.device)
+
+        def start_of(stretch: Tensor) -> Tensor:
+            begins = F.pad(stretch[:, 1:] != stretch[:, :-1], (1, 0), value=True)
+            return torch.where(begins, place, 0).cummax(1).values
+
+        own, pair = start_of(self.segments), start_of(self.segments // 3)
+        end = pair + self.position_ids.gather(1, own)  # an answer goes on where its prompt ends
+        if window is None:
+            return own, pair, end
+        first = pair + (self.position_ids - window + 1).clamp(min=0)
+        own = torch.where(self.segments >= 0, torch.maximum(own, place - window + 1), own)  # padding has no places
+        return own, torch.minimum(first, end), end
 
     def attention_mask(self, window: int | None = None) -> Tensor:
         """(R, 1, T, T) bool, True where the query (third axis) sees the key: also none further back than `window`."""
