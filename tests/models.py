@@ -144,7 +144,8 @@ WITH_MORE_THAN_A_HEAD: dict[str, tuple[str, dict[str, Any]]] = {
 SINCE = {
     **dict.fromkeys(("MiniMax-M2", "GPT-Neo", "FalconH1: factor", "RWKV"), (5, 6)),
     **dict.fromkeys(("HyperCLOVAX: factor under Granite's name", "Mamba2", "Jamba"), (5, 16)),
-    **dict.fromkeys(("RecurrentGemma: soft-cap", "RemBERT"), (5, 19)),
+    "RemBERT": (5, 19),
+    "RecurrentGemma: soft-cap": (5, 23),
 }
 OWN_SIZES = {"GPT2": GPT2, "GPTBigCode": GPT2, "GPTJ": GPT2, "CodeGen": GPT2, "Mpt": MPT}
 ALWAYS_TIED = ("GPT2", "GPTBigCode", "Mpt", "Bloom", "OPT")

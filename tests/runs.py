@@ -9,6 +9,7 @@ python -m torch.distributed.run --nproc-per-node 2 -m tests.runs smollm2 fsdp2 F
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -107,6 +108,10 @@ def leave(trainer: Any) -> None:
     os._exit(0)
 
 
+DEEPSPEED = {
+    **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), "auto"),
+    "gradient_clipping": "auto",
+}
 FSDP2 = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
 
 
@@ -134,6 +139,19 @@ def sharded(kind: str, folder: Path) -> None:
     trainer.train()
     assert type(trainer.model_wrapped).__name__ == "FSDPLlamaForCausalLM"
     trainer.save_model(str(folder / "model"))
+    if trainer.is_world_process_zero():
+        (folder / "logs.json").write_text(json.dumps(trainer.state.log_history))
+    leave(trainer)
+
+
+def zero(stage: int, kind: str, folder: Path) -> None:
+    """As `together`, under DeepSpeed: the optimizer's state is sharded, from ZeRO-2 on also gradients."""
+    engine = {"deepspeed": {**DEEPSPEED, "zero_optimization": {"stage": stage}}}
+    changes = {"train_sampling_strategy": "sequential", "gradient_accumulation_steps": 2}
+    evaluation = {} if kind == "trl" else {"eval_strategy": "steps", "eval_steps": 2}
+    trainer = make_trainer(kind, folder, tiny(), **{**changes, **evaluation, **engine})
+    trainer.train()
+    assert type(trainer.model_wrapped).__name__ == "DeepSpeedEngine"
     if trainer.is_world_process_zero():
         (folder / "logs.json").write_text(json.dumps(trainer.state.log_history))
     leave(trainer)
@@ -180,7 +198,9 @@ def main() -> None:
     if what == "killed":
         interrupted(kind, folder, [Kill()]).train()
     else:
-        {"together": together, "sharded": sharded, "evaluated": evaluated, "smollm2": smollm2}[what](kind, Path(folder))
+        runs = {"together": together, "sharded": sharded, "evaluated": evaluated, "smollm2": smollm2}
+        runs |= {f"zero{stage}": functools.partial(zero, stage) for stage in (1, 2)}
+        runs[what](kind, Path(folder))
 
 
 if __name__ == "__main__":

@@ -301,11 +301,13 @@ def test_a_router_whose_loss_is_not_known_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "found"),
-    [("is_fsdp_enabled", "FSDP version 1"), ("is_deepspeed_enabled", "DeepSpeed"), ("n_gpu", "DataParallel")],
+    [("is_fsdp_enabled", "FSDP version 1"), ("deepspeed_plugin", "DeepSpeed's ZeRO-3"), ("n_gpu", "DataParallel")],
 )
-def test_shards_and_replicas_are_refused(name, found, tmp_path):
+def test_shards_and_replicas_are_refused(name, found, tmp_path, monkeypatch):
     trainer = trainer_of(tmp_path)
-    if name == "n_gpu":
+    if name == "deepspeed_plugin":
+        monkeypatch.setattr(type(trainer.accelerator.state), name, SimpleNamespace(zero_stage=3))
+    elif name == "n_gpu":
         trainer.args._n_gpu = 2
     else:
         setattr(trainer, name, True)
@@ -317,6 +319,13 @@ def test_fsdp2_is_let_through(tmp_path, monkeypatch):
     trainer = trainer_of(tmp_path)
     trainer.is_fsdp_enabled = True
     monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", SimpleNamespace(fsdp_version=2), raising=False)
+    trainer._check_setup()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_zero_1_and_2_are_let_through(stage, tmp_path, monkeypatch):
+    trainer = trainer_of(tmp_path)
+    monkeypatch.setattr(type(trainer.accelerator.state), "deepspeed_plugin", SimpleNamespace(zero_stage=stage))
     trainer._check_setup()
 
 
@@ -392,9 +401,13 @@ LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["together", "sharded"], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    "engine", ["together", "sharded", "zero1", "zero2"], ids=["ddp", "fsdp2", "DeepSpeed ZeRO-1", "DeepSpeed ZeRO-2"]
+)
 @each_trainer
 def test_two_processes_are_one_large_batch(kind, engine, tmp_path):
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed")
     run = python(*LAUNCHER, "-m", "tests.runs", engine, kind, tmp_path)
     assert run.returncode == 0, run.stderr
     together = json.loads((tmp_path / "logs.json").read_text())

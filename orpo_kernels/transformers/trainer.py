@@ -257,7 +257,7 @@ class PreferenceLossMixin:
         parallelism = getattr(self.accelerator, "parallelism_config", None)
         reasons = {
             "FSDP version 1": getattr(self, "is_fsdp_enabled", False) and getattr(fsdp, "fsdp_version", 1) != 2,
-            "DeepSpeed": getattr(self, "is_deepspeed_enabled", False),
+            "DeepSpeed's ZeRO-3": zero_stage(self.accelerator) == 3,
             "tensor, context or sequence parallelism": parallelism is not None
             and (parallelism.tp_enabled or parallelism.cp_enabled or parallelism.sp_enabled),
         }
@@ -265,8 +265,8 @@ class PreferenceLossMixin:
             if enabled:
                 raise ValueError(
                     f"{name} is enabled, which this trainer does not support. Use one process, or several with "
-                    "DistributedDataParallel or FSDP2 (fsdp_version: 2); in a loop of your own, orpo_loss takes "
-                    "data_group, vocab_group and sequence_group."
+                    "DistributedDataParallel, FSDP2 (fsdp_version: 2) or ZeRO 1 or 2; in a loop of your own, orpo_loss "
+                    "takes data_group, vocab_group and sequence_group."
                 )
         resolve_lm_head(self.model)
         self._take_over(compilation_by_environment(self.accelerator))
@@ -296,6 +296,12 @@ def _counts(rows: Rows, counted: Tensor | None = None) -> Tensor:
         in_loss = counted[rows.pair]
         rows = replace(rows, scored=rows.scored & in_loss, nll_weight=rows.nll_weight * in_loss)
     return counts_of(rows)
+
+
+def zero_stage(accelerator: Any) -> int:
+    """The stage of DeepSpeed's ZeRO; 0 where there is no DeepSpeed, or none of its stages."""
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    return 0 if plugin is None else plugin.zero_stage
 
 
 class PreferenceTrainer(PreferenceLossMixin, Trainer):
