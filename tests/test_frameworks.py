@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -299,6 +301,18 @@ def test_axolotl_logs_its_own_losses(accumulation, model):
         own = {"packing": packing, "exact_accumulation": False}
         ours = axolotl(model, packing, own, gradient_accumulation_steps=accumulation)
         assert_same_losses(ours, theirs)
+
+
+# --- TRL -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_field_of_trls_config_is_in_the_page():
+    config = pytest.importorskip("trl.experimental.orpo").ORPOConfig
+    from transformers import TrainingArguments
+
+    page = (Path(__file__).parents[1] / "docs" / "frameworks.md").read_text()
+    table = re.findall(r"^\| `(\w+)` \|", page.partition("\n## TRL\n")[2].partition("\nAnd of those")[0], re.MULTILINE)
+    assert set(table) == {field.name for field in fields(config)} - {field.name for field in fields(TrainingArguments)}
 
 
 # --- what is refused, without any framework ------------------------------------------------------------------------
