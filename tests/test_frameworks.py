@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,15 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from orpo_kernels.integrations.collated import CollatedPairsMixin, packed
+from transformers import Trainer, TrainingArguments
 
-from .training import chat_examples, tiny, tokenizer
+from orpo_kernels.integrations.collated import CollatedPairsMixin, packed
+from orpo_kernels.methods import ORPO
+from orpo_kernels.transformers import PreferenceCollator, tokenize_pairs
+from orpo_kernels.transformers.collator import pad_pairs
+from orpo_kernels.transformers.trainer import ORPOTrainer
+
+from .training import chat_examples, losses, settings, tiny, tokenizer
 
 CHATML = (
     "{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n'}}{% endfor %}"
@@ -318,10 +325,40 @@ def test_every_field_of_trls_config_is_in_the_page():
 # --- what is refused, without any framework ------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("packing", ["padded", "shared"])
+def test_a_trainer_that_makes_its_own_batches(packing, tmp_path):
+    """The losses are those of the trainer of this package, on the same pairs."""
+
+    class Collated(CollatedPairsMixin, Trainer):
+        def __init__(self, *args: Any, **options: Any):
+            super().__init__(*args, **options)
+            self.serve(ORPO(prompt_nll=False), 0, packing)
+
+        def store_metrics(self, metrics: dict[str, float], train_eval: str) -> None:
+            stored.append(metrics)
+
+        def batch_metrics(self, out: Any) -> dict[str, float]:
+            return {"accuracy": out.preferred.float().mean().item()}
+
+    stored: list[dict[str, float]] = []
+    pairs, _ = tokenize_pairs(chat_examples(8), tokenizer())
+    args = TrainingArguments(
+        **settings(tmp_path, max_steps=3, gradient_accumulation_steps=2), remove_unused_columns=False
+    )
+    theirs = Collated(tiny(), args, train_dataset=pairs, data_collator=partial(pad_pairs, padding_id=0))
+    theirs.train()
+    assert len(stored) == 6
+    collator, options = PreferenceCollator(tokenizer(), packing="padded"), {"prompt_nll": False}
+    ours = ORPOTrainer(tiny(), args, train_dataset=pairs, data_collator=collator, loss_options=options)
+    ours.train()
+    assert losses(theirs) == pytest.approx(losses(ours), rel=1e-5)
+
+
 def test_batches_with_more_than_text_are_refused_by_name():
-    text = {name: torch.ones(2, 3) for name in ("input_ids", "attention_mask", "labels")}
+    text = {name: torch.ones(2, 3, dtype=torch.int64) for name in ("input_ids", "attention_mask", "labels")}
     trainer: Any = CollatedPairsMixin()
-    assert trainer.loss_inputs({**text, "pixel_values": None}) == text
+    trainer.method = ORPO()
+    assert trainer.loss_inputs({**text, "pixel_values": None}).keys() == {"input_ids", "attention_mask", "rows"}
     with pytest.raises(ValueError, match="holds pixel_values, position_ids beside input_ids"):
         trainer.loss_inputs({**text, "pixel_values": torch.ones(1), "position_ids": torch.ones(1)})
 

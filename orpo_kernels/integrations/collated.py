@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..methods import Method
+from ..transformers.batches import RowsCollator, with_rows
 from ..transformers.causal_lm import CausalLMOutput
 from ..transformers.packing import SIDES, Packing, pack_pairs
 from ..transformers.sharing import automatic_packing, refuses_shared_prompt
@@ -18,6 +19,7 @@ from ..transformers.versions import loss_takes_counts
 
 OPTIONS = ("packing", "sparse_eps", "exact_accumulation")
 _BATCH = ("input_ids", "attention_mask", "labels")
+_PACKED = ("input_ids", "packed", "rows")
 _OF_IMAGES = ("pixel", "image", "video", "audio", "input_features")
 
 
@@ -46,17 +48,18 @@ class CollatedPairsMixin(PreferenceLossMixin):
             packing, _ = automatic_packing(self.model, self.args.device)
         if packing == "shared":
             is_aligned = self.args.device.type != "cpu"
-            self.data_collator = partial(packed, padding_id=padding_id, aligned=is_aligned)
+            collator = partial(packed, padding_id=padding_id, aligned=is_aligned)
+            self.data_collator = RowsCollator(collator, self.method)
 
     def loss_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         if "packed" in batch:
-            return {name: batch[name] for name in ("input_ids", "packed")}
+            return with_rows({name: batch[name] for name in _PACKED if name in batch}, self.method)
         if others := [name for name, value in batch.items() if name not in _BATCH and value is not None]:
             raise ValueError(
                 f"The batch holds {', '.join(others)} beside {', '.join(_BATCH)}, which the loss would drop: it serves "
                 "text alone. Train this model and these pairs by the framework's own trainer."
             )
-        return {name: batch[name] for name in _BATCH}
+        return with_rows({name: batch[name] for name in _BATCH}, self.method)
 
     def compute_loss(
         self,
