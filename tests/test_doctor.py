@@ -56,12 +56,12 @@ def test_a_broken_kernel_is_found(fault, monkeypatch, capsys):
         return out
 
     faulty: Any = SimpleNamespace(**{**vars(torch_ops), "residual_": broken})
-    real = orpo_kernels.engine.projection.select
+    real = orpo_kernels.engine.head.select
 
     def select(backend: str, *arguments: Any) -> ModuleType:
         return faulty if backend == "torch" else real(backend, *arguments)
 
-    monkeypatch.setattr(orpo_kernels.engine.projection, "select", select)
+    monkeypatch.setattr(orpo_kernels.engine.head, "select", select)
     checks = [check for check in doctor.self_test() if (check.backend, check.schedule) == ("torch", "single_pass")]
     assert not any(check.passed for check in checks if check.dtype == "float32")
     assert main(["doctor"]) == 1

@@ -266,7 +266,7 @@ def test_without_gradient_is_detached():
 def test_only_the_loss_is_differentiable():
     batch = a_batch()
     out = orpo_loss(batch.hidden.requires_grad_(), batch.weight, batch.labels)
-    assert [value.requires_grad for value in out] == [True] + [False] * 6
+    assert [value.requires_grad for value in out] == [True] + [False] * (len(out) - 1)
 
 
 def test_module_is_the_function():

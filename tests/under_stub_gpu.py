@@ -101,10 +101,11 @@ def test_rows_of_labels_of_any_sizes_are_made_by_the_same_code():
             assert grids == {
                 "count_labels_kernel": of_sequences,
                 "label_rows_kernel": of_sequences,
+                "sequence_sums_kernel": of_sequences,
                 "count_rows_kernel": one,
                 "are_within_kernel": one,
             }
-    assert found == [2 * 2 + 2] * 5  # rows are made twice: shifted, with labels of the NLL and its means, and without
+    assert found == [2 * 2 + 3] * 5  # rows are made twice: shifted, with labels of the NLL and its means, and without
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=str)

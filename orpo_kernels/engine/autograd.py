@@ -114,10 +114,10 @@ class PairLossFunction(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple:
+    def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple:
         refuse_second_derivative()
         (grad,) = ctx.saved_tensors
-        return grad * upstream, None, None, None
+        return None if upstream is None else grad * upstream, None, None, None
 
 
 class GroupedLoss(torch.autograd.Function):
@@ -145,10 +145,10 @@ class GroupedLoss(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple:
+    def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple:
         refuse_second_derivative()
         grads = (
-            None if grad is None else _scaled(grad, upstream, dtype)
+            None if grad is None or upstream is None else _scaled(grad, upstream, dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return *grads, None, None, None
