@@ -26,6 +26,8 @@ def test_every_link_leads_somewhere(page: Path) -> None:
         path, _, anchor = link.partition("#")
         target = (page.parent / path).resolve() if path else page
         assert target.exists(), f"{page.name} links to {link}"
+        if page.parent.name == "docs":  # all that the site has
+            assert target.is_relative_to(page.parent), f"{page.name} links to {link}, which is not on the site"
         assert not anchor or anchor in anchors(target), f"{page.name} links to {link}"
 
 
