@@ -133,7 +133,7 @@ class ORPOTrainer(PreferenceLossMixin, TRLORPOTrainer):
         self.loss_options = {"sparse_eps": sparse_eps}
         self._check_setup()
         if self._shares_prompts(packing):
-            packed = partial(_packed, padding_id=self.padding_value or 0, aligned=self.args.device.type != "cpu")
+            packed = partial(_packed, padding_id=self.padding_value or 0, aligned=self.aligns_widths)
             self.data_collator = RowsCollator(packed, self.method)
 
     def _shares_prompts(self, packing: Packing) -> bool:

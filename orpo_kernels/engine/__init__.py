@@ -9,5 +9,5 @@
     objective.py    the pair-level mathematics, O(rows), and the gradient of every row
     checks.py       what is asked of tensors
 
-One device, no ranks in sight: those are in `orpo_kernels.parallel`.
+Schedules and projection know one device. What several ranks need is in `orpo_kernels.parallel`, and joins in `head.py`.
 """

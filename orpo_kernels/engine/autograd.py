@@ -108,10 +108,7 @@ class PairLossFunction(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         loss = objective(token_log_odds, rows)
         ctx.save_for_backward(loss.grad)
-        outputs = outputs_of(loss.numbers, loss.valid_pairs, dtype)
-        ctx.mark_non_differentiable(*outputs[1:])
-        ctx.set_materialize_grads(False)  # a tensor of zeros for each of the metrics
-        return outputs
+        return of_one_gradient(ctx, outputs_of(loss.numbers, loss.valid_pairs, dtype))
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple:
@@ -140,9 +137,7 @@ class GroupedLoss(torch.autograd.Function):
         outputs, grads = loss_and_gradients(hidden, weight, bias, rows, options, objective, needs)
         ctx.dtypes = (hidden.dtype, weight.dtype, weight.dtype)
         ctx.save_for_backward(grads.hidden, grads.weight, grads.bias)
-        ctx.mark_non_differentiable(*outputs[1:])
-        ctx.set_materialize_grads(False)  # a tensor of zeros for each of the metrics
-        return outputs
+        return of_one_gradient(ctx, outputs)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple:
@@ -220,6 +215,13 @@ def outputs_of(numbers: Tensor, valid_pairs: Tensor, dtype: torch.dtype) -> tupl
     loss, nll_loss, or_loss, of_pairs = numbers.to(dtype).split([1, 1, 1, len(numbers) - 3])
     # The loss is nobody's view: people divide it in place.
     return loss.reshape(()).clone(), nll_loss.view(()), or_loss.view(()), *of_pairs.view(3, -1).unbind(), valid_pairs
+
+
+def of_one_gradient(ctx: Any, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The outputs, of which the first alone is differentiable."""
+    ctx.mark_non_differentiable(*outputs[1:])
+    ctx.set_materialize_grads(False)  # a tensor of zeros for each of the metrics
+    return outputs
 
 
 def refuse_second_derivative() -> None:

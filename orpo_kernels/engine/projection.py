@@ -128,7 +128,7 @@ class Projection:
 
     def log_odds(self, rows: slice, weight: WeightSlices, buffer: Tensor | None) -> tuple[Tensor, Tensor]:
         """m and lse_others (C,) of these rows. `buffer`: see `ops.torch_ops.project_log_odds`."""
-        x, target = self.hidden_rows(rows), self.target[rows]
+        x, target = self.hidden_rows(rows), self.stand_in(self.target[rows])
         return self.ops.project_log_odds(x, weight, self.bias, target, *self.transform, buffer)
 
     def combined(self, log_odds: Tensor, lse_others: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,6 +152,10 @@ class Projection:
             if lse_others is not None:
                 lse_others[rows] -= log_odds[rows]
             yield rows, residual
+
+    def stand_in(self, target: Tensor) -> Tensor:
+        """A column for each target (C,), for the operations that need one: its own where it is here."""
+        return target
 
     def own_columns(self, target: Tensor) -> Tensor:
         """The column of each target (C,); V where it is not here."""

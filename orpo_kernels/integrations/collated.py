@@ -47,8 +47,7 @@ class CollatedPairsMixin(PreferenceLossMixin):
         if packing == "auto":
             packing, _ = automatic_packing(self.model, self.args.device)
         if packing == "shared":
-            is_aligned = self.args.device.type != "cpu"
-            collator = partial(packed, padding_id=padding_id, aligned=is_aligned)
+            collator = partial(packed, padding_id=padding_id, aligned=self.aligns_widths)
             self.data_collator = RowsCollator(collator, self.method)
 
     def loss_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:

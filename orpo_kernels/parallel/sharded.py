@@ -50,11 +50,6 @@ class ShardedProjection(Projection):
     def shard(self) -> VocabShard:
         return self.options.shard
 
-    def log_odds(self, rows: slice, weight: WeightSlices, buffer: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Of these columns alone, with the nearest in place of a target that is elsewhere; see `combined`."""
-        target = nearest(self.target[rows], self.shard.size)
-        return self.ops.project_log_odds(self.hidden_rows(rows), weight, self.bias, target, *self.transform, buffer)
-
     def combined(self, log_odds: Tensor, lse_others: Tensor) -> tuple[Tensor, Tensor]:
         return combine(self.shard, self.target, log_odds, lse_others).advance().result()
 
@@ -80,13 +75,17 @@ class ShardedProjection(Projection):
             project(self.hidden_rows(rows), weight, self.bias, logits)
             if late is not None:
                 late = (*late[:2], late[2].advance())
-            own = self.ops.statistics(logits, nearest(target, self.shard.size), *self.transform)
+            own = self.ops.statistics(logits, self.stand_in(target), *self.transform)
             combination = combine(self.shard, target, *own)
             if late is not None:
                 yield finished(*late)
             late = rows, logits, combination
         if late is not None:
             yield finished(*late[:2], late[2].advance())
+
+    def stand_in(self, target: Tensor) -> Tensor:
+        """The nearest column where the target is elsewhere; `combine` takes it out again."""
+        return target.clamp(0, self.shard.size - 1)
 
     def own_columns(self, target: Tensor) -> Tensor:
         return torch.where(self.shard.holds(target), target, self.vocab_size)
@@ -127,17 +126,12 @@ class Combination:
         return self.parts[1] - lse_others, lse_others
 
 
-def nearest(target: Tensor, size: int) -> Tensor:
-    """A column of this rank for every target (C,), for the operations that need one: its own where it is here."""
-    return target.clamp(0, size - 1)
-
-
 def combine(shard: VocabShard, target: Tensor, log_odds: Tensor, lse_others: Tensor) -> Combination:
     """Start to combine the statistics that a rank has of its columns.
 
     Args:
         target: (C,) int64, the target minus `shard.start`: on another rank where it is outside [0, shard.size).
-        log_odds, lse_others: (C,) float64, with `nearest(target)` in place of the target.
+        log_odds, lse_others: (C,) float64, with `stand_in(target)` in place of the target.
     """
     is_here = shard.holds(target)
     # Where the target is elsewhere, the column that stood in for it is one of the others.

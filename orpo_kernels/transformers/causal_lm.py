@@ -36,11 +36,12 @@ class CausalLMOutput(PreferenceOutput):
 
     aux_loss: Tensor | None = None
 
-    def having(self, **values: Any) -> CausalLMOutput:
-        """With other values in some fields."""
-        changed = CausalLMOutput(*self._replace(**values))
-        changed.aux_loss = self.aux_loss
-        return changed
+    @classmethod
+    def of(cls, out: PreferenceOutput, aux_loss: Tensor | None, **values: Any) -> CausalLMOutput:
+        """`out` with its router loss, and with other `values` in some fields."""
+        made = cls(*out._replace(**values))
+        made.aux_loss = aux_loss
+        return made
 
 
 CausalLMORPOOutput = CausalLMOutput  # the names they had when they were two
@@ -177,9 +178,7 @@ def causal_lm_preference_loss(
         return _with_router_loss(out, aux_loss, unwrap(model), router_aux_loss_coef)
 
     loss, (out, aux_loss) = _run_to_the_head(model, input_ids, attention_mask, packed, at_the_head)
-    routed = CausalLMOutput(*out._replace(loss=loss))
-    routed.aux_loss = aux_loss
-    return routed
+    return CausalLMOutput.of(out, aux_loss, loss=loss)
 
 
 @torch.no_grad()

@@ -89,6 +89,11 @@ class PreferenceLossMixin:
     def _ignore_index(self) -> int:
         return self.loss_options.get("ignore_index", IGNORE_INDEX)
 
+    @property
+    def aligns_widths(self) -> bool:
+        """Whether batches are as wide as an `aligned_width`, for the sake of a GPU's libraries."""
+        return self.args.device.type != "cpu"
+
     def loss_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """What `causal_lm_preference_loss` takes of a batch, its rows among it (`with_rows`)."""
         raise NotImplementedError
@@ -133,7 +138,7 @@ class PreferenceLossMixin:
 
         out = run_inside(model, inner, loss_of, inputs)
         own_nll = out.nll_loss * (counts[0] / own_counts[0].clamp(min=1)).to(out.nll_loss.dtype)
-        return out.loss * averaged, out.having(nll_loss=own_nll)
+        return out.loss * averaged, CausalLMOutput.of(out, out.aux_loss, nll_loss=own_nll)
 
     def evaluation_step(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, CausalLMOutput]:
         """`loss_step` without gradient, on a batch that the evaluation which is running, if one is, averages over."""
@@ -385,7 +390,7 @@ class PreferenceTrainer(PreferenceLossMixin, Trainer):
     def _for_this_model(self, collator: PreferenceCollator) -> PreferenceCollator:
         """The collator with what it leaves open decided by the model and the device."""
         if collator.aligned is None:
-            collator = replace(collator, aligned=self.args.device.type != "cpu")
+            collator = replace(collator, aligned=self.aligns_widths)
         if collator.packing != "auto":
             return collator
         packing, why = automatic_packing(self.model, self.args.device)
