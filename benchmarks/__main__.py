@@ -9,8 +9,8 @@
     python -m benchmarks --compare runs/one/results.json runs/two/results.json    # do they rank everyone the same way?
 
 Tables go to the terminal; results.json, with the machine and the versions, and PNG pictures to --output. A finished
-case is in the file at once: the same command again measures only what is missing. `benchmarks.suite` says what the
-cases are, `benchmarks.contest` how everybody is checked and timed.
+case is in the file at once: the same command again measures only what is missing. `contest/suite.py` says what the
+cases are, `contest/turns.py` how everybody is checked and timed.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import contest, docs, peers, plots, report, shapes, suite, workloads
-from benchmarks.results import Results, read
-from benchmarks.suite import Settings
+from benchmarks import shapes
+from benchmarks.contest import peers, suite, turns, workloads
+from benchmarks.contest.suite import Settings
+from benchmarks.report import docs, plots, tables
+from benchmarks.report.results import Results, read
 
 DTYPES = ("float32", "bfloat16", "float16")
 NO_GPU = (
@@ -37,8 +39,8 @@ NO_GPU = (
     "torch.cuda.is_available() is False here."
 )
 NO_REAL_DATA = (
-    "No LLMBar or no SmolLM2 here (examples/smollm2.py and benchmarks/workloads.py say where they are looked for): a "
-    "synthetic batch with the same share of rows stands in for them, and there is no training step."
+    "No LLMBar or no SmolLM2 here (examples/smollm2.py and benchmarks/contest/workloads.py look for them): "
+    "a synthetic batch with the same share of rows stands in for them, and there is no training step."
 )
 
 
@@ -47,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     console = Console(width=max(Console().width, 130))
     if options.compare:
-        console.print(report.ranking_sheet(*(read(path)["cases"] for path in options.compare)).rich())
+        console.print(tables.ranking_sheet(*(read(path)["cases"] for path in options.compare)).rich())
         return 0
     if options.device == "cuda" and not torch.cuda.is_available():
         print(NO_GPU, file=sys.stderr)
@@ -86,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results.add(case.key, case.run(progress))
             progress.advance(whole)
     shown = {case.key: results.cases[case.key] for case in chosen}
-    for sheet in report.sheets(shown):
+    for sheet in tables.sheets(shown):
         console.print(sheet.rich())
     where = docs.machine_line(results.machine)
     plots.draw(results.cases, output, where)
@@ -138,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype", nargs="+", choices=DTYPES, help="(default: float32, with --full also bfloat16 if in hardware)"
     )
-    parser.add_argument("--head", nargs="+", choices=list(contest.HEADS), help="(default: the last two; on a GPU all)")
+    parser.add_argument("--head", nargs="+", choices=list(turns.HEADS), help="(default: the last two; on a GPU all)")
     parser.add_argument(
         "--model", nargs="+", metavar="MODEL", help=f"{', '.join(shapes.SHAPES)}, or HxV (default: with --full, all)"
     )

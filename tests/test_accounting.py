@@ -8,8 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("rich", reason="the accounting tool prints with rich: pip install 'orpo-kernels[bench]'")
 
-from benchmarks.memory import GIB, Case, PeakBytes, Shape, peer_case
-from benchmarks.peers import PEERS
+from benchmarks.contest.memory import GIB, Case, PeakBytes, Shape, peer_case
+from benchmarks.contest.peers import PEERS
 
 SHAPE = Shape(sequences=8, length=1024)  # 8192 rows, H = 4096, V = 128256
 

@@ -17,25 +17,15 @@ import torch
 pytest.importorskip("rich", reason="the benchmarks print with rich: pip install 'orpo-kernels[bench]'")
 
 from benchmarks import __main__ as command
-from benchmarks import (
-    confidence,
-    contest,
-    docs,
-    machine,
-    malloc,
-    peers,
-    plots,
-    process,
-    regression,
-    report,
-    shapes,
-    suite,
-)
-from benchmarks.contest import FLOOR, FLOORS, HEADS, Measurement
-from benchmarks.exact import exact, exact_loss
+from benchmarks import shapes
+from benchmarks.contest import confidence, malloc, peers, process, regression, suite, turns
+from benchmarks.contest.exact import exact, exact_loss
+from benchmarks.contest.turns import FLOOR, FLOORS, HEADS, Measurement
+from benchmarks.contest.workloads import Workload, have_real_data, llmbar, synthetic
+from benchmarks.report import docs, plots, tables
 from benchmarks.shapes import ModelShape
-from benchmarks.workloads import Workload, have_real_data, llmbar, synthetic
 from orpo_kernels import reference, rows_from_labels
+from orpo_kernels.app import machine
 
 from .batches import IGNORE, relative_error
 
@@ -109,8 +99,8 @@ def test_real_batch() -> None:
 @pytest.mark.parametrize("options", [{}, {"bias": True}, {"logit_softcap": 3.0}], ids=str)
 def test_exact_is_the_definition(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """In chunks of rows and of columns: loss and gradients of `reference`, and of the loss alone."""
-    monkeypatch.setattr("benchmarks.exact.LOGITS", 5 * 53)
-    monkeypatch.setattr("benchmarks.exact.COLUMNS", 10)
+    monkeypatch.setattr("benchmarks.contest.exact.LOGITS", 5 * 53)
+    monkeypatch.setattr("benchmarks.contest.exact.COLUMNS", 10)
     work = tiny(**options)
     double = work.cast(torch.float64)
     hidden, weight = double.hidden.requires_grad_(), double.weight.requires_grad_()
@@ -130,7 +120,7 @@ def test_exact_is_the_definition(options: dict[str, Any], monkeypatch: pytest.Mo
     assert relative_error(found.gradients["hidden"], hidden.grad) < 1e-12
     assert relative_error(found.gradients["weight"], weight.grad) < 1e-12
     assert set(exact(work, hidden=True).gradients) == {"hidden"}
-    monkeypatch.setattr("benchmarks.exact.LARGEST_GRADIENT", 10)
+    monkeypatch.setattr("benchmarks.contest.exact.LARGEST_GRADIENT", 10)
     assert exact(work, hidden=True, weight=True).gradients == {}
 
 
@@ -141,7 +131,7 @@ def test_exact_is_the_definition(options: dict[str, Any], monkeypatch: pytest.Mo
 
 def compete(work: Workload, head: str, *names: str, rounds: int = 3) -> dict[str, Measurement]:
     truth = exact(work, *HEADS[head])
-    found = contest.measure(work, truth, head, [*FLOORS, "ours", *names], rounds, lambda: None)
+    found = turns.measure(work, truth, head, [*FLOORS, "ours", *names], rounds, lambda: None)
     return {m.name: m for m in found}
 
 
@@ -164,7 +154,7 @@ def test_a_contest_times_everyone(head: str) -> None:
 def test_flops_and_bytes_are_counted(head: str, gemms: int) -> None:
     work = tiny(share=0.5)
     found = compete(work, head, "plain")
-    least = contest.Contest(work, head).least_flops()
+    least = turns.Contest(work, head).least_flops()
     assert found["ours"].flops == least == gemms * work.gemm_flops
     assert found["plain"].flops == 2 * least  # it projects every position
     positions = work.labels.numel()
@@ -227,20 +217,20 @@ def test_a_peer_that_fails_later_is_a_result_too(monkeypatch: pytest.MonkeyPatch
 def test_a_slow_peer_has_fewer_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(peers.PEERS, "plain", peers.Peer("plain", peers.plain, "", slow=True))
     found = compete(tiny(), "frozen", "plain", rounds=5)
-    assert len(found["plain"].forward) == contest.SLOW_ROUNDS < len(found["ours"].forward) == 5
+    assert len(found["plain"].forward) == turns.SLOW_ROUNDS < len(found["ours"].forward) == 5
 
 
 @pytest.mark.parametrize(("shape", "head"), [(PHI, "trained"), (GEMMA, "frozen")], ids=str)
 def test_every_peer_that_takes_part_computes_this_head(shape: ModelShape, head: str) -> None:
     """Bias and soft-cap reach those that take them: their losses, uncompiled, are the float64 one's."""
     work = synthetic(2, 6, shape.hidden_size, shape.vocab_size, bias=shape.bias, logit_softcap=shape.logit_softcap)
-    truth, competition = exact_loss(work), contest.Contest(work, head)
+    truth, competition = exact_loss(work), turns.Contest(work, head)
     without = exact_loss(synthetic(2, 6, shape.hidden_size, shape.vocab_size))
     assert abs(truth - without) > 1e-3 * truth  # the bias, or the cap, matters
     fit = [p.name for p in peers.PEERS.values() if p.available and not p.compiled]
     fit = [name for name in fit if shape.bias or peers.PEERS[name].softcap]
     assert {"plain", "plain fp32"} <= set(fit)
-    for name in (*contest.OURS, *fit):
+    for name in (*turns.OURS, *fit):
         assert competition.contestant(name).forward().item() == pytest.approx(truth, rel=1e-5), name
 
 
@@ -265,7 +255,7 @@ def test_median_is_of_the_sums() -> None:
 def test_ratios_are_within_a_round() -> None:
     """A slow minute that hits both leaves them as they are."""
     a, b = Measurement("a", forward=[2.0, 20.0, 2.2]), Measurement("b", forward=[1.0, 10.0, 1.0, 7.0])
-    assert contest.ratios(a, b) == (2.0, 2.0, pytest.approx(2.1))
+    assert turns.ratios(a, b) == (2.0, 2.0, pytest.approx(2.1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -304,20 +294,20 @@ def record(**others: dict[str, Any]) -> dict[str, Any]:
 )
 def test_the_verdict_names_who_is_ahead(other: dict[str, Any], says: str) -> None:
     slow = {"forward": [2.0] * 4} | other
-    verdict = "; ".join(report.verdict(record(CCE=slow)))
+    verdict = "; ".join(tables.verdict(record(CCE=slow)))
     assert says in verdict
     assert ("Nobody" in verdict) == ("Nobody" in says)
 
 
 def test_a_reason_that_several_share_is_given_once() -> None:
     better = {"forward": [2.0] * 4, "gradient_errors": {"hidden": 5e-7}}
-    (line,) = report.verdict(record(CCE=better, plain=better))
+    (line,) = tables.verdict(record(CCE=better, plain=better))
     assert line.startswith("CCE's gradient")
     assert "; plain's gradient" in line
     assert line.count("(we round") == 1
     assert line.endswith(")")
     sizes = {"ours": {"frozen": 200 * 2**20}, "torch native": {"frozen": 100 * 2**20}}
-    (line,) = report.leaner_processes({"bytes": sizes})
+    (line,) = tables.leaner_processes({"bytes": sizes})
     assert line.startswith("torch native is leaner, head frozen: 100 MiB to our 200 (logits of ")
 
 
@@ -326,11 +316,11 @@ def test_rankings_of_two_runs() -> None:
         return {"contest/x": record(plain={"forward": a}, CCE={"forward": b})}
 
     first = run([2.0, 2.1, 2.2], [3.0, 3.1, 3.2])
-    cells = report.ranking_sheet(first, run([2.0, 2.0, 2.0], [4.0, 4.0, 4.0])).rows[0]
+    cells = tables.ranking_sheet(first, run([2.0, 2.0, 2.0], [4.0, 4.0, 4.0])).rows[0]
     assert cells == ["contest/x", "3", "the same", ""]
-    cells = report.ranking_sheet(first, run([4.0, 4.0, 4.0], [2.0, 2.0, 2.0])).rows[0]
+    cells = tables.ranking_sheet(first, run([4.0, 4.0, 4.0], [2.0, 2.0, 2.0])).rows[0]
     assert cells[2:] == ["differs: plain / CCE 0.68 and 2.00", ""]
-    cells = report.ranking_sheet(first, run([3.0, 4.0, 2.0], [2.9, 2.8, 2.9])).rows[0]
+    cells = tables.ranking_sheet(first, run([3.0, 4.0, 2.0], [2.9, 2.8, 2.9])).rows[0]
     assert cells[2:] == ["the same", "plain / CCE 0.68 and 1.03"]
 
 
@@ -372,7 +362,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert set(cases) == contests | {"confidence/float32"}
     for key in cases:
         if key.startswith("contest/"):
-            found = report.measurements(cases[key])
+            found = tables.measurements(cases[key])
             assert set(found) == {*FLOORS, "ours", "plain"}
             assert all(m.failure is None and len(m.both) == 2 for m in found.values())
     printed = capsys.readouterr().out
@@ -387,7 +377,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.usefixtures("small")
 def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     measured: list[str] = []
-    measure = contest.measure
+    measure = turns.measure
 
     def until_interrupted(work, truth, head, *rest):
         if len(measured) == 1:
@@ -396,7 +386,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return measure(work, truth, head, *rest)
 
     arguments = ("--peer", "plain", "--case", "contest/*")
-    monkeypatch.setattr(contest, "measure", until_interrupted)
+    monkeypatch.setattr(turns, "measure", until_interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, *arguments)
     before = json.loads((tmp_path / "results.json").read_text())["cases"]
@@ -418,7 +408,7 @@ def test_results_of_other_options_machines_or_code_are_not_mixed(
         run(tmp_path, "--peer", "CCE", "--case", "contest/*/frozen")
     assert stopped.value.code == 2
     assert "another options (peers differ)" in capsys.readouterr().err
-    monkeypatch.setattr("benchmarks.results.code_hash", lambda: "another")
+    monkeypatch.setattr("benchmarks.report.results.code_hash", lambda: "another")
     with pytest.raises(SystemExit):
         run(tmp_path, *arguments)
     assert "another machine (code differ)" in capsys.readouterr().err
@@ -427,7 +417,7 @@ def test_results_of_other_options_machines_or_code_are_not_mixed(
 
 FAULTS = """
 from resource import RUSAGE_SELF, getrusage
-from benchmarks.malloc import kept_pages
+from benchmarks.contest.malloc import kept_pages
 
 def faults():
     before = getrusage(RUSAGE_SELF).ru_minflt
@@ -456,7 +446,7 @@ def test_kept_pages_are_not_faulted_in_again() -> None:
 def test_a_contest_with_kept_pages_is_one_like_the_others(tmp_path: Path) -> None:
     cases = run(tmp_path, "--full", "--peer", "plain", "--dtype", "float32", "--case", "kept pages/*")
     assert set(cases) == {f"kept pages/synthetic/float32/{head}" for head in ("frozen", "trained")}
-    found = report.measurements(cases["kept pages/synthetic/float32/trained"])
+    found = tables.measurements(cases["kept pages/synthetic/float32/trained"])
     assert set(found) == {*FLOORS, "ours", "plain"}
     assert "kept pages/" in (docs.document(json.loads((tmp_path / "results.json").read_text()), set()))
 
@@ -477,7 +467,7 @@ def test_every_case_of_the_full_run_is_listed(capsys: pytest.CaptureFixture[str]
     kinds = {key.partition("/")[0] for key in listed if key}
     assert {"contest", "rows", "vocabulary", "memory", "process", "confidence", "estimate"} <= kinds
     assert len(set(listed)) == len(listed)
-    assert kinds - {"step"} <= set(report.SHEETS)
+    assert kinds - {"step"} <= set(tables.SHEETS)
     assert command.main(["--list"]) == 0
     assert len(capsys.readouterr().out.split("\n")) < len(listed)  # --quick has fewer
 
@@ -637,7 +627,7 @@ def test_the_regression_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
 def test_our_ratio_is_that_of_a_contest() -> None:
     found = compete(tiny(), "frozen")
-    assert regression._ratio(found) == contest.ratios(found["ours"], found[FLOOR])[1]
+    assert regression._ratio(found) == turns.ratios(found["ours"], found[FLOOR])[1]
 
 
 @pytest.mark.slow

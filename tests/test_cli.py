@@ -28,7 +28,7 @@ pytest.importorskip("matplotlib")
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from benchmarks.workloads import DPO_EN_DEMO, LLMBAR, data_folder
+from benchmarks.contest.workloads import DPO_EN_DEMO, LLMBAR, data_folder
 from examples.smollm2 import cache_folder, is_available, load_smollm2
 from orpo_kernels.app.cli import main
 from orpo_kernels.app.finetuning.folder import COMPLETE, JsonLines, RunFolder, mark_complete, whole_folder, write_whole

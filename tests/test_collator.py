@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from benchmarks.workloads import data_folder
+from benchmarks.contest.workloads import data_folder
 from examples.smollm2 import is_available, load_smollm2
 from orpo_kernels.app.data import load_preferences
 from orpo_kernels.transformers import PreferenceCollator, UnusablePair, tokenize_pair, tokenize_pairs

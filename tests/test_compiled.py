@@ -1,6 +1,6 @@
 """What every kernel is compiled to, in every specialisation that the models' shapes ask for, on eight targets.
 
-`python -m benchmarks.compiled` runs once for each dtype, in a process where kernels are compiled, not interpreted.
+`benchmarks.kernels.compiled` runs once for each dtype, in a process where kernels are compiled, not interpreted.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def compile_all(path: Path, *arguments: str, tiles: Path | None = None) -> tuple
     """The command's result, and the figures it wrote."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "ORPO_KERNELS_TILES": str(tiles or "")}
     run = subprocess.run(
-        [sys.executable, "-m", "benchmarks.compiled", "--json", str(path / "code.json"), *arguments],
+        [sys.executable, "-m", "benchmarks.kernels.compiled", "--json", str(path / "code.json"), *arguments],
         cwd=Path(__file__).parents[1],
         env=environment,
         capture_output=True,

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import confidence, peers
-from benchmarks.confidence import BROKEN, SIDES, confident, exact_results, results, worst_error
+from benchmarks.contest import confidence, peers
+from benchmarks.contest.confidence import BROKEN, SIDES, confident, exact_results, results, worst_error
 
 from .batches import relative_error
 from .test_peers import peer_named

@@ -11,14 +11,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("rich")
 
-from benchmarks import memory, peers
+from benchmarks.contest import memory, peers
 from orpo_kernels import Rows, orpo_loss_from_rows
 from orpo_kernels.app import costs
 from orpo_kernels.app.gpus import GPUS, gpu_named
 
 GIB = 2**30
 SHAPES = [memory.Shape(16, 512), memory.Shape(16, 256, rows=3440), memory.Shape(2, 4096)]
-NAMES = {  # in benchmarks.memory, and the formula
+NAMES = {  # in benchmarks.contest.memory, and the formula
     "plain": lambda case: costs.plain(case, case.itemsize),
     "plain fp32": lambda case: costs.plain(case, 4),
     "TRL trainer": costs.trl_trainer,

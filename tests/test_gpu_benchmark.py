@@ -22,15 +22,15 @@ pytest.importorskip("triton", reason="the command asks for triton as it does for
 
 from rich.console import Console
 
-from benchmarks import autotune
-from benchmarks.contest import FLOOR, Measurement
+from benchmarks.contest.training_step import OURS, SHARED, TRL
+from benchmarks.contest.turns import FLOOR, Measurement
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import goals, heads, host, kernels, page, persistent, right, run, sparse_eps, step, tiles
 from benchmarks.gpu.cases import Case, Settings, Skip, Step
 from benchmarks.gpu.heads import RECOMPUTE
-from benchmarks.results import Results
+from benchmarks.kernels import autotune
+from benchmarks.report.results import Results
 from benchmarks.shapes import ModelShape
-from benchmarks.training_step import OURS, SHARED, TRL
 from orpo_kernels.ops import is_interpreted, torch_ops
 from orpo_kernels.ops.triton.launch import INTERPRETER, Target
 
@@ -111,7 +111,7 @@ def test_a_kernel_that_the_backend_lacks_is_named() -> None:
 
 def test_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heads, "PEERS", ("plain", "Liger"))
-    monkeypatch.setattr("benchmarks.peers.Peer.available", property(lambda peer: peer.name == "plain"))
+    monkeypatch.setattr("benchmarks.contest.peers.Peer.available", property(lambda peer: peer.name == "plain"))
     found = records(heads, replace(SMALL, models=SMALL.models[:1]))
     assert len(found) == 2 * 3
     trained = found["heads/one/100%/trained"]
@@ -209,7 +209,7 @@ def test_a_part_that_cannot_be_listed_is_named(monkeypatch: pytest.MonkeyPatch, 
 
 def test_sparse_eps(monkeypatch: pytest.MonkeyPatch) -> None:
     sparse_eps.real.cache_clear()
-    monkeypatch.setattr("benchmarks.workloads.have_real_data", lambda: False)
+    monkeypatch.setattr("benchmarks.contest.workloads.have_real_data", lambda: False)
     assert "no SmolLM2-135M" in records(sparse_eps)["sparse_eps/frozen"]["skipped"]
     work, _ = heads.inputs(SMALL.models[0], "100%", "cpu", 2, 8)
     monkeypatch.setattr(sparse_eps, "real", lambda _: work)

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from benchmarks.stub_gpu import stub_gpu
+from benchmarks.kernels.stub_gpu import stub_gpu
 
 
 def test_under_a_stub_gpu():

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("rich", reason="the accounting tool prints with rich: pip install 'orpo-kernels[bench]'")
 
-from benchmarks.memory import GIB, Shape, active_columns, gemms_in, our_case
+from benchmarks.contest.memory import GIB, Shape, active_columns, gemms_in, our_case
 from orpo_kernels import Limits, orpo_loss, plan
 
 EIGHT_THOUSAND_ROWS = [Shape(16, 512), Shape(8, 1024), Shape(2, 4096)]

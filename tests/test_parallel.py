@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from benchmarks.distributed import PAGE, messages, with_tables
+from benchmarks.estimates.distributed import PAGE, messages, with_tables
 from orpo_kernels import Limits, ORPOLoss, ORPOOutput, orpo_loss, orpo_loss_from_rows, parallel, plan, token_logps
 from orpo_kernels.ops import why_not
 

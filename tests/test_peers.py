@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import peers
-from benchmarks.workloads import Workload, synthetic
+from benchmarks.contest import peers
+from benchmarks.contest.workloads import Workload, synthetic
 from orpo_kernels import reference
 
 from .batches import IGNORE, relative_error

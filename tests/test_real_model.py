@@ -16,7 +16,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from benchmarks.workloads import data_folder, have_real_data, llmbar_pairs
+from benchmarks.contest.workloads import data_folder, have_real_data, llmbar_pairs
 from examples.smollm2 import load_smollm2
 from orpo_kernels import ORPOOutput
 from orpo_kernels.transformers import PreferenceCollator, TokenizedPair, causal_lm_orpo_loss, tokenize_pairs

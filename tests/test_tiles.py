@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from benchmarks import autotune
+from benchmarks.kernels import autotune
 from orpo_kernels.ops.triton import tiles
 from orpo_kernels.ops.triton.launch import INTERPRETER, Target
 

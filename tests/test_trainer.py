@@ -23,7 +23,7 @@ pytest.importorskip("accelerate")
 from datasets import Dataset
 from transformers import EvalPrediction, TrainingArguments
 
-from benchmarks.workloads import have_real_data
+from benchmarks.contest.workloads import have_real_data
 from orpo_kernels.transformers import PreferenceCollator, causal_lm_orpo_loss, tokenize_pairs
 from orpo_kernels.transformers.batches import batch_rows
 from orpo_kernels.transformers.trainer import METRICS, ORPOTrainer, preference_metrics, run_inside

@@ -19,8 +19,8 @@ pytest.importorskip("trl.experimental.orpo")
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks import training_step
-from benchmarks.training_step import OURS, PARTS, SHARED, TRL, Bench, Case, Contestant, Result
+from benchmarks.contest import training_step
+from benchmarks.contest.training_step import OURS, PARTS, SHARED, TRL, Bench, Case, Contestant, Result
 
 from .training import chat_examples, tiny, tokenizer
 
@@ -99,7 +99,7 @@ def test_the_peak_is_that_of_what_ran_inside():
     """In a process of its own: what other tests have left and what they give back would count."""
     script = """
 import torch
-from benchmarks.process import ProcessPeak
+from benchmarks.contest.process import ProcessPeak
 torch.ones(2**26).sum()  # a quarter of a GiB, before
 with ProcessPeak(torch.device("cpu")) as nothing:
     pass

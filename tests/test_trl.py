@@ -18,7 +18,7 @@ from datasets import Dataset
 from trl.experimental.orpo import ORPOConfig
 from trl.experimental.orpo import ORPOTrainer as TRLORPOTrainer
 
-from benchmarks.workloads import have_real_data, llmbar_pairs
+from benchmarks.contest.workloads import have_real_data, llmbar_pairs
 from orpo_kernels.transformers import tokenize_pairs
 from orpo_kernels.transformers.batches import batch_rows
 from orpo_kernels.trl import ORPOTrainer

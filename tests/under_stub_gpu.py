@@ -15,9 +15,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.runtime.errors import OutOfResources
 
-from benchmarks.compiled import SCHEDULES, run_labels, run_loss, run_shard
+from benchmarks.kernels.compiled import SCHEDULES, run_labels, run_loss, run_shard
+from benchmarks.kernels.stub_gpu import GPUS, StubGPU, stub_gpu
 from benchmarks.shapes import SHAPES
-from benchmarks.stub_gpu import GPUS, StubGPU, stub_gpu
 from orpo_kernels.ops.triton import tiles
 
 ROWS = (1000, 1001, 4096, 131072)

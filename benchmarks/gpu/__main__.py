@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from benchmarks.gpu import page
     from benchmarks.gpu.cases import Settings
     from benchmarks.gpu.run import PARTS
-    from benchmarks.results import Results, read
+    from benchmarks.report.results import Results, read
 
     settings = Settings(rounds=QUICK_ROUNDS) if options.quick else Settings()
     path = options.output / "results.json"
@@ -79,9 +79,9 @@ def measure(parts: Sequence[Part], settings: Any, results: Any, seconds: float) 
     """Run them, with a line for each case as it ends, and print all tables."""
     from rich.console import Console
 
-    from benchmarks.docs import machine_line
     from benchmarks.gpu import page
     from benchmarks.gpu.run import run
+    from benchmarks.report.docs import machine_line
 
     console = Console(width=max(Console().width, 130))
     with console.status("") as status:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.contest import Marks
+from benchmarks.contest.turns import Marks
 from benchmarks.shapes import SHAPES, ModelShape
 
 WARM_UP = 2  # calls of each before the timed ones: the first compiles

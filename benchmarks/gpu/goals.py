@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from benchmarks.contest import FLOOR, Measurement, ratios
+from benchmarks.contest.training_step import OURS, SHARED, TRL
+from benchmarks.contest.turns import FLOOR, Measurement, ratios
 from benchmarks.gpu.heads import PEERS, RECOMPUTE
 from benchmarks.gpu.kernels import ROW_WISE
-from benchmarks.report import measurements
-from benchmarks.training_step import OURS, SHARED, TRL
+from benchmarks.report.tables import measurements
 
 Cases = dict[str, dict[str, Any]]
 

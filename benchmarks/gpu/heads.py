@@ -1,4 +1,4 @@
-"""The contest of heads (`benchmarks.contest`) at the shapes of models: time and memory of ours and of the peers."""
+"""The contest of heads (`contest/turns.py`) at the shapes of models: time and memory of ours and of the peers."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import Any
 
 import torch
 
-from benchmarks import contest, peers, suite, workloads
-from benchmarks.exact import Exact, exact
+from benchmarks.contest import peers, suite, turns, workloads
+from benchmarks.contest.exact import Exact, exact
+from benchmarks.contest.workloads import Workload
 from benchmarks.gpu.cases import Case, Settings, Skip
 from benchmarks.shapes import ModelShape
-from benchmarks.workloads import Workload
 
 SHARES = {"100%": 1.0, "40%": 0.4}
 PEERS = ("plain", "TRL-composed", "Liger", "CCE")
 RECOMPUTE = "ours, recompute"
-OURS: contest.Variants = {"ours": {}, RECOMPUTE: {"schedule": "recompute"}}
+OURS: turns.Variants = {"ours": {}, RECOMPUTE: {"schedule": "recompute"}}
 
 
 def cases(settings: Settings) -> Iterator[Case]:
     """All rows first, then two fifths of them."""
     for share in SHARES:
         for shape in settings.models:
-            for head in contest.HEADS:
+            for head in turns.HEADS:
                 key = f"heads/{shape.name}/{share}/{head}"
                 yield Case(key, functools.partial(measure, shape, share, head, settings))
 
@@ -35,8 +35,8 @@ def measure(shape: ModelShape, share: str, head: str, settings: Settings) -> dic
     try:
         work, truth = inputs(shape, share, settings.device, settings.pairs, settings.length)
         ours = list(OURS) if head == "trained" else ["ours"]
-        names = [contest.FLOOR, *ours, *(name for name in PEERS if serves(name, shape))]
-        found = contest.measure(work, truth, head, names, settings.rounds, lambda: None, OURS)
+        names = [turns.FLOOR, *ours, *(name for name in PEERS if serves(name, shape))]
+        found = turns.measure(work, truth, head, names, settings.rounds, lambda: None, OURS)
     except torch.OutOfMemoryError as error:
         raise Skip("out of memory: the inputs do not fit") from error
     return suite.record_of(work, head, found)

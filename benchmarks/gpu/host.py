@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import workloads
-from benchmarks.contest import HEADS, Contest, Contestant
+from benchmarks.contest import workloads
+from benchmarks.contest.turns import HEADS, Contest, Contestant
 from benchmarks.gpu.cases import Case, Settings, alternate, synchronize, wall_seconds
 
 CALLS = 5  # as many rounds as elsewhere, times this: a call takes a millisecond or two

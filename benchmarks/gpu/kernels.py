@@ -1,6 +1,6 @@
 """Every kernel beside what bounds it: those with a product beside the library's, the others beside a copy.
 
-The bytes of a row-wise kernel are those of `benchmarks.roofline`: every operand once. Its bound is what the device's
+The bytes of a row-wise kernel are those of `estimates/roofline.py`: every operand once. Its bound is what the device's
 own copy takes for as many bytes.
 """
 
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.estimates.roofline import SIZES, Launch
 from benchmarks.gpu.cases import Case, Settings, Skip, alternate, device_seconds
-from benchmarks.roofline import SIZES, Launch
 from benchmarks.shapes import ModelShape
 from orpo_kernels.engine.gemm import WeightSlices
 from orpo_kernels.ops import select

@@ -13,14 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contest import FLOOR
-from benchmarks.docs import machine_line
+from benchmarks.contest.training_step import PARTS
+from benchmarks.contest.turns import FLOOR
 from benchmarks.gpu.goals import Cases, Verdict, has, over, verdicts
 from benchmarks.gpu.heads import PEERS, RECOMPUTE
 from benchmarks.gpu.sparse_eps import SPARSE
-from benchmarks.report import MIB, Sheet, measurements
-from benchmarks.results import PROJECT
-from benchmarks.training_step import PARTS
+from benchmarks.report.docs import machine_line
+from benchmarks.report.results import PROJECT
+from benchmarks.report.tables import MIB, Sheet, measurements
 
 GIB = 2**30
 COMMAND = "python -m benchmarks.gpu"

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.cases import Case, Settings, Skip
-from benchmarks.results import PROJECT
+from benchmarks.report.results import PROJECT
 
 FILES = ("test_values.py", "test_promises.py", "test_memory.py", "test_flex_attention.py", "test_large.py")
 PROCESSES = 4  # at most

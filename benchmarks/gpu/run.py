@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.contest import reason, release
+from benchmarks.contest.turns import reason, release
 from benchmarks.gpu import heads, host, kernels, right, sparse_eps, step, tiles
 from benchmarks.gpu.cases import Case, Settings, Skip
-from benchmarks.results import Results
+from benchmarks.report.results import Results
 
 TIME_IS_OUT = "the time of this part is out"
 

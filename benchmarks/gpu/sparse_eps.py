@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from benchmarks import contest, suite, workloads
-from benchmarks.exact import exact
+from benchmarks.contest import suite, turns, workloads
+from benchmarks.contest.exact import exact
+from benchmarks.contest.workloads import Workload
 from benchmarks.gpu.cases import Case, Settings, Skip
-from benchmarks.workloads import Workload
 
 SPARSE = "ours, sparse_eps"
-VARIANTS: contest.Variants = {"ours": {}, SPARSE: {"sparse_eps": 2.0**-14}}
+VARIANTS: turns.Variants = {"ours": {}, SPARSE: {"sparse_eps": 2.0**-14}}
 PAIRS = 16
 
 
@@ -25,11 +25,9 @@ def cases(settings: Settings) -> Iterator[Case]:
 
 def measure(head: str, settings: Settings) -> dict[str, Any]:
     work = real(settings.device)
-    truth = exact(work, *contest.HEADS[head])
-    names = [contest.FLOOR, *VARIANTS]
-    return suite.record_of(
-        work, head, contest.measure(work, truth, head, names, settings.rounds, lambda: None, VARIANTS)
-    )
+    truth = exact(work, *turns.HEADS[head])
+    names = [turns.FLOOR, *VARIANTS]
+    return suite.record_of(work, head, turns.measure(work, truth, head, names, settings.rounds, lambda: None, VARIANTS))
 
 
 @functools.lru_cache(maxsize=1)
@@ -39,5 +37,5 @@ def real(device: str) -> Workload:
         Skip: the model or the pairs are not here.
     """
     if not workloads.have_real_data():
-        raise Skip("no SmolLM2-135M or no LLMBar here: examples/smollm2.py and benchmarks/workloads.py look for them")
+        raise Skip("no SmolLM2-135M or no LLMBar here: examples/smollm2.py and contest/workloads.py look for them")
     return workloads.llmbar(PAIRS).cast(torch.bfloat16).to(device)

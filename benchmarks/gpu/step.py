@@ -1,4 +1,4 @@
-"""A whole training step (`benchmarks.training_step`) of a model with random weights, on made-up text, token for byte.
+"""A whole training step (`contest/training_step.py`) of a model with random weights, on made-up text, token for byte.
 
 Nothing is downloaded: the model is built from its configuration, the tokenizer from the 256 bytes. What it learns is of
 no interest; the work is that of a model of this shape on pairs of these lengths.
@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
-from benchmarks import training_step
-from benchmarks.contest import release
+from benchmarks.contest import training_step
+from benchmarks.contest.training_step import PARTS, TRL, Bench
+from benchmarks.contest.turns import release
 from benchmarks.gpu.cases import Case, Settings, Skip, Step
-from benchmarks.training_step import PARTS, TRL, Bench
 
 NEEDED = ("transformers", "accelerate", "datasets")
 BATCHES = 12

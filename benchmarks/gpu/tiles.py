@@ -1,4 +1,4 @@
-"""Whether another tile is faster than the table's: those that differ from it in one thing (`benchmarks.autotune`)."""
+"""Whether another tile is faster than the table's: those that differ from it in one thing (`kernels/autotune.py`)."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import autotune
 from benchmarks.gpu.cases import Case, Settings, Skip
+from benchmarks.kernels import autotune
 from orpo_kernels.ops.triton import tiles
 from orpo_kernels.ops.triton.launch import current_target
 from orpo_kernels.ops.triton.tiles import MatmulTile

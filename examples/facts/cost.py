@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from benchmarks.memory import peak_bytes
-from benchmarks.peers import plain
+from benchmarks.contest.memory import peak_bytes
+from benchmarks.contest.peers import plain
 from orpo_kernels import orpo_loss
 from orpo_kernels.transformers import PreferenceCollator
 

@@ -2,8 +2,8 @@
 
 A GEMM of the head is 2 * rows * V * H FLOP. Bytes are the most that is allocated at one time beside the hidden states
 and the weight, the gradients of both included. Ours are `planning`'s. A peer's formula says which tensors its code
-holds when it holds most; `benchmarks.memory` runs the code itself and counts, and the tests compare the two, ours as on
-a GPU.
+holds when it holds most; `benchmarks.contest.memory` runs the code itself and counts, and the tests compare the two,
+ours as on a GPU.
 """
 
 from __future__ import annotations

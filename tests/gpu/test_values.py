@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from benchmarks import peers
-from benchmarks.confidence import GAPS, SIDES, confident, exact_results, results
+from benchmarks.contest import peers
+from benchmarks.contest.confidence import GAPS, SIDES, confident, exact_results, results
 from orpo_kernels import Limits, ORPOOutput, measured_sparsity, orpo_loss, reference
 from orpo_kernels.ops import why_not
 

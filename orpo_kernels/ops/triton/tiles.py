@@ -1,8 +1,8 @@
 """How large the kernels' tiles are, by how many warps and in how many stages: a table with its reasons.
 
 Pure functions of the dtype, the sizes and the target, so that they can be tested where there is no GPU. What an entry
-compiles to is printed by `python -m benchmarks.compiled`; `python -m benchmarks.autotune` measures on a GPU and writes
-a file of entries, which the environment variable ORPO_KERNELS_TILES puts in place of these.
+compiles to is printed by `python -m benchmarks.kernels.compiled`; `python -m benchmarks.kernels.autotune` measures on a
+GPU and writes a file of entries, which the environment variable ORPO_KERNELS_TILES puts in place of these.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks import peers
-from benchmarks.workloads import Workload
+from benchmarks.contest import peers
+from benchmarks.contest.workloads import Workload
 
 BETA = 0.1
 LOGITS = 2**24  # float64 logits alive at once: 128 MiB, several times in autograd

@@ -14,9 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import plots, report, suite
-from benchmarks.contest import ALL_ROWS
-from benchmarks.results import PROJECT
+from benchmarks.contest import suite
+from benchmarks.contest.turns import ALL_ROWS
+from benchmarks.report import plots, tables
+from benchmarks.report.results import PROJECT
 
 Cases = dict[str, dict[str, Any]]
 
@@ -65,8 +66,8 @@ loss is that of float64 arithmetic on the same numbers, and a torch.compile'd pe
 - *dh*, *dW*: errors of the gradients of hidden states and weight: norm of the difference to float64's, over its norm.
 
 `python -m benchmarks` is the two-minute version, `--list` shows the cases, `--compare` compares the rankings of two
-runs, and `python -m benchmarks.regression` fails where ours over the bare GEMMs has become worse than was kept for this
-kind of processor.
+runs, and `python -m benchmarks.contest.regression` fails where ours over the bare GEMMs has become worse than was kept
+for this kind of processor.
 """
 
 SECTIONS: tuple[tuple[str, str, tuple[str, ...], tuple[str, ...]], ...] = (
@@ -80,7 +81,7 @@ SECTIONS: tuple[tuple[str, str, tuple[str, ...], tuple[str, ...]], ...] = (
     (
         "The same where malloc keeps its pages",
         "glibc's malloc gives large blocks back to the kernel and faults their pages in again at the next call. Here "
-        "it keeps them, as jemalloc and tcmalloc do (`benchmarks/malloc.py`; for a script of your own, "
+        "it keeps them, as jemalloc and tcmalloc do (`benchmarks/contest/malloc.py`; for a script of your own, "
         "`MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000`): what is left of the difference to the bare "
         "products, which never pay for pages, is work. Who holds whole matrices of logits gains most.",
         ("kept pages/",),
@@ -103,8 +104,8 @@ SECTIONS: tuple[tuple[str, str, tuple[str, ...], tuple[str, ...]], ...] = (
     ),
     (
         "GPUs: an estimate, not a measurement",
-        "What the data sheets make of the FLOPs and bytes that our launches have (`python -m benchmarks.roofline`). "
-        "Bounds from below.",
+        "What the data sheets make of the FLOPs and bytes that our launches have "
+        "(`python -m benchmarks.estimates.roofline`). Bounds from below.",
         ("estimate",),
         (),
     ),
@@ -124,7 +125,7 @@ def document(results: dict[str, Any], pictures: set[str]) -> str:
             continue
         parts += [f"## {title}\n", f"{text}\n" if text else ""]
         parts += [f"![{name}](benchmarks/{name}.png)\n" for name in wanted if name in pictures]
-        parts += [f"{sheet.markdown()}\n" for sheet in report.sheets(mine)]
+        parts += [f"{sheet.markdown()}\n" for sheet in tables.sheets(mine)]
     return "\n".join(part for part in parts if part)
 
 
@@ -133,9 +134,9 @@ def summary(cases: Cases) -> list[str]:
     lines = []
     for key, record in cases.items():
         if key.startswith(("contest/", "kept pages/")) and record["measurements"]:
-            lines.append(f"`{key}`: {'; '.join(report.verdict(record))}")
+            lines.append(f"`{key}`: {'; '.join(tables.verdict(record))}")
         if key.startswith("process/"):
-            lines.append(f"`{key}`: {'; '.join(report.leaner_processes(record)) or 'no process is leaner than ours.'}")
+            lines.append(f"`{key}`: {'; '.join(tables.leaner_processes(record)) or 'no process is leaner than ours.'}")
     return lines
 
 
@@ -147,16 +148,16 @@ def summary(cases: Cases) -> list[str]:
 def _summary(cases: Cases) -> str:
     """Times over ours on the real batch, and TRL's step over ours."""
     records = plots.contests(cases, "llmbar")
-    found = {key: report.measurements(record) for key, record in records.items()}
+    found = {key: tables.measurements(record) for key, record in records.items()}
     heads = [f"{r['dtype'].replace('float', 'fp').replace('bfp', 'bf')}, {r['head']}" for r in records.values()]
     rows = []
     for name in dict.fromkeys(name for measured in found.values() for name in measured):
         pairs = [(measured[name], measured["ours"]) for measured in found.values() if name in measured]
         is_timed = len(pairs) == len(found) and all(m.forward and not m.failure for m, _ in pairs)
         if is_timed and name != ALL_ROWS:
-            rows.append([name, *(f"{report.ratios(m, ours)[1]:.2f}" for m, ours in pairs)])
+            rows.append([name, *(f"{tables.ratios(m, ours)[1]:.2f}" for m, ours in pairs)])
     rows.sort(key=lambda row: float(row[-1]))
-    parts = [report.Sheet("", ["over ours", *heads], rows).markdown(title=False)]
+    parts = [tables.Sheet("", ["over ours", *heads], rows).markdown(title=False)]
     steps = [record for key, record in cases.items() if key.startswith("step/")]
     if told := _steps(steps):
         parts.append(f"A whole training step by TRL's trainer over ours, prompts shared: {told}.")
@@ -167,7 +168,7 @@ def _steps(records: list[dict[str, Any]]) -> str:
     """TRL's median over that of shared prompts, in words."""
     told = []
     for record in records:
-        medians = report.step_medians(record)
+        medians = tables.step_medians(record)
         if {"TRL ORPOTrainer", "ours, prompts shared"} <= set(medians):
             ratio = medians["TRL ORPOTrainer"] / medians["ours, prompts shared"]
             told.append(f"{record['case']}, {record['dtype']} {ratio:.1f}")

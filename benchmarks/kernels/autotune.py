@@ -1,6 +1,6 @@
 """The fastest tile of the kernels with a matrix product, measured on this machine's GPU.
 
-    python -m benchmarks.autotune                                 # writes tiles.json
+    python -m benchmarks.kernels.autotune                                 # writes tiles.json
     ORPO_KERNELS_TILES=tiles.json python train.py                 # and this uses it
 
 Every candidate first has to give the values of the eager mirror on the same inputs; one that does not, or that asks for
@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.contest import Marks
+from benchmarks.contest.turns import Marks
 from benchmarks.shapes import SHAPES, ModelShape, named
 from orpo_kernels.engine.gemm import WeightSlices
 from orpo_kernels.ops import torch_ops

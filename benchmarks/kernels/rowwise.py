@@ -1,7 +1,7 @@
 """The row-wise passes on a CPU against what bounds them: the machine's copy bandwidth, and its throughput of exp.
 
-    python -m benchmarks.rowwise                       # bf16, fp16, fp32 at V = 49152 and 128256
-    python -m benchmarks.rowwise --dtype bfloat16 --vocabulary 128256 --json rowwise.json
+    python -m benchmarks.kernels.rowwise                       # bf16, fp16, fp32 at V = 49152 and 128256
+    python -m benchmarks.kernels.rowwise --dtype bfloat16 --vocabulary 128256 --json rowwise.json
 
 Every pass works on a chunk that no cache holds. The bound by memory is `torch.Tensor.copy_` of as many bytes as the
 pass reads and writes (the best of its medians within the run); the bound by arithmetic is our own exp of every logit,
@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks import machine
+from orpo_kernels.app import machine
 from orpo_kernels.ops import torch_ops, why_not
 
 PASSES = ("residual", "statistics", "recomputed")
@@ -219,7 +219,7 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.rowwise",
+        prog="python -m benchmarks.kernels.rowwise",
         description="The row-wise passes on a CPU against the machine's copy bandwidth and its throughput of exp.",
     )
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import peers
-from benchmarks.exact import BETA, Exact, relative_error
-from benchmarks.memory import PeakBytes
-from benchmarks.workloads import Workload
+from benchmarks.contest import peers
+from benchmarks.contest.exact import BETA, Exact, relative_error
+from benchmarks.contest.memory import PeakBytes
+from benchmarks.contest.workloads import Workload
 
 HEADS = {"evaluation": (False, False), "frozen": (True, False), "trained": (True, True)}  # hidden, head require grad
 Variants = Mapping[str, Mapping[str, Any]]  # name -> options of `orpo_loss`

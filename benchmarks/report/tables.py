@@ -11,9 +11,9 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from benchmarks import confidence
-from benchmarks.contest import FLOOR, FLOORS, Measurement, ratios
-from benchmarks.peers import NATIVE_ROWS
+from benchmarks.contest import confidence
+from benchmarks.contest.peers import NATIVE_ROWS
+from benchmarks.contest.turns import FLOOR, FLOORS, Measurement, ratios
 from orpo_kernels import Limits
 
 GIB, MIB = 2**30, 2**20

@@ -1,7 +1,7 @@
 """What the loss costs beyond one device: bytes on each, and bytes between them. Arithmetic, nothing is measured.
 
-    python -m benchmarks.distributed            # the tables of docs/distributed.md
-    python -m benchmarks.distributed --write    # put them there
+    python -m benchmarks.estimates.distributed            # the tables of docs/distributed.md
+    python -m benchmarks.estimates.distributed --write    # put them there
 
 `messages` is every exchange of one call of the loss; a test counts what really crosses between processes and compares.
 The memory of the loss is that of its `plan`. What a training step holds beside it is counted the usual way for AdamW
@@ -19,7 +19,7 @@ import torch
 
 from orpo_kernels import Plan, plan
 
-PAGE = Path(__file__).parents[1] / "docs" / "distributed.md"
+PAGE = Path(__file__).parents[2] / "docs" / "distributed.md"
 DEVICES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 ROWS, PAIRS = 8192, 8  # of a device (or of a vocabulary group, which works on the same rows)
 BUDGET = 5 * 2**30  # a sixteenth of 80 GiB
@@ -191,7 +191,7 @@ def gib(size: float) -> str:
     return f"{size / 2**30:.3g}"
 
 
-MARKS = ("<!-- begin: python -m benchmarks.distributed --write -->", "<!-- end -->")
+MARKS = ("<!-- begin: python -m benchmarks.estimates.distributed --write -->", "<!-- end -->")
 
 
 def with_tables(page: str) -> str:

@@ -1,8 +1,8 @@
 """The kernels' machine code for every GPU, without one: registers, spills, shared memory, matrix instructions.
 
-    python -m benchmarks.compiled                                 # bf16, eight targets: a table
-    python -m benchmarks.compiled --dtype bfloat16 float16 float32 --output benchmarks/compiled.md
-    python -m benchmarks.compiled --compare-tma                   # operands by TMA, and by cp.async
+    python -m benchmarks.kernels.compiled                                 # bf16, eight targets: a table
+    python -m benchmarks.kernels.compiled --dtype bfloat16 float16 float32 --output benchmarks/kernels/compiled.md
+    python -m benchmarks.kernels.compiled --compare-tma                   # operands by TMA, and by cp.async
 
 The loss runs on fake tensors of the models' sizes under a stub driver (`stub_gpu`), forward and backward in every
 schedule, so that exactly the specialisations are collected that a real GPU would be given. Each is compiled once, by
@@ -33,11 +33,11 @@ from rich.progress import Progress
 from rich.table import Table
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks import machine
-from benchmarks.memory import active_columns
+from benchmarks.contest.memory import active_columns
+from benchmarks.kernels.stub_gpu import GPUS, Specialisation, stub_gpu
 from benchmarks.shapes import SHAPES, ModelShape
-from benchmarks.stub_gpu import GPUS, Specialisation, stub_gpu
 from orpo_kernels import Rows, orpo_loss_from_rows
+from orpo_kernels.app import machine
 from orpo_kernels.ops import triton as triton_ops
 from orpo_kernels.ops.triton import tiles
 from orpo_kernels.ops.triton.label_rows import filled_rows
@@ -446,7 +446,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json:
         options.json.write_text(json.dumps([asdict(code) for code in codes], indent=1))
     if options.output:
-        options.output.write_text(markdown(codes, f"python -m benchmarks.compiled --dtype {' '.join(options.dtype)}"))
+        command = f"python -m benchmarks.kernels.compiled --dtype {' '.join(options.dtype)}"
+        options.output.write_text(markdown(codes, command))
     failed = [code for code in codes if code.error or code.spilled or code.stack or code.shared > code.shared_limit]
     for code in failed:
         print(f"{code.kernel} {code.types} on {code.target}: {code.error or 'spills, or takes too much shared memory'}")

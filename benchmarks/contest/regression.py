@@ -1,7 +1,7 @@
 """Fails where our time over that of the bare GEMMs is worse than the one kept for this kind of processor.
 
-    python -m benchmarks.regression             # exit status 1 if it is worse by more than the noise
-    python -m benchmarks.regression --update    # keep this machine's ratios
+    python -m benchmarks.contest.regression             # exit status 1 if it is worse by more than the noise
+    python -m benchmarks.contest.regression --update    # keep this machine's ratios
 
 Ours and the bare matrix products on the rows that matter take turns on synthetic batches; what is compared is the
 median of their ratio within a round, never a time. The noise is what the ratio does by itself: runs of the same code
@@ -21,12 +21,13 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks import contest, machine
-from benchmarks.contest import FLOOR, Measurement, ratios
-from benchmarks.exact import exact
-from benchmarks.report import Sheet
-from benchmarks.suite import default_dtypes
-from benchmarks.workloads import synthetic
+from benchmarks.contest import turns
+from benchmarks.contest.exact import exact
+from benchmarks.contest.suite import default_dtypes
+from benchmarks.contest.turns import FLOOR, Measurement, ratios
+from benchmarks.contest.workloads import synthetic
+from benchmarks.report.tables import Sheet
+from orpo_kernels.app import machine
 
 KEPT = Path(__file__).with_name("baselines.json")
 LEAST_NOISE = 0.03  # of the ratio
@@ -44,7 +45,7 @@ def measure(rounds: int, advance: Callable[[], None] = lambda: None) -> Ratios:
     found = {}
     for dtype, head in cases():
         work = synthetic(pairs=2).cast(getattr(torch, dtype))
-        by_name = {m.name: m for m in contest.measure(work, exact(work), head, [FLOOR, "ours"], rounds, lambda: None)}
+        by_name = {m.name: m for m in turns.measure(work, exact(work), head, [FLOOR, "ours"], rounds, lambda: None)}
         found[f"{dtype}, {head}"] = _ratio(by_name)
         advance()
     return found
@@ -77,7 +78,7 @@ def compare(now: Ratios, kept: dict[str, list[float]]) -> tuple[Sheet, list[str]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.regression",
+        prog="python -m benchmarks.contest.regression",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -9,8 +9,8 @@ Under FakeTensorMode no storage has memory, so a head of 128256 x 4096 can be ac
 tensors: fake cuda tensors abort inside autograd.) What no accounting of this kind sees: fragmentation, and scratch that
 a kernel allocates and frees inside one operation.
 
-    python -m benchmarks.memory          # the table at N = 8192 rows, H = 4096, V = 128256, bf16, and the growth with T
-    python -m benchmarks.memory --gpu sm_90    # the same through the wrappers of our Triton kernels; peers as before
+    python -m benchmarks.contest.memory                # table at N = 8192 rows, H = 4096, V = 128256, bf16, its growth
+    python -m benchmarks.contest.memory --gpu sm_90    # the same through our Triton wrappers; peers as before
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from benchmarks import machine, peers
+from benchmarks.contest import peers
+from orpo_kernels.app import machine
 
 GIB = 2**30
 
@@ -272,7 +273,7 @@ def kernels_of(gpu: str | None) -> Iterator[None]:
     if gpu is None:
         yield
         return
-    from benchmarks.stub_gpu import GPUS, stub_gpu
+    from benchmarks.kernels.stub_gpu import GPUS, stub_gpu
 
     if gpu not in GPUS:
         raise SystemExit(f"--gpu is {gpu}, it must be one of {', '.join(GPUS)}")
@@ -309,7 +310,7 @@ SAME_ROWS = [Shape(16, length, rows=3440) for length in (256, 512, 1024, 2048)]
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.memory", description="Exact peak memory of head and loss."
+        prog="python -m benchmarks.contest.memory", description="Exact peak memory of head and loss."
     )
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument(

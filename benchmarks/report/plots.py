@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contest import ALL_ROWS, FLOOR, FLOORS, Measurement, ratios
-from benchmarks.report import GIB, MIB, TITLES, is_ours, measurements
+from benchmarks.contest.turns import ALL_ROWS, FLOOR, FLOORS, Measurement, ratios
+from benchmarks.report.tables import GIB, MIB, TITLES, is_ours, measurements
 
 OURS_COLOR, PEER_COLOR, BACKWARD = "#c44e52", "#4c72b0", 0.55
 MARKERS = "osv^D<>pP*X"

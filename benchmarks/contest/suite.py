@@ -21,10 +21,12 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
-from benchmarks import confidence, contest, machine, malloc, memory, peers, process, roofline, workloads
-from benchmarks.exact import exact
+from benchmarks.contest import confidence, malloc, memory, peers, process, turns, workloads
+from benchmarks.contest.exact import exact
+from benchmarks.contest.workloads import Workload
+from benchmarks.estimates import roofline
 from benchmarks.shapes import SHAPES, ModelShape, named
-from benchmarks.workloads import Workload
+from orpo_kernels.app import machine
 
 ROUNDS = {False: 3, True: 5}  # by `Settings.full`
 STEP_ROUNDS = 10  # of a whole training step, whose batches differ in length
@@ -178,8 +180,8 @@ def _contest(
         if settings.device == "cpu" and dtype != "float32" and not machine.has_bf16_gemm():
             work = work.smaller(pairs=1, vocabulary=8192)  # emulated products take up to a hundred times as long
         work = work.cast(getattr(torch, dtype)).to(settings.device)
-        truth = exact(work, *contest.HEADS[head])
-        found = contest.measure(work, truth, head, names, settings.rounds, lambda: progress.advance(task))
+        truth = exact(work, *turns.HEADS[head])
+        found = turns.measure(work, truth, head, names, settings.rounds, lambda: progress.advance(task))
     except torch.OutOfMemoryError:
         failure = "out of memory: the inputs and their float64 copy do not fit"
         return {"work": "too large", "dtype": dtype, "head": head, "failure": failure, "measurements": []}
@@ -188,13 +190,13 @@ def _contest(
     return record_of(work, head, found)
 
 
-def record_of(work: Workload, head: str, found: list[contest.Measurement]) -> dict[str, Any]:
+def record_of(work: Workload, head: str, found: list[turns.Measurement]) -> dict[str, Any]:
     """A contest as it stands in the results, and as `report` shows it."""
     return {
         "work": str(work),
         "dtype": str(work.hidden.dtype).removeprefix("torch."),
         "head": head,
-        "least_flops": contest.Contest(work, head).least_flops(),
+        "least_flops": turns.Contest(work, head).least_flops(),
         "measurements": [asdict(measurement) for measurement in found],
     }
 
@@ -204,7 +206,7 @@ def contestants(settings: Settings, dtype: str, everyone: bool) -> list[str]:
 
     everyone: those that compile for long or are slow, too.
     """
-    ours = list(contest.OURS) if settings.device == "cuda" else ["ours"]
+    ours = list(turns.OURS) if settings.device == "cuda" else ["ours"]
     names = list(settings.peers if settings.peers is not None else peers.available())
     if settings.peers is None:
         if everyone:
@@ -212,7 +214,7 @@ def contestants(settings: Settings, dtype: str, everyone: bool) -> list[str]:
         else:
             quick = (p for p in peers.available().values() if not p.slow and (not p.compiled or p.name in ON_A_CPU))
             names = [peer.name for peer in quick]
-    return [*contest.FLOORS, *ours, *(name for name in names if not (name == "plain fp32" and dtype == "float32"))]
+    return [*turns.FLOORS, *ours, *(name for name in names if not (name == "plain fp32" and dtype == "float32"))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -250,7 +252,7 @@ def _processes(settings: Settings) -> Iterator[Case]:
 
 
 def _resident(settings: Settings, dtype: str, progress: Progress) -> dict[str, Any]:
-    names = [name for name in contestants(settings, dtype, everyone=True) if name not in contest.FLOORS]
+    names = [name for name in contestants(settings, dtype, everyone=True) if name not in turns.FLOORS]
     task = progress.add_task("a process each", total=len(names))
     work = _real_work().cast(getattr(torch, dtype))
     found = process.measure(work, names, settings.heads, settings.threads, lambda: progress.advance(task))
@@ -270,9 +272,9 @@ def _confidence(settings: Settings) -> Iterator[Case]:
 
 def _gaps(settings: Settings, dtype: str, progress: Progress) -> dict[str, Any]:
     """Of those that do not compile: errors by side and gap."""
-    names = [name for name in contestants(settings, dtype, True) if name not in contest.FLOORS]
+    names = [name for name in contestants(settings, dtype, True) if name not in turns.FLOORS]
     names = ["Liger" if name == "Liger compiled" else name for name in names]
-    losses = {name: peers.ours for name in names if name in contest.OURS}
+    losses = {name: peers.ours for name in names if name in turns.OURS}
     losses |= {name: peers.PEERS[name].loss for name in names if name in peers.PEERS and not peers.PEERS[name].compiled}
     found = {}
     for name in progress.track(losses, description="logit gaps"):
@@ -288,7 +290,7 @@ def _steps(settings: Settings) -> Iterator[Case]:
 
 
 def _step(settings: Settings, data: str, dtype: str, progress: Progress) -> dict[str, Any]:
-    from benchmarks import training_step
+    from benchmarks.contest import training_step
 
     bench = training_step.load(training_step.CASES[data], dtype)
     result = training_step.measure(bench, dtype, STEP_ROUNDS, progress)

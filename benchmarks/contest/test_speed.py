@@ -3,7 +3,7 @@
     pytest benchmarks --benchmark-autosave        # keep a run
     pytest benchmarks --benchmark-compare         # the next beside it
 
-`make test` does not collect them. Compare times of one machine only; `python -m benchmarks.regression` compares ratios.
+`make test` does not collect them. Compare times of one machine only; `benchmarks.contest.regression` compares ratios.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 
 pytest.importorskip("pytest_benchmark", reason="pip install 'orpo-kernels[bench]'")
 
-from benchmarks.contest import FLOOR, HEADS, Contest
-from benchmarks.suite import default_dtypes
-from benchmarks.workloads import Workload, synthetic
+from benchmarks.contest.suite import default_dtypes
+from benchmarks.contest.turns import FLOOR, HEADS, Contest
+from benchmarks.contest.workloads import Workload, synthetic
 
 
 @functools.cache

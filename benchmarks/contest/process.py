@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.workloads import Workload
+from benchmarks.contest.workloads import Workload
 
 
 class ProcessPeak:
@@ -56,8 +56,9 @@ def peak_of_a_process(name: str, inputs: Path, heads: Sequence[str], threads: in
     Raises:
         RuntimeError: the process failed; its last line says why.
     """
-    command = [sys.executable, "-m", "benchmarks.process", name, str(inputs), "--threads", str(threads), "--head"]
-    run = subprocess.run([*command, *heads], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    module = [sys.executable, "-m", "benchmarks.contest.process"]
+    command = [*module, name, str(inputs), "--threads", str(threads), "--head", *heads]
+    run = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
     if run.returncode:
         raise RuntimeError((run.stderr.strip() or "it left no message").splitlines()[-1])
     return json.loads(run.stdout.splitlines()[-1])
@@ -79,9 +80,9 @@ def measure(work: Workload, names: Sequence[str], heads: Sequence[str], threads:
 
 
 def main() -> None:
-    from benchmarks.contest import Contest
+    from benchmarks.contest.turns import Contest
 
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.process", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.contest.process", description=__doc__)
     parser.add_argument("name")
     parser.add_argument("inputs", type=Path)
     parser.add_argument("--head", nargs="+", required=True)

@@ -1,8 +1,8 @@
 """ESTIMATE of the loss's time on GPUs, from the FLOPs and bytes of what is launched; what was measured: docs/gpu.md.
 
-    python -m benchmarks.roofline                        # seven models, four schedules, five GPUs, 8192 rows, bf16
-    python -m benchmarks.roofline --launches --shape Llama-3-8B     # and what each kind of launch contributes
-    python -m benchmarks.roofline --active 0.13          # and the sparse schedule, with that share of columns active
+    python -m benchmarks.estimates.roofline                      # seven models, four schedules, five GPUs, bf16
+    python -m benchmarks.estimates.roofline --launches --shape Llama-3-8B     # and what each kind of launch contributes
+    python -m benchmarks.estimates.roofline --active 0.13        # and the sparse schedule, that share of columns active
 
 Our loss runs on tensors without data, planned as for the GPU and with its kernels in place; every launch is recorded
 with its shapes. A launch takes the time of its matrix products at the peak of the tensor cores, or of its compulsory
@@ -38,7 +38,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from benchmarks import memory, shapes
+from benchmarks import shapes
+from benchmarks.contest import memory
 from benchmarks.shapes import SHAPES, ModelShape
 from orpo_kernels import orpo_loss_from_rows
 from orpo_kernels.app.gpus import GPU, GPUS
@@ -356,7 +357,7 @@ def launch_table(shape: ModelShape, schedule: str, ours: list[Launch]) -> Table:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.roofline",
+        prog="python -m benchmarks.estimates.roofline",
         description="ESTIMATE of the loss's time from FLOPs, bytes and data sheets.",
     )
     parser.add_argument(

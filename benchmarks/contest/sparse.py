@@ -1,8 +1,8 @@
 """The sparse backward pass on real hidden states: what it costs in error, and what it saves in time.
 
-    python -m benchmarks.sparse error training --output docs/sparse_measured.md    # tables and a plot
-    python -m benchmarks.sparse time                          # beside the exact path and the peers
-    python -m benchmarks.sparse time --keep-pages             # the same without page faults (`benchmarks.malloc`)
+    python -m benchmarks.contest.sparse error training --output docs/sparse_measured.md  # tables and a plot
+    python -m benchmarks.contest.sparse time                # beside the exact path and the peers
+    python -m benchmarks.contest.sparse time --keep-pages   # the same without page faults (`contest/malloc.py`)
 
 **error**: SmolLM2's head on batches of LLMBar and dpo_en_demo, at the start and after the steps of `training`, fp32.
 Relative Frobenius errors of dh and dW, to the exact gradients, against eps and the size of a block. Beside each: the
@@ -12,7 +12,7 @@ to round the operands and results of the same two products to bf16, all else exa
 
 **training**: 20 steps of the model on LLMBar, exact, sparse, and exact under bf16 autocast: the losses.
 
-**time**: forward and backward of head and loss, everyone in turns in one process, as in `benchmarks.contest`.
+**time**: forward and backward of head and loss, everyone in turns in one process, as in `benchmarks.contest.turns`.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from benchmarks import contest, malloc, peers, suite, workloads
-from benchmarks import report as reports
-from benchmarks.exact import BETA, exact
-from benchmarks.workloads import Workload
+from benchmarks.contest import malloc, peers, suite, turns, workloads
+from benchmarks.contest.exact import BETA, exact
+from benchmarks.contest.workloads import Workload
+from benchmarks.report import tables
 from orpo_kernels import Limits, measured_sparsity
 from orpo_kernels.engine.schedules import sparse
 
@@ -295,7 +295,7 @@ def time_everyone(options: argparse.Namespace, console: Console) -> None:
     """Contests with the sparse loss among the contestants."""
     variants: dict[str, dict[str, float]] = {"ours": {}}
     variants |= {f"ours, sparse 2^-{eps}": {"sparse_eps": 2.0**-eps} for eps in options.eps}
-    names = [*contest.FLOORS, *variants, *options.peer]
+    names = [*turns.FLOORS, *variants, *options.peer]
     workload = workloads.synthetic(share=0.42) if options.uniform else workloads.llmbar(4, 256)
     with Progress(console=console, transient=True) as progress:
         for name in options.dtype:
@@ -303,10 +303,10 @@ def time_everyone(options: argparse.Namespace, console: Console) -> None:
                 work = workload.cast(getattr(torch, name))
                 task = progress.add_task(f"{name}, head {head}", total=len(names) * (1 + options.rounds))
                 advance = functools.partial(progress.advance, task)
-                truth = exact(work, *contest.HEADS[head])
-                found = contest.measure(work, truth, head, names, options.rounds, advance, variants)
+                truth = exact(work, *turns.HEADS[head])
+                found = turns.measure(work, truth, head, names, options.rounds, advance, variants)
                 progress.remove_task(task)
-                Console(width=130).print(reports.contest_sheet(suite.record_of(work, head, found)).rich(), "")
+                Console(width=130).print(tables.contest_sheet(suite.record_of(work, head, found)).rich(), "")
 
 
 def main() -> None:
@@ -328,13 +328,15 @@ def main() -> None:
         text = report(rest, console, plot_path)
         print(text)
         if options.output:
-            command = f"python -m benchmarks.sparse {' '.join(sys.argv[1:])}"
+            command = f"python -m benchmarks.contest.sparse {' '.join(sys.argv[1:])}"
             links = f" Plot: [{plot_path.name}]({plot_path.name})." if "error" in rest else ""
             options.output.write_text(f"Printed by `{command}`; torch {torch.__version__}.{links}\n\n{text}")
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.sparse", description="Error and time of sparse_eps.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.contest.sparse", description="Error and time of sparse_eps."
+    )
     parser.add_argument("parts", nargs="+", choices=["error", "training", "time"])
     parser.add_argument("--output", type=Path, help="also write the tables of error and training here, a plot beside")
     parser.add_argument("--threads", type=int, default=2)
@@ -346,7 +348,7 @@ def _options() -> argparse.Namespace:
     timing.add_argument("--rounds", type=int, default=7)
     timing.add_argument("--uniform", action="store_true", help="random weights and hidden states: flat distributions")
     timing.add_argument(
-        "--keep-pages", action="store_true", help="malloc keeps what is freed: see benchmarks/malloc.py"
+        "--keep-pages", action="store_true", help="malloc keeps what is freed: see benchmarks/contest/malloc.py"
     )
     return parser.parse_args()
 

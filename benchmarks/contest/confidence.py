@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import peers
-from benchmarks.exact import BETA, relative_error
+from benchmarks.contest import peers
+from benchmarks.contest.exact import BETA, relative_error
 from orpo_kernels import reference
 
 VOCABULARY, PAIRS = 16, 2

@@ -1,0 +1,1 @@
+"""A results file, and the tables, pictures and pages that are made of it."""
