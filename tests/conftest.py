@@ -34,13 +34,13 @@ def backend(request, monkeypatch) -> str:
     from orpo_kernels.ops import why_not
 
     if request.param == "torch":
-        monkeypatch.setattr("orpo_kernels.ops.CPUS", ())
+        monkeypatch.setattr("orpo_kernels.ops.CPU_TYPES", ())
     if request.param == "native" and (reason := why_not("native", torch.device("cpu"))):
         pytest.skip(reason)
     if request.param == "triton":
         if not HAS_TRITON:
             pytest.skip("triton is not installed")
-        monkeypatch.setattr("orpo_kernels.ops.GPUS", ("cpu", "cuda", "xpu"))
+        monkeypatch.setattr("orpo_kernels.ops.GPU_TYPES", ("cpu", "cuda", "xpu"))
     return request.param
 
 
@@ -78,6 +78,6 @@ def fake_gpu(monkeypatch):
 
     monkeypatch.setattr("triton.runtime.interpreter.InterpretedFunction.run", lambda self, *args, **options: None)
     monkeypatch.setattr("orpo_kernels.ops.triton.launch.INTERPRETER", Target("cuda", 90, 132))
-    monkeypatch.setattr("orpo_kernels.ops.GPUS", ("cpu",))
+    monkeypatch.setattr("orpo_kernels.ops.GPU_TYPES", ("cpu",))
     monkeypatch.setattr("torch._subclasses.FakeTensor.data_ptr", lambda tensor: tensor.storage_offset())
     monkeypatch.setattr("torch._subclasses.FakeTensor.is_cuda", True)  # where GEMMs widen their result

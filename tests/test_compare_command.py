@@ -83,11 +83,11 @@ def test_interrupted_in_the_reference_it_says_how_to_go_on(run, model, data, tmp
         return causal_lm_answers(*args, **batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr("orpo_kernels.transformers.reference.causal_lm_answers", stop)
+        patch.setattr("orpo_kernels.transformers.reference_model.causal_lm_answers", stop)
         assert main([*map(str, arguments)]) == 130
     told = capsys.readouterr().out.replace("\n", " ")
     assert "Nothing was trained yet: give the same command again." in told
-    monkeypatch.setattr("orpo_kernels.transformers.reference.causal_lm_answers", stop)
+    monkeypatch.setattr("orpo_kernels.transformers.reference_model.causal_lm_answers", stop)
     assert run(*arguments)["before"]["loss"] == pytest.approx(math.log(2), rel=1e-6)
     assert len(calls) == 4 + 5 + 2  # of 8 batches to train on, and 2 held out
 

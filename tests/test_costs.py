@@ -14,7 +14,7 @@ pytest.importorskip("rich")
 from benchmarks.contest import memory, peers
 from orpo_kernels import Rows, orpo_loss_from_rows
 from orpo_kernels.app import costs
-from orpo_kernels.app.gpus import GPUS, gpu_named
+from orpo_kernels.app.gpus import DATA_SHEETS, gpu_named
 
 GIB = 2**30
 SHAPES = [memory.Shape(16, 512), memory.Shape(16, 256, rows=3440), memory.Shape(2, 4096)]
@@ -130,8 +130,8 @@ def test_what_is_recommended_is_the_plans_choice():
 
 
 def test_gpus_by_name_or_size():
-    assert gpu_named("h100") is GPUS[1]
-    assert gpu_named("A100 80GB") is GPUS[0]
+    assert gpu_named("h100") is DATA_SHEETS[1]
+    assert gpu_named("A100 80GB") is DATA_SHEETS[0]
     assert gpu_named("24GB").memory == 24 * 10**9
     assert gpu_named("1.5gib").memory == 3 * 2**29
     for wrong in ("", "V100", "0GB", "GB", "twelveGB", "-3GB"):

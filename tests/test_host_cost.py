@@ -86,8 +86,8 @@ def operations_of_a_gpu(monkeypatch) -> Operations:
             return run(kernel, *arguments, **options)
 
     monkeypatch.setattr(InterpretedFunction, "run", launched)
-    monkeypatch.setattr("orpo_kernels.ops.CPUS", ())
-    monkeypatch.setattr("orpo_kernels.ops.GPUS", ("cpu",))
+    monkeypatch.setattr("orpo_kernels.ops.CPU_TYPES", ())
+    monkeypatch.setattr("orpo_kernels.ops.GPU_TYPES", ("cpu",))
     monkeypatch.setattr("orpo_kernels.engine.checks.HOSTS", ())
     return operations
 

@@ -145,7 +145,7 @@ def test_whatever_a_message_holds_is_kept_or_refused(message: dict[str, Any]):
     try:
         [found] = normalised("prompt", message)
     except BadMessages:
-        return
+        return  # refused
     said = " ".join(json.dumps(text) for text in strings(found))
     for key, value in message.items():
         if key not in ("role", "from", "tool_calls"):

@@ -20,7 +20,7 @@ from transformers import TrainingArguments
 
 from orpo_kernels.methods import METHODS
 from orpo_kernels.transformers import PreferenceCollator, causal_lm_answers, causal_lm_preference_loss
-from orpo_kernels.transformers import reference as reference_module
+from orpo_kernels.transformers import reference_model as reference_module
 from orpo_kernels.transformers.trainer import METRICS, ORPOTrainer, PreferenceTrainer
 
 from .training import assert_same_logs, chat_examples, losses, settings, tiny, tokenizer

@@ -11,13 +11,13 @@ import torch
 pytest.importorskip("rich", reason="the estimate is printed with rich: pip install 'orpo-kernels[bench]'")
 
 from benchmarks.estimates import roofline
-from benchmarks.estimates.roofline import COSTS, GPU, GPUS, SCHEDULES, Launch, bare_gemms, estimate, launches
+from benchmarks.estimates.roofline import COSTS, DATA_SHEETS, GPU, SCHEDULES, Launch, bare_gemms, estimate, launches
 from benchmarks.shapes import SHAPES, ModelShape
 from orpo_kernels import Limits, plan
 from orpo_kernels.ops import torch_ops
 
 ROWS = 8192
-H100 = next(gpu for gpu in GPUS if gpu.name.startswith("H100"))
+H100 = next(gpu for gpu in DATA_SHEETS if gpu.name.startswith("H100"))
 LLAMA = SHAPES["Llama-3-8B"]
 SOME = [LLAMA, SHAPES["Phi-2"], SHAPES["Gemma-2-2B"], SHAPES["SmolLM2-135M"]]
 
@@ -59,7 +59,7 @@ def test_bytes_are_between_what_must_and_what_may_move(schedule: str) -> None:
         assert 4 * logits < moved < 16 * logits  # written, read and written by the residual, read by a GEMM
 
 
-@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize("gpu", DATA_SHEETS, ids=lambda gpu: gpu.name)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_an_estimate_is_no_less_than_the_bare_gemms(schedule: str, gpu: GPU) -> None:
     """A third more for the fourth GEMM of recompute, and never several times as much."""
@@ -159,7 +159,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "ESTIMATE, not a measurement: Phi-2 (H = 2560, V = 51200, bias)" in printed
     assert "recompute: launches" in printed
     records = json.loads(path.read_text())
-    assert len(records) == 2 * len(SCHEDULES) * len(GPUS)
+    assert len(records) == 2 * len(SCHEDULES) * len(DATA_SHEETS)
     assert {record["label"] for record in records} == {roofline.TITLE}
     assert all(record["ratio"] == record["seconds"] / record["bare_gemm_seconds"] for record in records)
 

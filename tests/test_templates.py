@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 pytest.importorskip("transformers")
@@ -294,8 +294,7 @@ def test_what_nothing_reads_is_not_dropped(extra):
 def test_a_key_of_a_message_is_printed_or_names_the_row(key, value, in_answer):
     """Whatever a message holds: the pair is as without it, or refused by that key."""
     tokenizer = of_template(LLAMA + OPENS)
-    if key in ("role", "content", "from"):
-        return
+    assume(key not in ("role", "content", "from"))
     more = {key: f"{value} words more" if value.strip() else None}
     example = pair([assistant("blue", **(more if in_answer else {}))])
     if not in_answer:

@@ -359,8 +359,8 @@ def test_rows_are_within(position, target):
 
 def test_a_gpu_checks_its_rows_by_the_kernels(monkeypatch):
     """Of tensors on a CPU that stands in for one: the error is raised where the verdict is looked at, here at once."""
-    monkeypatch.setattr(ops, "CPUS", ())
-    monkeypatch.setattr(ops, "GPUS", ("cpu", "cuda"))
+    monkeypatch.setattr(ops, "CPU_TYPES", ())
+    monkeypatch.setattr(ops, "GPU_TYPES", ("cpu", "cuda"))
     monkeypatch.setattr(checks, "HOSTS", ())
     inside = torch.tensor([0, 6], device=DEVICE)
     assert ops.host_ops(inside) is triton_ops

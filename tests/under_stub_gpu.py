@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.runtime.errors import OutOfResources
 
 from benchmarks.kernels.compiled import SCHEDULES, run_labels, run_loss, run_shard
-from benchmarks.kernels.stub_gpu import GPUS, StubGPU, stub_gpu
+from benchmarks.kernels.stub_gpu import TARGETS, StubGPU, stub_gpu
 from benchmarks.shapes import SHAPES
 from orpo_kernels.ops.triton import tiles
 
@@ -70,7 +70,7 @@ def test_grids_and_specialisations_from_1k_to_128k_rows(shape, schedule):
     assert all(found == by_rows[ROWS[0]] for found in by_rows.values())
 
 
-@pytest.mark.parametrize("target", GPUS)
+@pytest.mark.parametrize("target", TARGETS)
 def test_every_tile_of_the_product_is_taken_once(target):
     """Rows times columns of the programs' tiles, from the grids alone."""
     shape = SHAPES["Llama-3.2-1B"]

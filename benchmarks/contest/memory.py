@@ -273,10 +273,10 @@ def kernels_of(gpu: str | None) -> Iterator[None]:
     if gpu is None:
         yield
         return
-    from benchmarks.kernels.stub_gpu import GPUS, stub_gpu
+    from benchmarks.kernels.stub_gpu import TARGETS, stub_gpu
 
-    if gpu not in GPUS:
-        raise SystemExit(f"--gpu is {gpu}, it must be one of {', '.join(GPUS)}")
+    if gpu not in TARGETS:
+        raise SystemExit(f"--gpu is {gpu}, it must be one of {', '.join(TARGETS)}")
     with stub_gpu(gpu, compile=False):
         yield
 

@@ -302,7 +302,7 @@ def estimate(progress: Progress) -> dict[str, Any]:
     found = []
     for shape in progress.track(list(SHAPES.values()), description="counting launches"):
         for schedule in roofline.SCHEDULES:
-            for gpu in roofline.GPUS:
+            for gpu in roofline.DATA_SHEETS:
                 one, _ = roofline.estimate(shape, 8192, schedule, gpu)
                 found.append(asdict(one) | {"ratio": one.ratio})
     return {"label": roofline.TITLE, "estimates": found}

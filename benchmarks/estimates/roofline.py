@@ -42,7 +42,7 @@ from benchmarks import shapes
 from benchmarks.contest import memory
 from benchmarks.shapes import SHAPES, ModelShape
 from orpo_kernels import orpo_loss_from_rows
-from orpo_kernels.app.gpus import GPU, GPUS
+from orpo_kernels.app.gpus import DATA_SHEETS, GPU
 from orpo_kernels.engine.schedules import recompute, resident, single_pass, sparse
 from orpo_kernels.engine.work import COLUMNS_PER_SPLIT
 from orpo_kernels.ops import torch_ops
@@ -80,13 +80,13 @@ def _gemm(m: int, k: int, n: int, itemsize: int, out_itemsize: int, accumulates:
 
 
 def _project_log_odds(rows: int, hidden_size: int, columns: int, itemsize: int) -> tuple[int, int]:
-    """Kernel 1: rows and weight once, the partial statistics of each split written and read; no logits."""
+    """Rows and weight once, the partial statistics of each split written and read; no logits."""
     partials = 2 * 12 * -(-columns // COLUMNS_PER_SPLIT) * rows  # in all a thousandth of the weight
     return 2 * rows * hidden_size * columns, itemsize * (rows + columns) * hidden_size + partials + 24 * rows
 
 
 def _residual(rows: int, columns: int, itemsize: int) -> tuple[int, int]:
-    """Kernel 2: one read and one write. It reads a long row twice; what the L2 cache does not keep of it until then is
+    """One read and one write. It reads a long row twice; what the L2 cache does not keep of it until then is
     not in here."""
     return 0, 2 * itemsize * rows * columns + 16 * rows
 
@@ -108,18 +108,18 @@ def _gather_columns(rows: int, columns: int, active: int, itemsize: int) -> tupl
 
 
 def _project_residual(rows: int, hidden_size: int, columns: int, itemsize: int) -> tuple[int, int]:
-    """Kernel 3: a GEMM whose epilogue writes the residual instead of the logits."""
+    """A GEMM whose epilogue writes the residual instead of the logits."""
     flops, traffic = _gemm(rows, hidden_size, columns, itemsize, itemsize, 0)
     return flops, traffic + 16 * rows
 
 
 def _gather_rows(rows: int, hidden_size: int, itemsize: int, out_itemsize: int) -> tuple[int, int]:
-    """Kernel 7: a read and a write of H numbers a row, its position and its coefficient."""
+    """A read and a write of H numbers a row, its position and its coefficient."""
     return 0, rows * (hidden_size * (itemsize + out_itemsize) + 16)
 
 
 def _scatter_rows(rows: int, positions: int, hidden_size: int, itemsize: int, out_itemsize: int) -> tuple[int, int]:
-    """Kernel 6: rows read, positions read and written; the sort of the positions is a few bytes a row."""
+    """Rows read, positions read and written; the sort of the positions is a few bytes a row."""
     return 0, rows * (hidden_size * itemsize + 24) + 2 * min(rows, positions) * hidden_size * out_itemsize
 
 
@@ -333,7 +333,7 @@ def estimate(
 def table(shape: ModelShape, estimates: list[Estimate], rows: int) -> Table:
     """A row for each schedule, a column for each GPU: milliseconds, and how many times the bare GEMMs they are."""
     shown = Table(title=f"{TITLE}: {shape}, {rows} rows, bf16", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("schedule", "TFLOP", "GB", *(gpu.name.replace(" ", "\n") for gpu in GPUS)):
+    for column in ("schedule", "TFLOP", "GB", *(gpu.name.replace(" ", "\n") for gpu in DATA_SHEETS)):
         shown.add_column(column, justify="left" if column == "schedule" else "right", no_wrap=True)
     for schedule in dict.fromkeys(e.schedule for e in estimates):
         mine = [e for e in estimates if (e.shape, e.schedule) == (shape.name, schedule)]
@@ -379,7 +379,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for shape in track(models, "counting", console=Console(stderr=True), transient=True):
         kinds = []
         for schedule in [*SCHEDULES, *(SPARSE if options.active is not None else ())]:
-            for gpu in GPUS:
+            for gpu in DATA_SHEETS:
                 found, ours = estimate(shape, options.rows, schedule, gpu, active=options.active or 0.0)
                 estimates.append(found)
             kinds.append(launch_table(shape, schedule, ours))

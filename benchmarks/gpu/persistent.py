@@ -1,4 +1,4 @@
-"""A sketch of kernel 1 in another form, to be measured beside it: persistent programs, one partial for every tile.
+"""A sketch of `project_log_odds` to be measured beside it: persistent programs, one partial for every tile.
 
 As many programs as multiprocessors go over the tiles of the whole product; the loop over tiles and the loop over the
 hidden size are one (`flatten`), so that the next tile's operands are under way while a tile's statistics are taken. In

@@ -4,8 +4,9 @@
     ORPO_KERNELS_TILES=tiles.json python train.py                 # and this uses it
 
 Every candidate first has to give the values of the eager mirror on the same inputs; one that does not, or that asks for
-more than the GPU has, is named and left out. Then they take turns, one call of kernel 1 and of kernel 3 each per round,
-in a new order every round. The entry of a file that exists already is replaced, its other entries are kept.
+more than the GPU has, is named and left out. Then they take turns, one call each of `project_log_odds` and
+`project_residual` per round, in a new order every round. The entry of a file that exists already is replaced, its other
+entries are kept.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def using(tile: MatmulTile, dtype: torch.dtype, target: Target) -> AbstractConte
 
 
 class Work:
-    """Kernel 1 and kernel 3 on random inputs."""
+    """`project_log_odds` and `project_residual` on random inputs."""
 
     def __init__(self, rows: int, shape: ModelShape, dtype: torch.dtype, device: str) -> None:
         generator = torch.Generator(device).manual_seed(0)
@@ -73,7 +74,9 @@ class Work:
         self.x = normal(rows, shape.hidden_size).to(dtype)
         self.w = (normal(shape.vocab_size, shape.hidden_size) / shape.hidden_size**0.5).to(dtype)
         self.target = torch.randint(shape.vocab_size, (rows,), generator=generator, device=device)
-        self.columns = slice(0, min(8192, shape.vocab_size))  # of kernel 3, as the recompute schedule would take them
+        self.columns = slice(
+            0, min(8192, shape.vocab_size)
+        )  # of `project_residual`, as the recompute schedule would take them
         self.out = self.x.new_empty(rows, self.columns.stop)
 
     def run(self, ops: object) -> tuple[torch.Tensor, torch.Tensor]:

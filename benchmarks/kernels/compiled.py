@@ -34,7 +34,7 @@ from rich.table import Table
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.contest.memory import active_columns
-from benchmarks.kernels.stub_gpu import GPUS, Specialisation, stub_gpu
+from benchmarks.kernels.stub_gpu import TARGETS, Specialisation, stub_gpu
 from benchmarks.shapes import SHAPES, ModelShape
 from orpo_kernels import Rows, orpo_loss_from_rows
 from orpo_kernels.app import machine
@@ -210,7 +210,7 @@ def inspect(specialisation: Specialisation) -> Code:
     knobs.compilation.always_compile = True  # what the assembler says about registers is not in Triton's cache
     knobs.nvidia.dump_ptxas_log = True
     code = described(specialisation)
-    gpu = GPUS[specialisation.target]
+    gpu = TARGETS[specialisation.target]
     log = io.StringIO()
     try:
         with contextlib.redirect_stdout(log):
@@ -269,7 +269,7 @@ def counts(patterns: dict[str, str], text: str) -> dict[str, int]:
 def nvidia_figures(log: str, shared: int, code: Code, target: str) -> dict[str, Any]:
     """What ptxas, run by Triton with its own flags, says; and how many blocks of it a multiprocessor takes."""
     registers = number(r"Used (\d+) registers", log)
-    gpu = GPUS[target]
+    gpu = TARGETS[target]
     threads = 32 * code.warps
     limits = (
         65536 // (-(-registers // 8) * 8 * threads),
@@ -342,7 +342,7 @@ COLUMNS = (
 
 def row_of(code: Code) -> tuple[str, ...]:
     instructions = {**(code.matrix or {}), **(code.asynchronous or {})}
-    unit = "blocks" if GPUS[code.target].backend == "cuda" else "waves"
+    unit = "blocks" if TARGETS[code.target].backend == "cuda" else "waves"
     return (
         code.kernel.removesuffix("_kernel") + (f" ({code.head})" if code.head else ""),
         code.target,
@@ -375,7 +375,7 @@ def _order(group: list[Code]) -> tuple:
     """By dtype, then by kernel, then by target; the small kernels last."""
     code = group[0]
     place = IN_THE_TABLE.index(code.kernel) if code.kernel in IN_THE_TABLE else len(IN_THE_TABLE)
-    return place == len(IN_THE_TABLE), code.types != "bf16", code.types, place, list(GPUS).index(code.target)
+    return place == len(IN_THE_TABLE), code.types != "bf16", code.types, place, list(TARGETS).index(code.target)
 
 
 def print_table(title: str, rows: Iterable[tuple[str, ...]]) -> None:
@@ -425,7 +425,7 @@ def compare_tma(targets: list[str], dtypes: list[str], processes: int) -> list[C
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", nargs="*", default=list(GPUS), choices=list(GPUS), help="(default: all)")
+    parser.add_argument("--target", nargs="*", default=list(TARGETS), choices=list(TARGETS), help="(default: all)")
     parser.add_argument("--dtype", nargs="*", default=["bfloat16"], choices=list(DTYPES), help="(default: bfloat16)")
     parser.add_argument("--shape", nargs="*", default=list(SHAPES), choices=list(SHAPES), help="(default: all)")
     parser.add_argument("--processes", type=int, default=2, help="(default: 2)")

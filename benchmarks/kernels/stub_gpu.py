@@ -61,7 +61,7 @@ class GPU:
     processor_warps: int = 0
 
 
-GPUS = {
+TARGETS = {
     "sm_80": GPU("A100", "cuda", 80, 32, 163 * KIB, 108, 164 * KIB, 64),
     "sm_89": GPU("L40S", "cuda", 89, 32, 99 * KIB, 142, 100 * KIB, 48),
     "sm_90": GPU("H100", "cuda", 90, 32, 227 * KIB, 132, 228 * KIB, 64),
@@ -79,7 +79,7 @@ class Specialisation:
 
     Attributes:
         module, kernel: where the kernel is.
-        target: a name in `GPUS`.
+        target: a name in `TARGETS`.
         signature: (argument, type) of every argument.
         constants: (path of the argument, value) of the compile-time constants.
         attributes: (path of the argument, what is known about it), 16-byte alignment.
@@ -122,7 +122,7 @@ class Specialisation:
 
     def compile(self) -> CompiledKernel:
         """The real compiler's result."""
-        gpu = GPUS[self.target]
+        gpu = TARGETS[self.target]
         source = ASTSource(
             getattr(importlib.import_module(self.module), self.kernel),
             dict(self.signature),
@@ -155,7 +155,7 @@ class StubGPU:
     indices = itertools.count(1)
 
     def __init__(self, name: str) -> None:
-        self.name, self.gpu = name, GPUS[name]
+        self.name, self.gpu = name, TARGETS[name]
         self.launches: list[Launch] = []
         # Triton caches compiled kernels by the device's index: a stub has one of its own, and so starts afresh.
         self.index = next(self.indices)
@@ -210,7 +210,7 @@ class StubGPU:
 
 @contextlib.contextmanager
 def stub_gpu(name: str, compile: bool = True) -> Iterator[StubGPU]:
-    """A GPU of this name (a key of `GPUS`) for tensors on the CPU, real ones or fake.
+    """A GPU of this name (a key of `TARGETS`) for tensors on the CPU, real ones or fake.
 
     Raises:
         RuntimeError: where kernels are interpreted, which is decided when they are imported.
@@ -222,7 +222,7 @@ def stub_gpu(name: str, compile: bool = True) -> Iterator[StubGPU]:
     driver.set_active(gpu)
     with contextlib.ExitStack() as patches:
         # CPU tensors are this GPU's.
-        patches.enter_context(mock.patch.object(ops, "GPUS", ("cpu", *ops.GPUS)))
+        patches.enter_context(mock.patch.object(ops, "GPU_TYPES", ("cpu", *ops.GPU_TYPES)))
         # A fake tensor has no address, only the alignment of its place in its storage.
         patches.enter_context(mock.patch.object(FakeTensor, "data_ptr", _fake_address))
         if not compile:

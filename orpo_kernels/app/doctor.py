@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import reference
 from ..loss import orpo_loss
-from ..ops import BACKENDS, GPUS, is_interpreted, resolve, why_not
+from ..ops import BACKENDS, GPU_TYPES, is_interpreted, resolve, why_not
 from .machine import describe
 
 PAIRS, LENGTH, HIDDEN_SIZE, VOCAB_SIZE = 2, 24, 64, 1000  # of the self-test
@@ -67,7 +67,7 @@ def diagnose() -> dict[str, Any]:
 
 def devices() -> list[str]:
     """The kinds of device whose tensors could be used here."""
-    return ["cpu", *(kind for kind in GPUS if getattr(torch, kind).is_available())]
+    return ["cpu", *(kind for kind in GPU_TYPES if getattr(torch, kind).is_available())]
 
 
 def choices() -> list[Choice]:

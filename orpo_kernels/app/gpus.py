@@ -15,7 +15,7 @@ class GPU:
     memory: int
 
 
-GPUS = (
+DATA_SHEETS = (
     # NVIDIA A100 Tensor Core GPU data sheet, A100 80GB SXM: 312 TFLOPS BF16 without sparsity, 2,039 GB/s
     GPU("A100 80GB", 312e12, 2.039e12, 80 * 10**9),
     # NVIDIA H100 Tensor Core GPU data sheet, H100 SXM: 1,979 TFLOPS BF16 with sparsity (half of it dense), 3.35 TB/s
@@ -37,11 +37,11 @@ def gpu_named(text: str) -> GPU:
         ValueError: neither.
     """
     key = text.replace(" ", "").lower()
-    for gpu in GPUS:
+    for gpu in DATA_SHEETS:
         if key and gpu.name.replace(" ", "").lower().startswith(key):
             return gpu
     size, unit = key.rstrip("gib"), key[len(key.rstrip("gib")) :]
     if unit in ("g", "gb", "gib") and size.replace(".", "", 1).isdecimal() and float(size) > 0:
         return GPU(f"a GPU of {text}", 0.0, 0.0, int(float(size) * (2**30 if unit == "gib" else 10**9)))
-    names = ", ".join(gpu.name for gpu in GPUS)
+    names = ", ".join(gpu.name for gpu in DATA_SHEETS)
     raise ValueError(f"{text!r} is neither one of {names}, nor the size of its memory as in 24GB.")

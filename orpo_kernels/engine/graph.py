@@ -21,7 +21,7 @@ from .head import Compute, Head, operand_dtype
 from .objective import as_scalar, denominators
 from .work import Limits, accumulation_dtype
 
-METRICS = 7  # loss and metrics; the gradients of hidden, weight and bias follow
+NUM_OUTPUTS = 7  # loss and metrics; the gradients of hidden, weight and bias follow
 
 
 # CUDA graphs cannot hold an operator that reads the number of rows on the host.
@@ -89,7 +89,7 @@ def _(hidden, weight, bias, position, target, sequence, scored, nll_weight, num_
 def _setup_context(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
     hidden, weight, *_, needs = inputs
     ctx.needs, ctx.dtypes, ctx.num_inputs = needs, (hidden.dtype, weight.dtype, weight.dtype), len(inputs)
-    ctx.save_for_backward(*output[METRICS:])
+    ctx.save_for_backward(*output[NUM_OUTPUTS:])
 
 
 def _backward(ctx: Any, upstream: list[Tensor]) -> tuple:
@@ -143,7 +143,7 @@ def loss_in_a_graph(
         operand_dtype(hidden),
         head.needs_grad(hidden),
     )
-    return loss, *(metric.detach() for metric in rest[: METRICS - 1])
+    return loss, *(metric.detach() for metric in rest[: NUM_OUTPUTS - 1])
 
 
 def _method_of(name: str, numbers: list[float]) -> Method:

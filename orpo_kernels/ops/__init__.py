@@ -16,13 +16,13 @@ from torch import Tensor
 
 BACKENDS = ("auto", "torch", "native", "triton")
 MODULES = {"torch": ".torch_ops", "native": ".native", "triton": ".triton"}
-GPUS = ("cuda", "xpu")  # torch calls AMD's GPUs cuda as well
-CPUS = ("cpu",)  # where "auto" is native
+GPU_TYPES = ("cuda", "xpu")  # torch calls AMD's GPUs cuda as well
+CPU_TYPES = ("cpu",)  # where "auto" is native
 
 
 def backends() -> dict[str, str]:
     """Every backend's name and "available", or the reason why it cannot be used here."""
-    gpu = next((kind for kind in GPUS if getattr(torch, kind).is_available()), "cpu")
+    gpu = next((kind for kind in GPU_TYPES if getattr(torch, kind).is_available()), "cpu")
     return {
         name: why_not(name, torch.device(gpu if name == "triton" else "cpu")) or "available"
         for name in BACKENDS
@@ -42,7 +42,7 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype = torch.float
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, it must be one of {', '.join(map(repr, BACKENDS))}")
     if backend == "auto":
-        best = "triton" if device.type in GPUS else "native" if device.type in CPUS else "torch"
+        best = "triton" if device.type in GPU_TYPES else "native" if device.type in CPU_TYPES else "torch"
         return best if why_not(best, device, dtype) is None else "torch"
     if reason := why_not(backend, device, dtype):
         raise RuntimeError(f'backend="{backend}": {reason}; use backend="auto" or backend="torch"')
@@ -63,7 +63,7 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype = torch.float
             return "triton is not installed"
         if dtype == torch.float64:
             return "float64 is for checking, which eager torch does; Triton's kernels take fp32, fp16 and bf16"
-        if device.type not in GPUS and not is_interpreted():
+        if device.type not in GPU_TYPES and not is_interpreted():
             return f"the tensors are on {device.type} and Triton's kernels need a GPU (TRITON_INTERPRET=1 emulates one)"
     return None
 
@@ -96,7 +96,7 @@ def select(backend: str, device: torch.device, dtype: torch.dtype = torch.float3
 def host_ops(tensor: Tensor) -> ModuleType:
     """The module for what is done with a few numbers a row where `tensor`, of any dtype, is: a backend's, or eager."""
     kind = tensor.device.type
-    name = "native" if kind in CPUS else "triton" if kind in GPUS else "torch"
+    name = "native" if kind in CPU_TYPES else "triton" if kind in GPU_TYPES else "torch"
     is_host = is_readable(tensor) and not torch.compiler.is_compiling()
     return _module(name if is_host and why_not(name, tensor.device) is None else "torch")
 

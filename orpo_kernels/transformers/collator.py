@@ -44,7 +44,7 @@ __all__ = [
     "tokenize_pairs",
 ]
 
-Answers = Literal["both", "chosen"]
+Sides = Literal["both", "chosen"]
 
 
 @dataclass
@@ -78,7 +78,7 @@ class PreferenceCollator:
     max_length: int | None = None
     end: End = "single"
     packing: Packing = "auto"
-    answers: Answers = "both"
+    answers: Sides = "both"
     too_long: TooLong = "cut"
     aligned: bool | None = None
 
@@ -86,8 +86,8 @@ class PreferenceCollator:
         check_options(self.tokenizer, self.max_length, self.end, self.too_long)
         if self.packing not in get_args(Packing):
             raise ValueError(f"packing must be one of {get_args(Packing)}; got {self.packing!r}.")
-        if self.answers not in get_args(Answers):
-            raise ValueError(f"answers must be one of {get_args(Answers)}; got {self.answers!r}.")
+        if self.answers not in get_args(Sides):
+            raise ValueError(f"answers must be one of {get_args(Sides)}; got {self.answers!r}.")
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         pairs = [self._tokenized(index, example) for index, example in enumerate(examples)]

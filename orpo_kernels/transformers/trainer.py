@@ -51,7 +51,7 @@ from .collator import IGNORE_INDEX, PreferenceCollator, Refusal
 from .engines import run_inside
 from .lm_head import resolve_lm_head
 from .pairs import COLUMNS, NAMED, GroupedByLength, UsablePairs, UsableStream, is_stream, lengths_of, warn_of_unusable
-from .reference import ReferencedPairs, has_reference, reference_logps
+from .reference_model import ReferencedPairs, has_reference, reference_logps
 from .rendering import KNOWN
 from .sharing import automatic_packing
 from .versions import body_of, compilation_by_environment, groups_by_length, loss_takes_counts

@@ -16,7 +16,7 @@ from ..errors import Diverged
 
 RESAMPLES = 2000
 COVERED = 0.95
-METRICS = ("accuracy", "margin", "log_odds", "nll", "chosen_perplexity", "rejected_perplexity")
+SCORES = ("accuracy", "margin", "log_odds", "nll", "chosen_perplexity", "rejected_perplexity")
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Scores:
         return self.chosen_logps - self.rejected_logps
 
     def metrics(self, which: np.ndarray | None = None) -> dict[str, np.ndarray]:
-        """`METRICS`, of all pairs, or of the pairs at the indices `which` (..., m): then arrays (...).
+        """`SCORES`, of all pairs, or of the pairs at the indices `which` (..., m): then arrays (...).
 
         accuracy: the share of pairs whose chosen answer has the higher mean log-probability.
         margin, log_odds: means over pairs.
@@ -106,11 +106,11 @@ def intervals(scores: Scores, against: Scores | None = None, seed: int = 0) -> d
     value, drawn = scores.metrics(), scores.metrics(which)
     if against is not None:
         base, base_drawn = against.metrics(), against.metrics(which)
-        value = {name: value[name] - base[name] for name in METRICS}
-        drawn = {name: drawn[name] - base_drawn[name] for name in METRICS}
+        value = {name: value[name] - base[name] for name in SCORES}
+        drawn = {name: drawn[name] - base_drawn[name] for name in SCORES}
     ends = 100 * (1 - COVERED) / 2
     result = {}
-    for name in METRICS:
+    for name in SCORES:
         low, high = np.percentile(drawn[name], [ends, 100 - ends])
         result[name] = {"value": float(value[name]), "low": float(low), "high": float(high)}
     return result

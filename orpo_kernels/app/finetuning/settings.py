@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from ..errors import UserError
 
-Method = Literal["orpo", "sft", "dpo", "simpo", "cpo"]
+MethodName = Literal["orpo", "sft", "dpo", "simpo", "cpo"]
 DType = Literal["auto", "float32", "fp32", "bfloat16", "bf16"]
 Packing = Literal["auto", "shared", "padded"]
 TooLong = Literal["cut", "leave-out"]
@@ -57,7 +57,9 @@ class DataSettings:
     too_long: TooLong = setting(
         "cut", "Whether pairs of more tokens are cut, or left out (and named as problems).", rich_help_panel="Data"
     )
-    dtype: DType = setting("auto", "Of the computation. auto: bfloat16 on a GPU that has it, else float32.")
+    dtype: DType = setting(
+        "auto", "The dtype that the model computes in. auto: bfloat16 on a GPU that has it, else float32."
+    )
 
     def __post_init__(self) -> None:
         check_counts(self, 2, "max_length")
@@ -120,7 +122,7 @@ class TrainSettings(DataSettings):
 
     output: Path = setting(Path("runs/train"), "The run folder.", metavar="FOLDER")
     resume: bool = setting(False, "Go on with the run in the run folder, if there is one.")
-    method: Method = setting("orpo", "The loss.", rich_help_panel="Loss")
+    method: MethodName = setting("orpo", "The loss.", rich_help_panel="Loss")
     beta: float | None = setting(
         None,
         "Strength of the preference (ORPO's lambda). By default the method's own: 0.1, of simpo 2.",
@@ -265,7 +267,7 @@ class SweepSettings(TrainSettings):
 class CompareSettings(TrainSettings):
     """Which methods; all else as in training, and the same for each of them."""
 
-    method: Method = "orpo"  # given by `methods`, and no flag, as is what only one of them has
+    method: MethodName = "orpo"  # given by `methods`, and no flag, as is what only one of them has
     beta: float | None = None
     gamma: float | None = None
     prompt_nll: bool | None = None
@@ -278,10 +280,10 @@ class CompareSettings(TrainSettings):
         self.method_names()
         _check_holds_out(self)
 
-    def method_names(self) -> list[Method]:
+    def method_names(self) -> list[MethodName]:
         names = [name.strip() for name in self.methods.split(",")]
-        if unknown := [name for name in names if name not in get_args(Method)]:
-            raise UserError(f"--methods has {unknown[0]!r}, but the methods are {', '.join(get_args(Method))}.")
+        if unknown := [name for name in names if name not in get_args(MethodName)]:
+            raise UserError(f"--methods has {unknown[0]!r}, but the methods are {', '.join(get_args(MethodName))}.")
         return list(dict.fromkeys(names))  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""Kernel 7: the hidden states of the rows that matter, scaled and cast on their way into one matrix."""
+"""The hidden states of the rows that matter, scaled and cast on their way into one matrix."""
 
 from __future__ import annotations
 

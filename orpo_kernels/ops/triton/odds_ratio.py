@@ -1,4 +1,4 @@
-"""Kernel 5: the odds-ratio loss and the gradient of every row in one launch, in float64.
+"""The odds-ratio loss and the gradient of every row in one launch, in float64.
 
 The formulas are those of `objective`. A program takes a block of rows and works out the pair of each of them again (a
 few numbers), so that no program waits for another; the first program also sums the loss and writes the metrics.

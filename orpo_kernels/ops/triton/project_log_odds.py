@@ -1,4 +1,4 @@
-"""Kernel 1: hidden states and weight to the target's log-odds; the logits never exist.
+"""Hidden states and weight to the target's log-odds; the logits never exist.
 
 A program takes a block of rows and a split of the vocabulary, tile by tile: the logits of a tile are the accumulator of
 a matrix product, and join an online log-sum-exp *of the others* (the target's own logit is set aside). Splits leave

@@ -1,4 +1,4 @@
-"""Kernel 3: a slice of the vocabulary's columns of the residual, made again from the statistics of the whole rows.
+"""A slice of the vocabulary's columns of the residual, made again from the statistics of the whole rows.
 
     residual_j = exp(z_j - lse_others) * slope_j,   residual_y = -slope_y
 

@@ -1,4 +1,4 @@
-"""Kernel 2: a chunk of logits becomes its softmax residual, in place.
+"""A chunk of logits becomes its softmax residual, in place.
 
 One program a row. The first pass over the row takes the largest and the sum of the *other* tokens' logits (online
 softmax, Milakov and Gimelshein, arXiv 1805.02867): every lane its own, joined once at the end of the row, so that no

@@ -1,4 +1,4 @@
-"""Kernel 6: rows, each times its coefficient, added to the positions they belong to.
+"""Rows, each times its coefficient, added to the positions they belong to.
 
 The coefficient is dloss/dm with the upstream gradient in it, a tensor that the host never reads. Where positions may
 repeat, rows are sorted by position first (a stable sort by the library); the first row of a position adds up all of

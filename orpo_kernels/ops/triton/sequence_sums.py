@@ -1,4 +1,4 @@
-"""Kernel 4: rows to the length-normalised log-probability of each sequence, and its share of the NLL.
+"""Rows to the length-normalised log-probability of each sequence, and its share of the NLL.
 
 One program a sequence, which takes its rows in their order: deterministic. Where the rows are known to be sorted by
 sequence it walks over its own; else over all, in any order, and blocks without a row of the sequence cost reading their
