@@ -10,8 +10,7 @@ import peft
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
-from orpo_kernels.transformers import PreferenceCollator
-from orpo_kernels.transformers.trainer import ORPOTrainer
+from orpo_kernels.transformers import ORPOTrainer, PreferenceCollator
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DATA = "examples/facts/facts.jsonl"

@@ -9,8 +9,7 @@ from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from orpo_kernels.transformers import PreferenceCollator
-from orpo_kernels.transformers.trainer import ORPOTrainer
+from orpo_kernels.transformers import ORPOTrainer, PreferenceCollator
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DATA = "examples/facts/facts.jsonl"

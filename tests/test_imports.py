@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -69,3 +70,29 @@ assert names["reference"].orpo_loss is not names["orpo_loss"]
 assert not hasattr(orpo_kernels, "no_such_name")
 """
     python(code)
+
+
+# Names that users import, by where they import them from. One that goes or moves is a line of the CHANGELOG, and works
+# for a release, with a warning.
+PUBLIC = {
+    "orpo_kernels": """ORPOLoss ORPOOutput Plan PreferenceOutput Rows Sparsity backends dialects measured_sparsity
+        methods orpo_loss orpo_loss_from_rows plan preference_loss_from_rows reference rows_from_labels token_logps""",
+    "orpo_kernels.methods": "CPO DPO Method ORPO SFT SimPO",
+    "orpo_kernels.reference": "orpo_loss",
+    "orpo_kernels.transformers": """CausalLMORPOOutput CausalLMPreferenceOutput LMHead ORPOTrainer PackedPairs
+        PreferenceCollator PreferenceTrainer Refusal TokenizedPair UnusablePair causal_lm_answers causal_lm_orpo_loss
+        causal_lm_preference_loss refuses_shared_prompt resolve_lm_head tokenize_pair tokenize_pairs""",
+    "orpo_kernels.transformers.trainer": "ORPOTrainer PreferenceLossMixin PreferenceTrainer",
+    "orpo_kernels.trl": "ORPOConfig ORPOTrainer",
+    "orpo_kernels.compat.liger": "LigerFusedLinearORPOLoss",
+}
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_no_public_name_is_lost(module):
+    if module == "orpo_kernels.trl":
+        pytest.importorskip("trl.experimental.orpo")
+    if ".transformers" in module:
+        pytest.importorskip("transformers")
+    found = importlib.import_module(module)
+    assert not [name for name in PUBLIC[module].split() if not hasattr(found, name)]

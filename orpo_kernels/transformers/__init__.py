@@ -9,6 +9,8 @@ Needs `transformers` (`pip install orpo_kernels[transformers]`); `import orpo_ke
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from .batches import RowsCollator, batch_rows
 from .causal_lm import (
     CausalLMORPOOutput,
@@ -23,13 +25,18 @@ from .lm_head import LMHead, resolve_lm_head
 from .packing import PackedPairs
 from .sharing import refuses_shared_prompt
 
+if TYPE_CHECKING:
+    from .trainer import ORPOTrainer, PreferenceTrainer
+
 __all__ = [
     "CausalLMORPOOutput",
     "CausalLMOutput",
     "CausalLMPreferenceOutput",
     "LMHead",
+    "ORPOTrainer",
     "PackedPairs",
     "PreferenceCollator",
+    "PreferenceTrainer",
     "Refusal",
     "RowsCollator",
     "TokenizedPair",
@@ -43,3 +50,12 @@ __all__ = [
     "tokenize_pair",
     "tokenize_pairs",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The trainers, when they are asked for: they need `accelerate` and `datasets`, which the loss does not."""
+    if name not in ("ORPOTrainer", "PreferenceTrainer"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import trainer
+
+    return getattr(trainer, name)
