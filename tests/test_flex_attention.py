@@ -88,7 +88,7 @@ def test_it_is_the_mask_of_the_others(lengths, window):
     assert mask.shape == (rows, 1, width, width)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=15)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_its_blocks_are_those_of_the_whole_mask(data):
     """Ragged pairs, several in a row, padding behind them; windows of any width."""

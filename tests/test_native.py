@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -36,7 +36,6 @@ REASON = why_not("native", CPU)
 
 built = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-some = settings(max_examples=40)
 
 if REASON is None:
     from orpo_kernels import _native
@@ -103,7 +102,6 @@ def assert_as_good(ours: Tensor, mirror: Tensor, true: Tensor, size: float = 1.0
 
 @built
 @dtypes
-@some
 @given(chunk=chunks)
 def test_residual(dtype, chunk):
     """In place, in rows that lie apart; nothing is written between them."""
@@ -122,7 +120,6 @@ def test_residual(dtype, chunk):
 
 @built
 @dtypes
-@some
 @given(chunk=chunks)
 def test_statistics_and_recomputed_residual(dtype, chunk):
     """The statistics read the logits; slice by slice, the residual comes back from them."""
@@ -162,7 +159,6 @@ def test_what_is_not_a_number_is_not_hidden(strange, softcap, dtype):
 
 @built
 @dtypes
-@some
 @given(seed=st.integers(0, 2**31), size=st.sampled_from([1, 8, 19, 70]), rows=st.sampled_from([0, 1, 5, 40]))
 def test_gather_and_scatter(dtype, seed, size, rows):
     """Between all dtypes; repeated positions add up."""
@@ -193,7 +189,6 @@ def test_gather_from_transposed_hidden_states():
 
 
 @built
-@some
 @given(seed=st.integers(0, 2**31), rows=st.sampled_from([0, 1, 30, 3000]), spread=st.sampled_from([1.0, 80.0, 1e6]))
 def test_sequence_sums(seed, rows, spread):
     generator = torch.Generator().manual_seed(seed)

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import settings as examples_of
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import Dataset as TorchDataset
@@ -276,7 +275,6 @@ rows = st.one_of(
 )
 
 
-@examples_of(max_examples=40)
 @given(st.lists(rows, max_size=6))
 def test_every_row_is_used_whole_or_named(drawn):
     """The pairs that a trainer takes are those that the collator takes, each as it is; the others are named."""

@@ -14,7 +14,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -34,7 +34,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOGIT_SIZE = 2.0  # of those of `Head`
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-few = settings(max_examples=20)
 
 
 class Head:
@@ -86,7 +85,6 @@ def assert_as_good_as_the_mirror(
 
 
 @dtypes
-@few
 @given(head=heads)
 def test_project_log_odds(dtype, head):
     x, w, bias, target = head.tensors(dtype)
@@ -100,7 +98,6 @@ def test_project_log_odds(dtype, head):
 
 
 @dtypes
-@few
 @given(head=heads)
 def test_residual(dtype, head):
     x, w, bias, target = head.tensors(dtype)
@@ -115,7 +112,6 @@ def test_residual(dtype, head):
 
 
 @dtypes
-@few
 @given(head=heads)
 def test_statistics_and_recomputed_residual(dtype, head):
     """Of logits that exist; targets among other columns leave no mark in the residual."""
@@ -136,7 +132,6 @@ def test_statistics_and_recomputed_residual(dtype, head):
 
 
 @dtypes
-@few
 @given(head=heads)
 def test_project_residual(dtype, head):
     """Slice by slice; targets outside the slice leave no mark in it."""
@@ -165,7 +160,6 @@ def test_project_residual(dtype, head):
 
 
 @dtypes
-@few
 @given(head=heads)
 def test_column_statistics(dtype, head):
     """Of a residual with its targets' -1, and rows that weigh nothing."""
@@ -191,7 +185,6 @@ def test_a_nan_shows_in_the_sums_of_its_column():
 
 
 @dtypes
-@few
 @given(head=heads, share=st.sampled_from([0.0, 0.2, 1.0]))
 def test_gather_columns(dtype, head, share):
     """The entries themselves; their sums as exact as fp32 holds the entries."""
@@ -242,7 +235,6 @@ def cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 @dtypes
-@few
 @given(seed=st.integers(0, 2**31), rows=st.sampled_from([0, 1, 5, 40]), scaled=st.booleans())
 def test_gather_and_scatter(dtype, seed, rows, scaled):
     """Repeated positions add up in a fixed order."""
@@ -277,7 +269,6 @@ def test_scatter_to_positions_that_do_not_repeat(dtype, rows):
         assert torch.equal(*sums)
 
 
-@few
 @given(
     seed=st.integers(0, 2**31),
     pairs=st.integers(0, 5),
@@ -305,7 +296,6 @@ def test_pair_loss(seed, pairs, rows, spread, count, weighted, in_order):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-300, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@few
 @given(labelled(), st.booleans(), st.booleans())
 def test_rows_of_labels(case, shift, per_sequence):
     """Bit for bit those of the mirror, in its order; no sequence, no position and no row at all among them."""
@@ -330,7 +320,6 @@ def test_rows_of_labels_of_several_blocks(own_nll, monkeypatch):
     assert_same_rows(triton_ops.label_rows(*arguments), torch_ops.label_rows(*arguments))
 
 
-@few
 @given(seed=st.integers(0, 2**31), pairs=st.integers(1, 20), rows=st.sampled_from([0, 1, 70]))
 def test_counts_of_rows(seed, pairs, rows):
     """Of rows in any order; the same bits every time. Blocks of 16 rows and sequences."""
