@@ -14,7 +14,7 @@ from ..methods import Method
 from ..rows import Rows, padded_rows, rows_from_labels
 from .packing import IGNORE_INDEX, PackedPairs
 
-_OF_THE_ROWS = ("input_ids", "attention_mask", "labels", "packed", "chosen_only")
+_OF_THE_ROWS = ("input_ids", "attention_mask", "labels", "decoder_input_ids", "packed", "chosen_only")
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ def batch_rows(
     attention_mask: Tensor | None = None,
     labels: Tensor | None = None,
     *,
+    decoder_input_ids: Tensor | None = None,
     packed: PackedPairs | None = None,
     rows: Rows | None = None,
     pair_weights: Tensor | None = None,
@@ -80,6 +81,10 @@ def batch_rows(
     """
     if packed is not None:
         _check_packed(input_ids, attention_mask, labels, packed)
+        if decoder_input_ids is not None:
+            raise TypeError(
+                "decoder_input_ids and packed cannot both be given: an encoder-decoder model packs nothing."
+            )
     if rows is not None:
         _check_rows(rows, labels)
         rows = rows.to(input_ids.device)
@@ -89,18 +94,22 @@ def batch_rows(
         return packed.to(input_ids.device).rows(prompt_nll, nll_reduction).weighted(pair_weights)
     if labels is None:
         raise TypeError("labels are missing; a batch has labels and an attention_mask, or `packed`, or `rows`.")
-    _check_batch(input_ids, attention_mask, labels, chosen_only)
+    if decoder_input_ids is not None:  # each label is predicted where it stands, and the NLL has no others
+        _check_encoder_decoder_batch(input_ids, attention_mask, labels, decoder_input_ids, chosen_only)
+        scored, nll = labels, None
+    else:
+        _check_batch(input_ids, attention_mask, labels, chosen_only)
+        scored, nll = (
+            _predictable(ids, attention_mask, ignore_index) for ids in (labels, input_ids if prompt_nll else labels)
+        )
     pairs = labels.shape[0] if chosen_only else labels.shape[0] // 2
-    scored, nll = (
-        _predictable(ids, attention_mask, ignore_index) for ids in (labels, input_ids if prompt_nll else labels)
-    )
     if chosen_only:
         scored = torch.cat((scored, torch.full_like(scored, ignore_index)))  # empty answers, which no position has
     make = padded_rows if torch.compiler.is_compiling() else rows_from_labels
     return make(
         scored,
-        nll[:pairs],
-        shift=True,
+        None if nll is None else nll[:pairs],
+        shift=decoder_input_ids is None,
         ignore_index=ignore_index,
         nll_reduction=nll_reduction,
         pair_weight=pair_weights,
@@ -137,24 +146,44 @@ def _check_rows(rows: Rows, labels: Tensor | None) -> None:
 
 
 def _check_batch(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, chosen_only: bool) -> None:
-    tensors = {"input_ids": input_ids, "labels": labels}
-    if attention_mask is not None:
-        tensors["attention_mask"] = attention_mask
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, but is a {type(tensor).__name__}.")
-        if tensor.ndim != 2 or tensor.shape != input_ids.shape:
-            raise ValueError(
-                f"input_ids and {name} must be of one shape (2B, T), but are {tuple(input_ids.shape)} and "
-                f"{tuple(tensor.shape)}."
-            )
-        if tensor.device != input_ids.device:
-            raise ValueError(f"input_ids is on {input_ids.device} but {name} on {tensor.device}; move them together.")
-        if name != "attention_mask" and tensor.dtype != torch.int64:
-            raise TypeError(f"{name} must be int64, but is {tensor.dtype}.")
-    if attention_mask is not None and attention_mask.is_floating_point():
-        raise TypeError(f"attention_mask must be integer or bool, 1 on tokens, but is {attention_mask.dtype}.")
+    _check_tensors("(2B, T)", input_ids=input_ids, labels=labels, attention_mask=attention_mask)
     if input_ids.shape[0] % 2 and not chosen_only:
         raise ValueError(
             f"A batch is B chosen sequences, then B rejected ones, but input_ids has an odd {input_ids.shape[0]}."
         )
+
+
+def _check_encoder_decoder_batch(
+    input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, decoder_input_ids: Tensor, chosen_only: bool
+) -> None:
+    _check_tensors("(B, S)", input_ids=input_ids, attention_mask=attention_mask)
+    _check_tensors("(2B, T)", labels=labels, decoder_input_ids=decoder_input_ids)
+    answers = 1 if chosen_only else 2
+    if labels.shape[0] != answers * input_ids.shape[0]:
+        raise ValueError(
+            f"labels has {labels.shape[0]} answers and input_ids {input_ids.shape[0]} prompts, but an encoder-decoder "
+            f"model takes {answers} for each prompt, which it reads once; give input_ids (B, S) and labels "
+            f"({'B' if chosen_only else '2B'}, T)."
+        )
+    if labels.device != input_ids.device:
+        raise ValueError(f"input_ids is on {input_ids.device} but labels on {labels.device}; move them together.")
+
+
+def _check_tensors(shape: str, attention_mask: Tensor | None = None, **ids: Tensor) -> None:
+    """Ids are int64 and, like the mask, of the shape and on the device of the first of them."""
+    tensors = ids if attention_mask is None else {**ids, "attention_mask": attention_mask}
+    first, expected = next(iter(ids.items()))
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, but is a {type(tensor).__name__}.")
+        if tensor.ndim != 2 or tensor.shape != expected.shape:
+            raise ValueError(
+                f"{first} and {name} must be of one shape {shape}, but are {tuple(expected.shape)} and "
+                f"{tuple(tensor.shape)}."
+            )
+        if tensor.device != expected.device:
+            raise ValueError(f"{first} is on {expected.device} but {name} on {tensor.device}; move them together.")
+        if name != "attention_mask" and tensor.dtype != torch.int64:
+            raise TypeError(f"{name} must be int64, but is {tensor.dtype}.")
+    if attention_mask is not None and attention_mask.is_floating_point():
+        raise TypeError(f"attention_mask must be integer or bool, 1 on tokens, but is {attention_mask.dtype}.")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from .encoder_decoder import check_encoder_decoder, decoder_hidden_states, is_encoder_decoder
 from .packing import PackedPairs
 from .versions import body_of
 
@@ -18,7 +19,7 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
     """The `transformers` model itself, which in a `peft` model keeps the adapter layers inside it.
 
     Raises `TypeError` for a wrapper whose work would be lost by calling what is inside, and `ValueError` for a model
-    that is not a decoder-only language model with everything in its layers.
+    that is not a language model with everything in its layers.
     """
     name = type(model).__name__
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
@@ -55,8 +56,8 @@ def _check_adapter(config: Any) -> None:
 
 def _check_config(model: PreTrainedModel) -> None:
     name = type(model).__name__
-    if model.config.is_encoder_decoder:
-        raise ValueError(f"{name} is an encoder-decoder model; the loss serves decoder-only language models.")
+    if is_encoder_decoder(model):
+        return check_encoder_decoder(model)
     if body_of(model) is model:
         raise ValueError(f"{name} has no body apart from its head (no attribute {model.base_model_prefix!r}).")
 
@@ -69,9 +70,16 @@ class BodyOutput(NamedTuple):
 
 
 def run_body(
-    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, packed: PackedPairs | None = None
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    packed: PackedPairs | None = None,
+    decoder_input_ids: Tensor | None = None,
 ) -> BodyOutput:
     """Call the body as the model's own forward calls it. With `packed`, `attention_mask` is not read."""
+    if decoder_input_ids is not None:
+        _refuse_routers(model)
+        return BodyOutput(decoder_hidden_states(model, input_ids, attention_mask, decoder_input_ids), None)
     arguments: dict[str, Any] = {"attention_mask": attention_mask}
     if packed is not None:
         arguments = {"attention_mask": shared_prompt_mask(model, packed), "position_ids": packed.position_ids}
@@ -89,6 +97,14 @@ def wants_router_loss(model: PreTrainedModel) -> bool:
     """Whether the model's own forward would add a router loss to its loss."""
     config = model.config.get_text_config(decoder=True)
     return bool(getattr(config, "output_router_logits", False) and router_loss_coef(model))
+
+
+def _refuse_routers(model: PreTrainedModel) -> None:
+    if wants_router_loss(model):
+        raise ValueError(
+            f"{type(model).__name__} asks for a router loss (config.output_router_logits=True), which is served for "
+            "decoder-only models alone. Set model.config.output_router_logits = False to train without it."
+        )
 
 
 def router_loss_coef(model: PreTrainedModel) -> float:

@@ -1,4 +1,4 @@
-"""The loss of any decoder-only Hugging Face model, ORPO's or another method's, straight from its last hidden states."""
+"""The loss of any Hugging Face language model, ORPO's or another method's, straight from its last hidden states."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ..loss import row_logps
 from ..methods import ORPO, Answers, Method, method_named
 from .batches import batch_rows
 from .body import BodyOutput, router_loss_coef, run_body, unwrap
+from .encoder_decoder import decoder_inputs
 from .engines import is_fsdp2, through
 from .lm_head import resolve_lm_head
 from .packing import IGNORE_INDEX, PackedPairs
@@ -58,6 +59,7 @@ def causal_lm_orpo_loss(
     alpha: float = 1.0,
     prompt_nll: bool = True,
     nll_reduction: str = "token",
+    decoder_input_ids: Tensor | None = None,
     packed: PackedPairs | None = None,
     rows: Rows | None = None,
     pair_weights: Tensor | None = None,
@@ -68,8 +70,8 @@ def causal_lm_orpo_loss(
     """ORPO loss of one batch, without its logits: a padded one, or one whose rows share their prompts.
 
     Args:
-        model: a `transformers` causal LM, or a `peft` model around one (adapters in the body, LoRA or `modules_to_save`
-            on the head), also under FSDP2 (`fully_shard`). Its body is called as its own forward calls it; no forward
+        model: a `transformers` causal LM or encoder-decoder model, or a `peft` model around one (adapters in the body,
+            LoRA or `modules_to_save` on the head), also under FSDP2 (`fully_shard`). Its body is called as its own forward calls it; no forward
             is copied. The first call also runs the model's own forward on a few tokens, to check that its head is what
             it seems (`probe.py`).
         input_ids: (2B, T) int64, the B chosen sequences first, then the rejected ones in the same order; (R, T) with
@@ -78,6 +80,11 @@ def causal_lm_orpo_loss(
             With padding on the left, a model with absolute positions (GPT-2) counts the padding, as its own
             forward does; pad on the right.
         labels: (2B, T) int64, unshifted: the response's ids, `ignore_index` on prompt and padding.
+        decoder_input_ids: of an encoder-decoder model (T5, BART, ...) alone, (2B, T) int64: what its decoder reads to
+            predict `labels` (2B, T) at the same places, the B chosen answers first. By default the labels, shifted as
+            the model shifts them. Then `input_ids` (B, S) and `attention_mask` (B, S) are the prompts, one for each
+            pair: the encoder runs once over a prompt, for both answers. No prompt is in the NLL, whatever prompt_nll
+            says.
         beta, alpha, nll_reduction: as in `orpo_loss`.
         prompt_nll: whether the NLL of the chosen side covers its prompt as well (TRL) or only its response (the paper).
         packed: where everything is in a batch of `PreferenceCollator(packing="shared")`, instead of attention_mask and
@@ -109,6 +116,7 @@ def causal_lm_orpo_loss(
         attention_mask,
         labels,
         method=method,
+        decoder_input_ids=decoder_input_ids,
         packed=packed,
         rows=rows,
         pair_weights=pair_weights,
@@ -125,6 +133,7 @@ def causal_lm_preference_loss(
     labels: Tensor | None = None,
     *,
     method: Method | str,
+    decoder_input_ids: Tensor | None = None,
     packed: PackedPairs | None = None,
     rows: Rows | None = None,
     pair_weights: Tensor | None = None,
@@ -137,8 +146,8 @@ def causal_lm_preference_loss(
     """The loss of any method on one batch, without its logits: `causal_lm_orpo_loss` for SFT, DPO, SimPO and CPO too.
 
     Args:
-        model, input_ids, attention_mask, labels, packed, rows, pair_weights, ignore_index, router_aux_loss_coef: as in
-            `causal_lm_orpo_loss`.
+        model, input_ids, attention_mask, labels, decoder_input_ids, packed, rows, pair_weights, ignore_index,
+            router_aux_loss_coef: as in `causal_lm_orpo_loss`.
         method: one of `orpo_kernels.methods`, or its name, for its defaults.
         reference_logps: (2B,) summed log-probabilities of the answers under the reference model, which DPO needs:
             `causal_lm_answers(reference_model, **batch).logps`.
@@ -160,10 +169,12 @@ def causal_lm_preference_loss(
         raise ValueError(
             f"The batch has chosen answers alone (chosen_only), and the method {method.name} compares two."
         )
+    decoder_input_ids = _decoder_inputs(model, labels, decoder_input_ids, packed, ignore_index)
     rows = batch_rows(
         input_ids,
         attention_mask,
         labels,
+        decoder_input_ids=decoder_input_ids,
         packed=packed,
         rows=rows,
         pair_weights=pair_weights,
@@ -177,7 +188,7 @@ def causal_lm_preference_loss(
         out = preference_loss_from_rows(rows=rows, method=method, reference_logps=reference_logps, **head, **options)
         return _with_router_loss(out, aux_loss, unwrap(model), router_aux_loss_coef)
 
-    loss, (out, aux_loss) = _run_to_the_head(model, input_ids, attention_mask, packed, at_the_head)
+    loss, (out, aux_loss) = _run_to_the_head(model, input_ids, attention_mask, packed, decoder_input_ids, at_the_head)
     return CausalLMOutput.of(out, aux_loss, loss=loss)
 
 
@@ -188,6 +199,7 @@ def causal_lm_answers(
     attention_mask: Tensor | None = None,
     labels: Tensor | None = None,
     *,
+    decoder_input_ids: Tensor | None = None,
     packed: PackedPairs | None = None,
     rows: Rows | None = None,
     pair_weights: Tensor | None = None,
@@ -200,15 +212,36 @@ def causal_lm_answers(
     of the pairs, which a batch may hold, change nothing here.
     """
     _check_options(options)
+    decoder_input_ids = _decoder_inputs(model, labels, decoder_input_ids, packed, ignore_index)
     rows = batch_rows(
-        input_ids, attention_mask, labels, packed=packed, rows=rows, prompt_nll=False, ignore_index=ignore_index
+        input_ids,
+        attention_mask,
+        labels,
+        decoder_input_ids=decoder_input_ids,
+        packed=packed,
+        rows=rows,
+        prompt_nll=False,
+        ignore_index=ignore_index,
     )
 
     def at_the_head(aux_loss: Tensor | None, head: dict[str, Any]) -> tuple[Tensor, None]:
         return row_logps(rows=rows, **head, **options), None
 
-    logps, _ = _run_to_the_head(model, input_ids, attention_mask, packed, at_the_head)
+    logps, _ = _run_to_the_head(model, input_ids, attention_mask, packed, decoder_input_ids, at_the_head)
     return Answers.of(logps, rows)
+
+
+def _decoder_inputs(
+    model: nn.Module,
+    labels: Tensor | None,
+    decoder_input_ids: Tensor | None,
+    packed: PackedPairs | None,
+    ignore_index: int,
+) -> Tensor | None:
+    """What the decoder of an encoder-decoder model reads. A packed batch, which it does not take, is refused later."""
+    if packed is not None and decoder_input_ids is None:
+        return None
+    return decoder_inputs(unwrap(model), labels, decoder_input_ids, ignore_index)
 
 
 def _run_to_the_head(
@@ -216,6 +249,7 @@ def _run_to_the_head(
     input_ids: Tensor,
     attention_mask: Tensor | None,
     packed: PackedPairs | None,
+    decoder_input_ids: Tensor | None,
     at_the_head: Callable[[Tensor | None, dict[str, Any]], tuple[Tensor, T]],
 ) -> tuple[Tensor, T]:
     """The model's body, and `at_the_head(router loss, arguments of the loss)` in place of its head.
@@ -226,7 +260,7 @@ def _run_to_the_head(
     kept: list[T] = []
 
     def forward() -> Tensor:
-        hidden, aux_loss = _checked_body(model, inner, input_ids, attention_mask, packed)
+        hidden, aux_loss = _checked_body(model, inner, input_ids, attention_mask, packed, decoder_input_ids)
 
         def head_forward(hidden: Tensor) -> Tensor:  # an engine that shards the head has its weight whole here
             head = resolve_lm_head(inner)
@@ -250,6 +284,7 @@ def _checked_body(
     input_ids: Tensor,
     attention_mask: Tensor | None,
     packed: PackedPairs | None,
+    decoder_input_ids: Tensor | None,
 ) -> BodyOutput:
     """The last hidden states, once it is known that body and head are all there is to the model."""
     if packed is not None:
@@ -257,7 +292,7 @@ def _checked_body(
         if reason := refuses_shared_prompt(model):
             raise ValueError(f'{reason} Use PreferenceCollator(packing="padded").')
     verify_lm_head(model, inner, resolve_lm_head(inner), input_ids)
-    return run_body(inner, input_ids, attention_mask, packed)
+    return run_body(inner, input_ids, attention_mask, packed, decoder_input_ids)
 
 
 def _with_router_loss(

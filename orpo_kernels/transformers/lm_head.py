@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .body import unwrap
+from .encoder_decoder import is_encoder_decoder, logits_bias, width_scale
 from .engines import class_of, hooks_of_engine
 
 # The config fields by which the models of transformers 5.23 transform their logits, found by reading every
@@ -194,7 +195,10 @@ def resolve_lm_head(model: nn.Module) -> LMHead:
     inner = unwrap(model)
     module, lora, tokens = head_layers(inner)
     scale, softcap = logit_transform(inner.config.get_text_config(decoder=True))
-    return LMHead(module.weight, module.bias, scale, softcap, lora, tokens)
+    bias: Tensor | None = module.bias
+    if is_encoder_decoder(inner):
+        scale, bias = scale * width_scale(inner), logits_bias(inner, bias, module.weight.dtype)
+    return LMHead(module.weight, bias, scale, softcap, lora, tokens)
 
 
 class HeadLayers(NamedTuple):

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from .body import run_body, wants_router_loss
+from .encoder_decoder import probe_inputs
 from .engines import is_fsdp2, through
 from .lm_head import LMHead, head_layers, match_dtype, resolve_lm_head
 
@@ -54,7 +55,9 @@ def verify_lm_head(model: nn.Module, inner: PreTrainedModel, head: LMHead, input
 
 
 def _compare(model: nn.Module, inner: PreTrainedModel, head: LMHead, tokens: Tensor) -> None:
-    hidden, aux_loss = run_body(inner, tokens, None)
+    more = probe_inputs(inner, tokens)
+    mask, decoder_input_ids = more.get("attention_mask"), more.get("decoder_input_ids")
+    hidden, aux_loss = run_body(inner, tokens, mask, decoder_input_ids=decoder_input_ids)
     size = getattr(head.weight, "ds_shape", head.weight.shape)[1]  # of a parameter that ZeRO-3 has put away, its own
     if hidden.shape[-1] != size:
         raise _refusal(inner, head, f"the body gives {hidden.shape[-1]} features, the head takes {size}")
@@ -69,7 +72,7 @@ def _compare(model: nn.Module, inner: PreTrainedModel, head: LMHead, tokens: Ten
     try:
         # Under FSDP2 this is inside the forward of the root already, which is not to be entered twice.
         call = model.forward if is_fsdp2(model) else model
-        output = call(input_ids=tokens, use_cache=False, return_dict=True)
+        output = call(input_ids=tokens, **more, use_cache=False, return_dict=True)
     except RuntimeError as error:
         if hidden.dtype == head.weight.dtype:
             raise

@@ -19,6 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .body import MASKS, layer_kinds, run_body, unwrap, wants_router_loss
+from .encoder_decoder import is_encoder_decoder
 from .packing import IGNORE_INDEX, SIDES, Packing, pack_pairs
 from .probe import training_without_noise, undisturbed
 from .versions import body_of
@@ -75,6 +76,8 @@ def automatic_packing(model: nn.Module, device: torch.device) -> tuple[Packing, 
 
 
 def _known_obstacle(inner: PreTrainedModel, config: PretrainedConfig) -> str | None:
+    if is_encoder_decoder(inner):
+        return "it is an encoder-decoder model, whose encoder runs once for both answers in any case"
     attention, kinds = config._attn_implementation, layer_kinds(config)
     if wants_router_loss(inner):
         return "its router loss (config.output_router_logits=True) counts the tokens of a prompt for both answers"

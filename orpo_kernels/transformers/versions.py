@@ -20,11 +20,19 @@ OLDEST_TRL = (0, 28)
 
 
 def body_of(model: PreTrainedModel) -> nn.Module:
-    """The model without its head; the model itself where there is no such thing."""
+    """The model without its head; the model itself where there is no such thing. Of two parts, the decoder."""
+    if model.config.is_encoder_decoder:
+        return model.get_decoder()
     body = model.base_model
     if body is model and type(model).__name__ == "Gemma3ForCausalLM":  # transformers < 5: it names "language_model"
         body = getattr(model, "model", model)
     return body
+
+
+def scaled_when_tied() -> tuple[str, ...]:
+    """The kinds of models that scale the hidden states in front of a tied head, where their config does not say it."""
+    kinds = ("t5", "longt5", "umt5", "switch_transformers")
+    return kinds if version_of("transformers") >= (5,) else (*kinds, "mt5")  # transformers < 5
 
 
 def loss_takes_counts(trainer: Trainer) -> None:

@@ -1,0 +1,344 @@
+"""Encoder-decoder models: loss and gradients against their own logits, one pass of the encoder, collator, trainers."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("transformers")
+
+import transformers
+
+from orpo_kernels import reference
+from orpo_kernels.methods import METHODS
+from orpo_kernels.transformers import (
+    causal_lm_answers,
+    causal_lm_orpo_loss,
+    causal_lm_preference_loss,
+    refuses_shared_prompt,
+    resolve_lm_head,
+)
+from orpo_kernels.transformers.batches import with_rows
+from orpo_kernels.transformers.encoder_decoder import ShiftRight
+from orpo_kernels.transformers.packing import pack_pairs
+from orpo_kernels.transformers.versions import version_of
+
+from .models import VOCAB, assert_same, gradients, make_pairs
+from .models import build as build_causal
+from .models import make_batch as make_causal_batch
+from .test_methods import by_logits as definition
+
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0}
+T5 = {"vocab_size": VOCAB, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
+BART = {
+    "vocab_size": VOCAB,
+    "d_model": 32,
+    "max_position_embeddings": 64,
+    "init_std": 0.2,
+    "scale_embedding": False,
+    **{f"{part}_{size}": n for part in ("encoder", "decoder") for size, n in (("layers", 2), ("ffn_dim", 48))},
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    **{f"{where}dropout": 0.0 for where in ("", "attention_", "activation_")},
+    **{f"{part}_layerdrop": 0.0 for part in ("encoder", "decoder")},
+}
+GEMMA = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "head_dim": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "sliding_window": 4,
+    "final_logit_softcapping": 2.0,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "query_pre_attn_scalar": 8,
+    "initializer_range": 0.2,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+}
+UNTIED = {"tie_word_embeddings": False}
+# Name, architecture, what its config says, and the transformers that has it.
+MODELS: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
+    "T5: tied, scaled": ("T5", T5, ()),
+    "T5 1.1 and Flan-T5: gated, untied": ("T5", {**T5, **UNTIED, "feed_forward_proj": "gated-gelu"}, ()),
+    "mT5: untied": ("MT5", {**T5, **UNTIED}, ()),
+    "mT5: tied": ("MT5", T5, ()),
+    "UMT5: tied, scaled": ("UMT5", T5, ()),
+    "LongT5: local": ("LongT5", {**T5, "local_radius": 3}, ()),
+    "Switch": ("SwitchTransformers", {**T5, "num_experts": 2, "expert_capacity": 64, "router_jitter_noise": 0.0}, ()),
+    "BART: bias": ("Bart", BART, ()),
+    "mBART: bias": ("MBart", BART, ()),
+    "PLBart: bias": ("PLBart", BART, ()),
+    "Pegasus: bias": ("Pegasus", BART, ()),
+    "Marian: bias": ("Marian", BART, ()),
+    "Blenderbot: bias": ("Blenderbot", BART, ()),
+    "M2M100, NLLB": ("M2M100", BART, ()),
+    "T5Gemma: soft-cap": ("T5Gemma", {"encoder": GEMMA, "decoder": GEMMA}, (5,)),
+    "T5Gemma2: soft-cap": (
+        "T5Gemma2",
+        {"encoder": {"text_config": GEMMA, "vision_config": VISION}, "decoder": GEMMA},
+        (5,),
+    ),
+}
+each_model = pytest.mark.parametrize("name", MODELS)
+
+
+def build(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
+    architecture, settings, since = MODELS[name]
+    if version_of("transformers") < since:
+        pytest.skip(f"{name} is not in transformers {transformers.__version__}, or another one")
+    config = getattr(transformers, f"{architecture}Config")(**{**SPECIAL, **settings, **changes})
+    torch.manual_seed(1)
+    model = transformers.AutoModelForSeq2SeqLM.from_config(config, dtype=dtype)
+    if hasattr(model, "final_logits_bias"):
+        nn.init.normal_(model.final_logits_bias)
+    return model
+
+
+def make_batch() -> dict[str, Tensor]:
+    """Two pairs: prompts of 7 and 5 tokens, answers of 6, 4, 5 and 3."""
+    generator = torch.Generator().manual_seed(3)
+
+    def padded(lengths: list[int], padding: int) -> Tensor:
+        rows = [torch.randint(3, VOCAB, (length,), generator=generator) for length in lengths]
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
+
+    prompts = padded([7, 5], 0)
+    return {"input_ids": prompts, "attention_mask": (prompts != 0).long(), "labels": padded([6, 4, 5, 3], -100)}
+
+
+def own_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """(2B, T, V): of the model's own forward, which runs its encoder for every answer, and shifts by itself."""
+    repeated = {name: batch[name].repeat(2, 1) for name in ("input_ids", "attention_mask")}
+    return model(**repeated, labels=batch["labels"]).logits
+
+
+def by_logits(logits: Tensor, labels: Tensor, **options: Any) -> Any:
+    """The definition on logits, in float64."""
+    identity = torch.eye(logits.shape[-1], dtype=torch.float64)
+    return reference.orpo_loss(logits.double(), identity, labels, shift=False, **options)
+
+
+@each_model
+def test_loss_and_all_gradients_are_those_of_the_models_own_logits(name):
+    model, batch = build(name).train(), make_batch()
+    ours = causal_lm_orpo_loss(model, **batch, beta=0.5)
+    assert_same(ours, by_logits(own_logits(model, batch), batch["labels"], beta=0.5), model)
+
+
+@each_model
+def test_scale_bias_and_soft_cap_matter_in_these_models(name):
+    """Otherwise the test above would pass without them."""
+    model, batch = build(name), make_batch()
+    head = resolve_lm_head(model)
+    if (head.logit_scale, head.logit_softcap, head.bias) == (1.0, None, None):
+        return
+    logits = own_logits(model, batch)
+    inputs: list[Tensor] = []
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    own_logits(model, batch)
+    hook.remove()
+    plain = inputs[0] / head.logit_scale @ head.weight.T
+    loss = by_logits(logits, batch["labels"]).loss.detach()
+    assert abs(float(by_logits(plain, batch["labels"]).loss.detach() - loss)) > 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["T5: tied, scaled", "BART: bias", "T5Gemma: soft-cap"])
+def test_the_error_is_at_most_twice_that_of_plain_torch(name, dtype):
+    model, batch = build(name, dtype), make_batch()
+    exact = copy.deepcopy(model).double()
+    truth = by_logits(own_logits(exact, batch), batch["labels"])
+    plain = by_logits(own_logits(model, batch), batch["labels"])
+    ours = causal_lm_orpo_loss(model, **batch)
+
+    def error(values: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+        return max(float((values[key].double() - value).norm() / value.norm()) for key, value in expected.items())
+
+    def numbers(out: Any) -> dict[str, Tensor]:
+        logps = torch.cat((out.chosen_logps, out.rejected_logps)).detach()
+        return {"loss": out.loss.detach()[None], "logps": logps}
+
+    assert error(numbers(ours), numbers(truth)) <= 2 * error(numbers(plain), numbers(truth)) + 1e-12
+    expected = gradients(exact, truth.loss)
+    assert error(gradients(model, ours.loss), expected) <= 2 * error(gradients(model, plain.loss), expected)
+
+
+# --- what is run ---------------------------------------------------------------------------------------------------
+
+
+def counted(module: nn.Module) -> list[int]:
+    """The sequences of every forward of the module, as they come."""
+    passes: list[int] = []
+    module.register_forward_pre_hook(lambda _, args, kwargs: passes.append(len(kwargs["input_ids"])), with_kwargs=True)
+    return passes
+
+
+@pytest.mark.parametrize("name", ["T5: tied, scaled", "BART: bias"])
+def test_the_encoder_runs_once_for_both_answers_of_a_pair(name):
+    model, batch = build(name).train(), make_batch()
+    causal_lm_orpo_loss(model, **batch)  # whose head is checked once
+    encoder, decoder = counted(model.get_encoder()), counted(model.get_decoder())
+    causal_lm_orpo_loss(model, **batch).loss.backward()
+    pairs = len(batch["input_ids"])
+    assert (encoder, decoder) == ([pairs], [2 * pairs])
+
+
+def test_what_the_decoder_reads_may_be_given():
+    model, batch = build("T5: tied, scaled"), make_batch()
+    expected = causal_lm_orpo_loss(model, **batch).loss
+    shifted = ShiftRight.of(model)(batch["labels"])
+    assert torch.equal(causal_lm_orpo_loss(model, **batch, decoder_input_ids=shifted).loss, expected)
+    other = causal_lm_orpo_loss(model, **batch, decoder_input_ids=shifted.flip(1)).loss
+    assert abs(float(other - expected)) > 1e-4
+    by_rows = with_rows({**batch, "decoder_input_ids": shifted}, METHODS["orpo"]())
+    assert torch.equal(causal_lm_orpo_loss(model, **by_rows).loss, expected)
+
+
+@each_model
+def test_the_shift_is_the_models_own_without_its_weights(name):
+    model, labels = build(name), make_batch()["labels"]
+    read: list[Tensor] = []
+    model.get_decoder().register_forward_pre_hook(
+        lambda _, args, kwargs: read.append(kwargs["input_ids"]), with_kwargs=True
+    )
+    own_logits(model, make_batch())
+    assert torch.equal(ShiftRight.of(model)(labels), read[0])
+    assert torch.equal(ShiftRight.of(model)(torch.where(labels == -100, -7, labels), ignore_index=-7), read[0])
+
+
+def test_no_mask_and_another_ignore_index():
+    model, batch = build("BART: bias"), make_batch()
+    whole = {**batch, "input_ids": batch["input_ids"].clamp(min=3), "attention_mask": None}
+    ones = torch.ones_like(batch["attention_mask"])
+    expected = causal_lm_orpo_loss(model, **{**whole, "attention_mask": ones}).loss
+    torch.testing.assert_close(causal_lm_orpo_loss(model, **whole).loss, expected)
+    labels = torch.where(batch["labels"] == -100, -7, batch["labels"])
+    found = causal_lm_orpo_loss(model, **{**batch, "labels": labels}, ignore_index=-7).loss
+    assert torch.equal(found, causal_lm_orpo_loss(model, **batch).loss)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_by_the_same_path(name):
+    model, batch, method = build("T5: tied, scaled"), make_batch(), METHODS[name]()
+    logits, labels = own_logits(model, batch).double(), batch["labels"]
+    ref = -torch.linspace(10, 20, len(labels)).double()
+    given = {"reference_logps": ref} if method.needs_reference else {}
+    ours = causal_lm_preference_loss(model, **batch, method=method, **given).loss
+    theirs = definition(logits, torch.eye(VOCAB, dtype=torch.float64), labels, method, ref)
+    torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
+    expected = gradients(model, theirs)
+    for key, grad in gradients(model, ours).items():
+        torch.testing.assert_close(grad, expected[key], rtol=1e-3, atol=1e-5)
+
+
+def test_chosen_answers_alone_and_the_answers_log_probabilities():
+    model, batch = build("T5: tied, scaled"), make_batch()
+    whole = causal_lm_preference_loss(model, **batch, method="sft").loss
+    alone = {**batch, "labels": batch["labels"][:2]}
+    torch.testing.assert_close(causal_lm_preference_loss(model, **alone, method="sft", chosen_only=True).loss, whole)
+    labels = batch["labels"]
+    logps = own_logits(model, batch).log_softmax(-1).gather(2, labels.clamp(min=0)[..., None])[..., 0]
+    answers = causal_lm_answers(model, **batch)
+    torch.testing.assert_close(answers.logps.float(), logps.where(labels != -100, 0.0).sum(1), rtol=1e-5, atol=1e-5)
+    assert answers.tokens.tolist() == [6, 4, 5, 3]
+
+
+def test_lora_on_every_linear_layer_and_on_the_head():
+    peft = pytest.importorskip("peft")
+    model, batch = build("BART: bias"), make_batch()
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "fc1", "lm_head"], task_type="SEQ_2_SEQ_LM")
+    model = peft.get_peft_model(model, config).train()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    ours = causal_lm_orpo_loss(model, **batch)
+    assert_same(ours, by_logits(own_logits(model, batch), batch["labels"]), model)
+    assert any("lm_head.lora_A" in name for name, p in model.named_parameters() if p.grad is not None)
+
+
+def test_gradient_checkpointing():
+    model, batch = build("T5: tied, scaled").train(), make_batch()
+    expected = gradients(model, causal_lm_orpo_loss(model, **batch).loss)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for name, grad in gradients(model, causal_lm_orpo_loss(model, **batch).loss).items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-3, atol=1e-5)
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_together_is_refused():
+    model, batch = build("T5: tied, scaled"), make_batch()
+    repeated = {**batch, "input_ids": batch["input_ids"].repeat(2, 1), "attention_mask": None}
+    with pytest.raises(
+        ValueError, match=r"labels has 4 answers and input_ids 4 prompts.*input_ids \(B, S\) and labels"
+    ):
+        causal_lm_orpo_loss(model, **repeated)
+    with pytest.raises(ValueError, match=r"labels and decoder_input_ids must be of one shape \(2B, T\)"):
+        causal_lm_orpo_loss(model, **batch, decoder_input_ids=batch["labels"][:, :-1])
+    with pytest.raises(TypeError, match="has labels, or rows and decoder_input_ids"):
+        causal_lm_orpo_loss(model, **{**batch, "labels": None})
+    with pytest.raises(TypeError, match=r"LlamaForCausalLM has a decoder alone.*leave decoder_input_ids out"):
+        causal_lm_orpo_loss(build_causal("Llama"), **make_causal_batch(), decoder_input_ids=batch["labels"])
+
+
+def test_packing_is_refused_for_the_encoder_shares_the_prompt():
+    model = build("T5: tied, scaled")
+    reason = refuses_shared_prompt(model)
+    assert reason is not None
+    assert "whose encoder runs once for both answers in any case" in reason
+    with pytest.raises(ValueError, match="encoder-decoder model"):
+        causal_lm_orpo_loss(model, **pack_pairs(make_pairs(), 0))
+
+
+def test_models_that_cannot_be_served_are_refused_by_name():
+    batch = make_batch()
+    with pytest.raises(ValueError, match="T5Model has no body apart from its head"):
+        causal_lm_orpo_loss(transformers.T5Model(transformers.T5Config(**T5)), **batch)
+    switch = build("Switch", output_router_logits=True, router_aux_loss_coef=0.1)
+    with pytest.raises(ValueError, match="SwitchTransformersForConditionalGeneration asks for a router loss"):
+        causal_lm_orpo_loss(switch, **batch)
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    whisper = transformers.WhisperConfig(
+        **sizes,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        vocab_size=VOCAB,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+    )
+    with pytest.raises(ValueError, match=r"WhisperForConditionalGeneration .* whose encoder takes no input_ids"):
+        causal_lm_orpo_loss(transformers.WhisperForConditionalGeneration(whisper), **batch)
+
+
+def test_a_head_that_does_more_is_found_by_the_probe():
+    model = build("BART: bias")
+    own = model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        out = own(*args, **kwargs)
+        out.logits = out.logits + torch.arange(VOCAB)
+        return out
+
+    model.forward = forward
+    with pytest.raises(ValueError, match="BartForConditionalGeneration is not supported"):
+        causal_lm_orpo_loss(model, **make_batch())
