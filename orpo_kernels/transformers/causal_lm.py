@@ -71,9 +71,9 @@ def causal_lm_orpo_loss(
 
     Args:
         model: a `transformers` causal LM or encoder-decoder model, or a `peft` model around one (adapters in the body,
-            LoRA or `modules_to_save` on the head), also under FSDP2 (`fully_shard`). Its body is called as its own forward calls it; no forward
-            is copied. The first call also runs the model's own forward on a few tokens, to check that its head is what
-            it seems (`probe.py`).
+            LoRA or `modules_to_save` on the head), also under FSDP2 (`fully_shard`). Its body is
+            called as its own forward calls it; no forward is copied. The first call also runs the model's own forward
+            on a few tokens, to check that its head is what it seems (`probe.py`).
         input_ids: (2B, T) int64, the B chosen sequences first, then the rejected ones in the same order; (R, T) with
             `packed`.
         attention_mask: (2B, T) int or bool, 1 on tokens and 0 on padding, on either side; None if there is no padding.

@@ -102,7 +102,8 @@ class ShiftRight:
     @classmethod
     def of(cls, model: nn.Module) -> ShiftRight:
         """`model`: a `transformers` model or a `peft` model around one. Raises `ValueError` if it has no such thing."""
-        inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base: Any = getattr(model, "get_base_model", None)  # of `peft`
+        inner: Any = model if base is None else base()
         if not hasattr(inner, _PREPARE) and _shift_of_the_module(type(inner)) is None:
             raise ValueError(
                 f"{type(inner).__name__} does not say what its decoder reads ({_PREPARE}); give "
