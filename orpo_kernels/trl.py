@@ -68,6 +68,7 @@ _TOKENISED = tuple(
     }.items()
     for column in columns
 )
+_OF_TWO_PARTS = ("chosen_labels", "rejected_labels", "prompt_input_ids", "prompt_attention_mask")
 _NOTHING = dict.fromkeys(("prompt", "chosen", "rejected"), "")
 _REASON = "unusable"  # a column while rows are tokenised: why one cannot be used, "" where it can
 _CUT = "cut"  # another: 0, 1 where a side is as long as max_length allows, 2 where an answer is empty with that
@@ -97,8 +98,11 @@ class ORPOTrainer(PreferenceLossMixin, TRLORPOTrainer):
     where that is not the mean, and where the hidden states cannot be seen (a body compiled with `.compile()`;
     `torch_compile=True` lets them be seen). TRL's `compute_metrics` gets NaN for them.
 
-    Raises `ValueError` or `TypeError` for an encoder-decoder model, for a set of which no row can be used, and for a
-    model or a parallel setup that the loss cannot serve.
+    An encoder-decoder model (T5, BART, ...) is trained as TRL trains it, prompts in the encoder and answers of at most
+    `max_completion_length` tokens in the decoder, but that its encoder runs once for both answers.
+
+    Raises `ValueError` or `TypeError` for a set of which no row can be used, and for a model or a parallel setup that
+    the loss cannot serve.
     """
 
     eval_dataset: Any
@@ -120,7 +124,6 @@ class ORPOTrainer(PreferenceLossMixin, TRLORPOTrainer):
         self.end = end
         given = inspect.signature(TRLORPOTrainer.__init__).bind_partial(self, *args, **options).arguments
         given.pop("self")
-        _refuse_encoder_decoder(given.get("model"))
         for name in ("train_dataset", "eval_dataset"):
             given[name] = _rendered(given.get(name), given.get("processing_class"), given.get("args"))
         super().__init__(**given)
@@ -128,7 +131,6 @@ class ORPOTrainer(PreferenceLossMixin, TRLORPOTrainer):
         self.train_dataset = self._usable(self.train_dataset, "train")
         self.eval_dataset = self._usable(self.eval_dataset, "eval")
         loss_takes_counts(self)
-        _refuse_encoder_decoder(self.model)  # one that came by its name
         self.method = ORPO(beta=self.beta)
         self.loss_options = {"sparse_eps": sparse_eps}
         self._check_setup()
@@ -167,12 +169,18 @@ class ORPOTrainer(PreferenceLossMixin, TRLORPOTrainer):
         cut = [kind for kind in rows[_CUT] if kind]
         if cut and self.is_world_process_zero():
             logger.warning(
-                f"{len(cut)} of {len(rows)} rows of {name} reach max_length={self.max_length} and were cut, or end "
+                f"{len(cut)} of {len(rows)} rows of {name} reach {self._limit} and were cut, or end "
                 f"there; {cut.count(2)} of them have no answer left on a side and count in the NLL alone."
             )
         left_out = {one.index for one in unusable}
         rows = rows.remove_columns([_REASON, _CUT])
         return rows.select([index for index in range(len(rows)) if index not in left_out]) if left_out else rows
+
+    @property
+    def _limit(self) -> str:
+        if self.is_encoder_decoder:
+            return f"max_completion_length={self.max_completion_length}"
+        return f"max_length={self.max_length}"
 
     def loss_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         device = self.accelerator.device
@@ -181,8 +189,12 @@ class ORPOTrainer(PreferenceLossMixin, TRLORPOTrainer):
         if "packed" in batch:
             inputs |= {name: batch[name] for name in ("input_ids", "packed", "rows") if name in batch}
         else:
-            tensors = self.concatenated_inputs(batch, padding_value=self.padding_value or 0, device=device)
+            two_parts, padding = self.is_encoder_decoder, self.padding_value or 0
+            tensors = self.concatenated_inputs(batch, two_parts, padding_value=padding, device=device)
             inputs |= {name: tensors[f"concatenated_{name}"] for name in ("input_ids", "attention_mask", "labels")}
+            if two_parts:
+                inputs |= {name: batch[f"prompt_{name}"].to(device) for name in ("input_ids", "attention_mask")}
+                inputs["decoder_input_ids"] = self._shift_right(inputs["labels"])
         return with_rows(inputs, self.method)
 
     def compute_loss(
@@ -201,7 +213,7 @@ class ORPOTrainer(PreferenceLossMixin, TRLORPOTrainer):
         """The loss, 0-d, and TRL's metrics; NaN for what is not known."""
         inner = self.accelerator.unwrap_model(model)
         inputs = self.loss_inputs(batch)
-        sides = sides_of(inputs["input_ids"], inputs.get("packed"))
+        sides = sides_of(inputs["input_ids"], inputs.get("packed"), inputs.get("decoder_input_ids"))
         with mean_hidden_states(inner, sides / sides.sum((1, 2), keepdim=True)) as means:
             if train_eval == "eval":
                 loss, out = self.evaluation_step(model, inputs)
@@ -241,7 +253,11 @@ class ORPOTrainer(PreferenceLossMixin, TRLORPOTrainer):
             except (TypeError, ValueError) as error:
                 reason = f"TRL cannot tokenise it ({error})"
         if reason:
-            return {**{name: [] for name in _TOKENISED}, _REASON: reason, _CUT: 0}
+            columns = _OF_TWO_PARTS if self.is_encoder_decoder else _TOKENISED
+            return {**{name: [] for name in columns}, _REASON: reason, _CUT: 0}
+        if self.is_encoder_decoder:
+            longest = max(len(row[f"{side}_labels"]) for side in ("chosen", "rejected"))
+            return {**row, _REASON: "", _CUT: int(longest >= self.max_completion_length)}
         sides = [(row[f"{side}_input_ids"], row[f"{side}_labels"]) for side in ("chosen", "rejected")]
         is_cut = any(len(ids) >= self.max_length for ids, _ in sides)
         is_empty = any(set(labels) <= {IGNORE_INDEX} for _, labels in sides)
@@ -257,14 +273,6 @@ class ORPOTrainer(PreferenceLossMixin, TRLORPOTrainer):
         surplus = max(0, len(answer) - len(end_turn(answer, self.processing_class)))
         for column in ("input_ids", "attention_mask", "labels"):
             row[f"{side}_{column}"] = row[f"{side}_{column}"][: len(ids) - surplus]
-
-
-def _refuse_encoder_decoder(model: Any) -> None:
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise ValueError(
-            f"{type(model).__name__} is an encoder-decoder model; the fused loss serves decoder-only language models. "
-            "Use TRL's own trainer for it: trl.experimental.orpo.ORPOTrainer."
-        )
 
 
 def _packed(rows: Sequence[Mapping[str, Any]], padding_id: int, aligned: bool = False) -> dict[str, Any]:
@@ -326,13 +334,17 @@ def _closed(side: Rendered, tokenizer: Any) -> str:
 # --- mean logits ---------------------------------------------------------------------------------------------------
 
 
-def sides_of(input_ids: Tensor, packed: PackedPairs | None = None) -> Tensor:
+def sides_of(input_ids: Tensor, packed: PackedPairs | None = None, decoder_input_ids: Tensor | None = None) -> Tensor:
     """(2, rows, T) fp32, 0 or 1: the positions that the means over the chosen and over the rejected side are taken of.
 
     As TRL averages logits: over all positions but the last of each sequence, padding included. In a packed batch there
-    is no such padding: over all tokens of each sequence.
+    is no such padding: over all tokens of each sequence. In a decoder, to the last position too.
     """
-    if packed is None:
+    if decoder_input_ids is not None:
+        pairs = len(decoder_input_ids) // 2
+        sides = decoder_input_ids.new_zeros(2, *decoder_input_ids.shape, dtype=torch.float32)
+        sides[0, :pairs] = sides[1, pairs:] = 1
+    elif packed is None:
         pairs = len(input_ids) // 2
         sides = input_ids.new_zeros(2, *input_ids.shape, dtype=torch.float32)
         sides[0, :pairs, :-1] = sides[1, pairs:, :-1] = 1

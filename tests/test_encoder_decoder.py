@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -10,8 +11,11 @@ import torch
 from torch import Tensor, nn
 
 pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
 
 import transformers
+from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
 
 from orpo_kernels import reference
 from orpo_kernels.methods import METHODS
@@ -27,6 +31,7 @@ from orpo_kernels.transformers.encoder_decoder import ShiftRight
 from orpo_kernels.transformers.packing import pack_pairs
 from orpo_kernels.transformers.versions import version_of
 
+from . import training
 from .models import VOCAB, assert_same, gradients, make_pairs
 from .models import build as build_causal
 from .models import make_batch as make_causal_batch
@@ -342,3 +347,56 @@ def test_a_head_that_does_more_is_found_by_the_probe():
     model.forward = forward
     with pytest.raises(ValueError, match="BartForConditionalGeneration is not supported"):
         causal_lm_orpo_loss(model, **make_batch())
+
+
+# --- trainers ------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def tokenizer() -> Any:
+    """One that ends every text with </s>, as T5's does."""
+    tokens = copy.deepcopy(training.tokenizer())
+    tokens.add_special_tokens({"pad_token": "<pad>", "eos_token": "</s>"})
+    end = ("</s>", tokens.eos_token_id)
+    tokens.backend_tokenizer.post_processor = TemplateProcessing("$A </s>", "$A </s> $B </s>", [end])
+    return tokens
+
+
+def sized(name: str) -> nn.Module:
+    """For that tokenizer."""
+    special = {"pad_token_id": tokenizer().pad_token_id, "decoder_start_token_id": tokenizer().pad_token_id}
+    return build(name, **special, eos_token_id=tokenizer().eos_token_id, vocab_size=len(tokenizer()))
+
+
+def examples(count: int = 12) -> list[dict[str, str]]:
+    chats = training.chat_examples(count)
+    answers = ("chosen", "rejected")
+    return [{"prompt": row["prompt"][0]["content"], **{a: row[a][0]["content"] for a in answers}} for row in chats]
+
+
+def trl_trained(trainer_class: Any, model: nn.Module, folder: Any, **options: Any) -> Any:
+    from trl.experimental.orpo import ORPOConfig
+
+    config = {"max_length": 96, "max_completion_length": 20, "per_device_eval_batch_size": 5, "eval_strategy": "steps"}
+    trainer = trainer_class(
+        model=copy.deepcopy(model),
+        args=ORPOConfig(**training.settings(folder, eval_steps=2, **config)),
+        train_dataset=Dataset.from_list(examples()),
+        eval_dataset=Dataset.from_list(examples(5)),
+        processing_class=tokenizer(),
+        **options,
+    )
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("name", ["T5: tied, scaled", "BART: bias"])
+def test_every_step_and_every_metric_is_trls(name, tmp_path):
+    trl = pytest.importorskip("trl.experimental.orpo")
+    from orpo_kernels.trl import ORPOTrainer
+
+    model = sized(name)
+    ours = trl_trained(ORPOTrainer, model, tmp_path / "ours", exact_accumulation=False)
+    theirs = trl_trained(trl.ORPOTrainer, model, tmp_path / "theirs")
+    assert len(training.losses(theirs)) == 4
+    training.assert_same_logs(ours.state.log_history, theirs.state.log_history)
