@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import pickle
 from typing import Any
 
 import pytest
@@ -20,6 +21,9 @@ from tokenizers.processors import TemplateProcessing
 from orpo_kernels import reference
 from orpo_kernels.methods import METHODS
 from orpo_kernels.transformers import (
+    EncoderDecoderCollator,
+    PreferenceCollator,
+    ShiftRight,
     causal_lm_answers,
     causal_lm_orpo_loss,
     causal_lm_preference_loss,
@@ -27,8 +31,8 @@ from orpo_kernels.transformers import (
     resolve_lm_head,
 )
 from orpo_kernels.transformers.batches import with_rows
-from orpo_kernels.transformers.encoder_decoder import ShiftRight
 from orpo_kernels.transformers.packing import pack_pairs
+from orpo_kernels.transformers.trainer import PreferenceTrainer
 from orpo_kernels.transformers.versions import version_of
 
 from . import training
@@ -36,6 +40,7 @@ from .models import VOCAB, assert_same, gradients, make_pairs
 from .models import build as build_causal
 from .models import make_batch as make_causal_batch
 from .test_methods import by_logits as definition
+from .versions import keeps_the_order
 
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0}
 T5 = {"vocab_size": VOCAB, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
@@ -349,7 +354,7 @@ def test_a_head_that_does_more_is_found_by_the_probe():
         causal_lm_orpo_loss(model, **make_batch())
 
 
-# --- trainers ------------------------------------------------------------------------------------------------------
+# --- data ----------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -374,14 +379,169 @@ def examples(count: int = 12) -> list[dict[str, str]]:
     return [{"prompt": row["prompt"][0]["content"], **{a: row[a][0]["content"] for a in answers}} for row in chats]
 
 
-def trl_trained(trainer_class: Any, model: nn.Module, folder: Any, **options: Any) -> Any:
+def collator(model: nn.Module | None = None, **options: Any) -> EncoderDecoderCollator:
+    model = sized("T5: tied, scaled") if model is None else model
+    return EncoderDecoderCollator(tokenizer(), shift=ShiftRight.of(model), **options)
+
+
+def test_the_prompt_goes_to_the_encoder_and_the_answers_to_the_decoder():
+    pairs, eos, pad = examples(3), tokenizer().eos_token_id, tokenizer().pad_token_id
+    batch = collator()(pairs)
+    for name, texts in {"input_ids": ["prompt"], "labels": ["chosen", "rejected"]}.items():
+        ids = [tokenizer()(pair[text])["input_ids"] for text in texts for pair in pairs]
+        assert all(one[-1] == eos and eos not in one[:-1] for one in ids)
+        padding = -100 if name == "labels" else pad
+        width = max(map(len, ids))
+        assert batch[name].tolist() == [one + [padding] * (width - len(one)) for one in ids]
+    assert torch.equal(batch["attention_mask"], (batch["input_ids"] != pad).long())
+    assert torch.equal(
+        batch["decoder_input_ids"][:, 1:], batch["labels"][:, :-1].where(batch["labels"][:, :-1] >= 0, pad)
+    )
+    assert set(batch["decoder_input_ids"][:, 0].tolist()) == {pad}
+    chosen = collator(answers="chosen")(pairs)
+    assert torch.equal(chosen["labels"], batch["labels"][:3, : chosen["labels"].shape[1]])
+    assert chosen["chosen_only"] is True
+    assert collator(aligned=True)(pairs)["labels"].shape[1] % 8 == 0
+
+
+def test_pairs_that_were_tokenised_before_make_the_same_batch():
+    pairs = [{**pair, "weight": float(i)} for i, pair in enumerate(examples(3))]
+    own = collator(max_length=30)
+    expected = own(pairs)
+    assert expected["pair_weights"].tolist() == [0.0, 1.0, 2.0]
+    tokenised = [own.tokenized(pair) for pair in pairs]
+    again = own(tokenised)
+    assert again.keys() == expected.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in expected.items())
+    tokenised[1]["rejected_input_ids"][0] += 1
+    with pytest.raises(ValueError, match=r"Pair 1 of the batch cannot be used: its two sides have different prompts"):
+        own(tokenised)
+    with pytest.raises(ValueError, match=r"tokenised to \d+ tokens in a part, more than max_length=5"):
+        collator(max_length=5)(tokenised[:1])
+    with pytest.raises(ValueError, match="its chosen side has no response"):
+        own([{**tokenised[0], "chosen_labels": [-100] * len(tokenised[0]["chosen_labels"])}])
+
+
+def test_a_prompt_loses_its_first_tokens_and_an_answer_its_last():
+    pair = {
+        "prompt": "one two three four five six " * 4,
+        "chosen": "yes it is so " * 9,
+        "rejected": "no it is not " * 9,
+    }
+    whole, cut = collator().tokenized(pair), collator(max_length=12).tokenized(pair)
+    parts = [(len(ids), ids) for ids in (tokenizer()(pair[name])["input_ids"] for name in pair)]
+    assert cut["cut_tokens"] == sum(length - 12 for length, _ in parts)
+    assert cut["chosen_input_ids"] == parts[0][1][-12:] + parts[1][1][:12]
+    assert cut["rejected_labels"] == [-100] * 12 + parts[2][1][:12]
+    assert cut["chosen_input_ids"][11] == tokenizer().eos_token_id
+    assert "cut_tokens" not in whole
+    with pytest.raises(ValueError, match=r"Pair 0 .* has \d+ tokens more than max_length=12 leaves its parts"):
+        collator(max_length=12, too_long="refuse")([pair])
+    with pytest.raises(ValueError, match="the same ids when cut to 3 tokens"):
+        collator(max_length=3)([{**pair, "rejected": pair["chosen"] + "!"}])
+
+
+def test_an_answer_ends_once_also_where_the_tokenizer_ends_nothing():
+    bare, pair = training.tokenizer(), examples(1)[0]
+    assert bare(pair["chosen"])["input_ids"][-1] != bare.eos_token_id
+    shift = ShiftRight.of(sized("T5: tied, scaled"))
+    ended = EncoderDecoderCollator(bare, shift=shift)([pair])["labels"][0]
+    as_trl = EncoderDecoderCollator(bare, shift=shift, end="trl")([pair])["labels"][0]
+    assert ended[ended >= 0].tolist() == [*as_trl[as_trl >= 0].tolist(), bare.eos_token_id]
+
+
+def test_chats_by_the_template_and_one_turn_alone():
+    pair = training.chat_examples(1)[0]
+    tokenised = collator().tokenized(pair)
+    prompt = tokenizer().apply_chat_template(pair["prompt"], tokenize=False, add_generation_prompt=True)
+    start = tokenised["chosen_labels"].count(-100)
+    assert tokenised["chosen_input_ids"][:start] == tokenizer()(prompt)["input_ids"]
+    assert tokenised["chosen_labels"][start:] == tokenizer()(pair["chosen"][0]["content"])["input_ids"]
+    turns = [*pair["chosen"], {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    with pytest.raises(ValueError, match="its chosen answer has several turns"):
+        collator()([{**pair, "chosen": turns}])
+
+
+def test_a_collator_of_no_model_and_one_that_packs_are_refused():
+    with pytest.raises(ValueError, match=r"give shift=ShiftRight.of\(model\)"):
+        EncoderDecoderCollator(tokenizer())
+    with pytest.raises(ValueError, match='packing is "shared", but the model is an encoder-decoder model'):
+        collator(packing="shared")
+    with pytest.raises(ValueError, match="LlamaForCausalLM does not say what its decoder reads"):
+        ShiftRight.of(build_causal("Llama"))
+
+
+def test_the_collator_goes_to_other_processes_without_the_model():
+    own = collator(sized("BART: bias"))
+    copied = pickle.loads(pickle.dumps(own.shift))
+    labels = own(examples(2))["labels"]
+    assert torch.equal(copied(labels), own.shift(labels))
+    assert len(pickle.dumps(own.shift)) < 20_000
+
+
+# --- trainers ------------------------------------------------------------------------------------------------------
+
+
+def trained(folder: Any, model: nn.Module, method: str = "orpo", **options: Any) -> PreferenceTrainer:
+    names = ("train_dataset", "eval_dataset", "data_collator")
+    own = {"data_collator": PreferenceCollator(tokenizer(), max_length=96), "train_dataset": examples()}
+    own |= {"eval_dataset": examples(5)} | {name: options.pop(name) for name in names if name in options}
+    arguments = transformers.TrainingArguments(**training.settings(folder, **options))
+    trainer = PreferenceTrainer(model, arguments, method=method, **own)
+    trainer.train()
+    return trainer
+
+
+@keeps_the_order
+def test_the_trainer_is_a_plain_loop_over_the_models_own_logits(tmp_path):
+    model = sized("T5: tied, scaled")
+    plain = copy.deepcopy(model).train()
+    passes = counted(model.get_encoder())
+    trainer = trained(tmp_path, model, max_grad_norm=1.0)
+    assert passes[-4:] == [2, 2, 2, 2]
+    optimizer, expected = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.0), []
+    for step in range(4):
+        batch = collator(plain)(examples()[2 * step : 2 * step + 2])
+        loss = by_logits(own_logits(plain, batch), batch["labels"]).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(float(loss.detach()))
+    assert training.losses(trainer) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_and_evaluates(method, tmp_path):
+    trainer = trained(tmp_path, sized("BART: bias"), method, max_steps=2, gradient_accumulation_steps=2)
+    assert len(training.losses(trainer)) == 2
+    metrics = trainer.evaluate()
+    assert 0 <= metrics["eval_rewards/accuracies"] <= 1
+    whole = collator(trainer.model)(examples(5))
+    ref = {"reference_logps": torch.zeros(10).double()} if method == "dpo" else {}
+    out = causal_lm_preference_loss(trainer.model.eval(), **whole, method=trainer.method, **ref)
+    if method != "dpo":
+        assert metrics["eval_loss"] == pytest.approx(float(out.loss), rel=1e-4)
+    assert metrics["eval_nll_loss"] == pytest.approx(float(out.nll_loss), rel=1e-4)
+
+
+def test_unusable_pairs_are_left_out_and_named(tmp_path):
+    pairs = examples(6)
+    pairs[2]["rejected"] = pairs[2]["chosen"]
+    trainer = trained(tmp_path, sized("T5: tied, scaled"), max_steps=1, train_dataset=pairs)
+    assert [(one.index, one.reason) for one in trainer.unusable_pairs["train"]] == [
+        (2, "its chosen and rejected responses are the same")
+    ]
+
+
+def trl_trained(trainer_class: Any, model: nn.Module, folder: Any, rows: Any = None, **options: Any) -> Any:
     from trl.experimental.orpo import ORPOConfig
 
     config = {"max_length": 96, "max_completion_length": 20, "per_device_eval_batch_size": 5, "eval_strategy": "steps"}
     trainer = trainer_class(
         model=copy.deepcopy(model),
         args=ORPOConfig(**training.settings(folder, eval_steps=2, **config)),
-        train_dataset=Dataset.from_list(examples()),
+        train_dataset=Dataset.from_list(rows or examples()),
         eval_dataset=Dataset.from_list(examples(5)),
         processing_class=tokenizer(),
         **options,
@@ -400,3 +560,14 @@ def test_every_step_and_every_metric_is_trls(name, tmp_path):
     theirs = trl_trained(trl.ORPOTrainer, model, tmp_path / "theirs")
     assert len(training.losses(theirs)) == 4
     training.assert_same_logs(ours.state.log_history, theirs.state.log_history)
+
+
+def test_trls_rows_that_cannot_be_used_are_left_out_and_named(tmp_path):
+    pytest.importorskip("trl.experimental.orpo")
+    from orpo_kernels.trl import ORPOTrainer
+
+    pairs = examples(6)
+    pairs[2]["rejected"] = " "
+    trainer = trl_trained(ORPOTrainer, sized("T5: tied, scaled"), tmp_path, rows=pairs)
+    assert [one.index for one in trainer.unusable_pairs["train"]] == [2]
+    assert len(trainer.train_dataset) == 5

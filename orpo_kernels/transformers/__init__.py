@@ -21,6 +21,8 @@ from .causal_lm import (
     causal_lm_preference_loss,
 )
 from .collator import PreferenceCollator, Refusal, TokenizedPair, UnusablePair, tokenize_pair, tokenize_pairs
+from .encoder_decoder import ShiftRight
+from .encoder_decoder_collator import EncoderDecoderCollator
 from .lm_head import LMHead, resolve_lm_head
 from .packing import PackedPairs
 from .sharing import refuses_shared_prompt
@@ -32,6 +34,7 @@ __all__ = [
     "CausalLMORPOOutput",
     "CausalLMOutput",
     "CausalLMPreferenceOutput",
+    "EncoderDecoderCollator",
     "LMHead",
     "ORPOTrainer",
     "PackedPairs",
@@ -39,6 +42,7 @@ __all__ = [
     "PreferenceTrainer",
     "Refusal",
     "RowsCollator",
+    "ShiftRight",
     "TokenizedPair",
     "UnusablePair",
     "batch_rows",

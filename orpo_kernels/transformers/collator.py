@@ -84,6 +84,9 @@ class PreferenceCollator:
 
     def __post_init__(self) -> None:
         check_options(self.tokenizer, self.max_length, self.end, self.too_long)
+        self._check_choices()
+
+    def _check_choices(self) -> None:
         if self.packing not in get_args(Packing):
             raise ValueError(f"packing must be one of {get_args(Packing)}; got {self.packing!r}.")
         if self.answers not in get_args(Sides):
@@ -93,15 +96,17 @@ class PreferenceCollator:
         pairs = [self._tokenized(index, example) for index, example in enumerate(examples)]
         if not pairs:
             raise ValueError("The batch holds no pair; give the collator at least one example.")
-        padding_id = _padding_id(self.tokenizer)
+        return self._batch(pairs) | _reference_logps(pairs) | pair_weights(pairs)
+
+    def _batch(self, pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The tensors of tokenised pairs."""
+        padding, aligned = padding_id(self.tokenizer), bool(self.aligned)
         if self.packing == "shared":
             packed = [_chosen_alone(p) for p in pairs] if self.answers == "chosen" else pairs
-            batch = pack_pairs(packed, padding_id, aligned=bool(self.aligned))
-        elif self.answers == "chosen":
-            batch = {**pad_pairs(pairs, padding_id, SIDES[:1], bool(self.aligned)), "chosen_only": True}
-        else:
-            batch = pad_pairs(pairs, padding_id, aligned=bool(self.aligned))
-        return batch | _reference_logps(pairs) | pair_weights(pairs)
+            return pack_pairs(packed, padding, aligned=aligned)
+        if self.answers == "chosen":
+            return {**pad_pairs(pairs, padding, SIDES[:1], aligned), "chosen_only": True}
+        return pad_pairs(pairs, padding, aligned=aligned)
 
     def tokenized(self, example: Mapping[str, Any]) -> Mapping[str, Any]:
         """The pair as it goes into a batch. Raises `UnusablePair`."""
@@ -194,18 +199,18 @@ def pad_pairs(
     width = max(map(len, ids))
     width = aligned_width(width) if aligned else width
     return {
-        "input_ids": _pad(ids, padding_id, width),
-        "attention_mask": _pad([[1] * len(row) for row in ids], 0, width),
-        "labels": _pad(labels, IGNORE_INDEX, width),
+        "input_ids": pad_rows(ids, padding_id, width),
+        "attention_mask": pad_rows([[1] * len(row) for row in ids], 0, width),
+        "labels": pad_rows(labels, IGNORE_INDEX, width),
     }
 
 
-def _padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Any id will do: no mask and no label is derived from it."""
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
-def _pad(rows: Sequence[Sequence[int]], value: int, width: int) -> Tensor:
+def pad_rows(rows: Sequence[Sequence[int]], value: int, width: int) -> Tensor:
     """(rows, width) int64, padded on the right."""
     padded = torch.full((len(rows), width), value, dtype=torch.int64)
     for row, ids in zip(padded, rows, strict=True):

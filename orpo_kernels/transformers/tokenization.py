@@ -163,6 +163,13 @@ def check_options(tokenizer: PreTrainedTokenizerBase, max_length: int | None, en
             f"{type(tokenizer).__name__} gives no character offsets, by which the boundary between prompt and response "
             "is found; load the model's fast tokenizer (use_fast=True)."
         )
+    check_length_and_choices(tokenizer, max_length, end, too_long)
+
+
+def check_length_and_choices(
+    tokenizer: PreTrainedTokenizerBase, max_length: int | None, end: str, too_long: str
+) -> None:
+    """`check_options` of a tokenizer from which no character offsets are asked for."""
     if tokenizer.eos_token_id is None:
         raise ValueError("The tokenizer has no EOS token, so a response could not end; set tokenizer.eos_token.")
     if max_length is not None and max_length < 2:

@@ -48,6 +48,8 @@ from .batches import RowsCollator, with_rows
 from .body import router_loss_coef, unwrap, wants_router_loss
 from .causal_lm import CausalLMOutput, causal_lm_preference_loss
 from .collator import IGNORE_INDEX, PreferenceCollator, Refusal
+from .encoder_decoder import is_encoder_decoder
+from .encoder_decoder_collator import EncoderDecoderCollator
 from .engines import run_inside
 from .lm_head import resolve_lm_head
 from .pairs import COLUMNS, NAMED, GroupedByLength, UsablePairs, UsableStream, is_stream, lengths_of, warn_of_unusable
@@ -58,6 +60,7 @@ from .versions import body_of, compilation_by_environment, groups_by_length, los
 
 logger = logging.getLogger(__name__)
 
+_COLLATORS = (PreferenceCollator, EncoderDecoderCollator)  # that read of an example what we know
 _FROM_THE_STEP = ("nll_denominator", "pair_denominator")
 _OF_THE_ANSWERS = ("schedule", "memory_budget", "backend", "ignore_index")  # options without gradient as well
 
@@ -315,7 +318,8 @@ class PreferenceTrainer(PreferenceLossMixin, Trainer):
     Args, beside those of `Trainer` (all of it by keyword but `model` and `args`):
         data_collator: a `PreferenceCollator`, or anything that makes the same batches. With `packing="auto"`, its
             default, prompts are shared if the model allows it and it is fast there (`automatic_packing`). SFT leaves
-            the rejected answers out of the batches that it trains on.
+            the rejected answers out of the batches that it trains on. For an encoder-decoder model an
+            `EncoderDecoderCollator` is made of it.
         train_dataset, eval_dataset: raw examples (prompt, chosen, rejected; `tokenize_pair` says what else they may
             hold), or pairs that it made. With a `PreferenceCollator` they are looked through and tokenised here, once
             (`pairs.py`): what cannot be used is left out, said in a warning and held in `unusable_pairs`; what
@@ -391,6 +395,8 @@ class PreferenceTrainer(PreferenceLossMixin, Trainer):
         """The collator with what it leaves open decided by the model and the device."""
         if collator.aligned is None:
             collator = replace(collator, aligned=self.aligns_widths)
+        if is_encoder_decoder(unwrap(self.model)) and not isinstance(collator, EncoderDecoderCollator):
+            collator = EncoderDecoderCollator.of(collator, self.model)
         if collator.packing != "auto":
             return collator
         packing, why = automatic_packing(self.model, self.args.device)
@@ -407,7 +413,7 @@ class PreferenceTrainer(PreferenceLossMixin, Trainer):
     def _usable(self, pairs: Any, name: str) -> Any:
         # A collator of the caller's may read more of an example than we know.
         is_prepared = isinstance(pairs, UsablePairs | UsableStream | ReferencedPairs)
-        if pairs is None or is_prepared or type(self.data_collator) is not PreferenceCollator:
+        if pairs is None or is_prepared or type(self.data_collator) not in _COLLATORS:
             return pairs
         if is_stream(pairs):
             return UsableStream(pairs, self.data_collator, partial(self._leave_out, name))

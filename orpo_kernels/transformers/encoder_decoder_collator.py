@@ -1,0 +1,171 @@
+"""Preference pairs for an encoder-decoder model: the prompt goes to its encoder, the answers to its decoder.
+
+Prompt and answers are texts of their own here, each with the special tokens that the tokenizer puts around a text (the
+answers those of a target: mBART's, NLLB's and Marian's tokenizers have others for them). An answer ends in an end token
+also where the tokenizer gives it none (T5Gemma's); with `end="trl"` it does not, and the ids are those of TRL's
+`ORPOTrainer`, but for what is cut and for targets of a form of their own.
+
+A tokenised pair has the columns of every `TokenizedPair`: the prompt's tokens stand in front of both answers, with
+labels -100.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from .collator import PreferenceCollator, pad_rows, padding_id
+from .encoder_decoder import ShiftRight
+from .packing import IGNORE_INDEX, aligned_width
+from .rendering import SIDES, Rendered, UnusablePair, as_pair, render_pair
+from .tokenization import TokenizedPair, check_length_and_choices, numbers_of
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass
+class EncoderDecoderCollator(PreferenceCollator):
+    """`PreferenceCollator` for an encoder-decoder model, which says what its decoder reads:
+
+        EncoderDecoderCollator(tokenizer, max_length=512, shift=ShiftRight.of(model))
+
+    `PreferenceTrainer` makes one of a `PreferenceCollator` when its model is such a model.
+
+    `collator(examples)` of B pairs returns int64 tensors, padded on the right: `input_ids` and `attention_mask` (B, S),
+    the prompts; `labels` and `decoder_input_ids` (2B, T), the B chosen answers first, then the rejected ones. With
+    `answers="chosen"`, (B, T), and `chosen_only=True`.
+
+    Examples are those of `tokenize_pair`, chats by the tokenizer's chat template; an answer is one turn.
+
+    `max_length` bounds the prompt, and each answer, by itself: the prompt loses its first tokens, an answer its last;
+    special tokens around a prompt stay. Raises `ValueError` for `packing="shared"`: the encoder's one pass over a
+    prompt is the sharing.
+    """
+
+    shift: ShiftRight | None = None
+
+    def __post_init__(self) -> None:
+        if self.shift is None:
+            raise ValueError(
+                "shift is None, but the batch says what the decoder reads; give shift=ShiftRight.of(model)."
+            )
+        check_length_and_choices(self.tokenizer, self.max_length, self.end, self.too_long)
+        self._check_choices()
+        if self.packing == "shared":
+            raise ValueError(
+                'packing is "shared", but the model is an encoder-decoder model, whose encoder runs once for both '
+                'answers in any case; leave packing at "auto".'
+            )
+
+    @classmethod
+    def of(cls, collator: PreferenceCollator, model: nn.Module) -> EncoderDecoderCollator:
+        """With the options of another collator."""
+        options = {field.name: getattr(collator, field.name) for field in fields(collator)}
+        return cls(**options | {"shift": ShiftRight.of(model)})
+
+    def tokenized(self, example: Mapping[str, Any]) -> Mapping[str, Any]:
+        if isinstance(example, Mapping) and "chosen_input_ids" in example:
+            return self._checked(example)
+        return _tokenize(example, self)
+
+    def _checked(self, pair: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A pair that came tokenised."""
+        chosen, rejected = (_parts(pair, side) for side in SIDES)
+        if chosen[0] != rejected[0]:
+            raise UnusablePair("its two sides have different prompts, and the encoder runs once for both")
+        longest = max(map(len, (*chosen, *rejected)))
+        if self.max_length is not None and longest > self.max_length:
+            raise UnusablePair(
+                f"it was tokenised to {longest} tokens in a part, more than max_length={self.max_length}"
+            )
+        return pair
+
+    def _batch(self, pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        assert self.shift is not None
+        sides = SIDES[:1] if self.answers == "chosen" else SIDES
+        prompts = [_parts(pair, "chosen")[0] for pair in pairs]
+        answers = [_parts(pair, side)[1] for side in sides for pair in pairs]
+        labels = pad_rows(answers, IGNORE_INDEX, self._width(answers))
+        width = self._width(prompts)
+        return {
+            "input_ids": pad_rows(prompts, padding_id(self.tokenizer), width),
+            "attention_mask": pad_rows([[1] * len(prompt) for prompt in prompts], 0, width),
+            "decoder_input_ids": self.shift(labels),
+            "labels": labels,
+        } | ({"chosen_only": True} if self.answers == "chosen" else {})
+
+    def _width(self, rows: Sequence[Sequence[int]]) -> int:
+        width = max(map(len, rows))
+        return aligned_width(width) if self.aligned else width
+
+
+def _parts(pair: Mapping[str, Any], side: str) -> tuple[list[int], list[int]]:
+    """Prompt and labels of the answer. Raises `UnusablePair` where one of the columns does not say it."""
+    ids, labels = pair.get(f"{side}_input_ids"), pair.get(f"{side}_labels")
+    if ids is None or labels is None or len(ids) != len(labels):
+        raise UnusablePair(f"it is tokenised but lacks {side}_input_ids and {side}_labels of one length")
+    start = next((place for place, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
+    if start in (0, len(labels)):
+        raise UnusablePair(f"its {side} side has no {'prompt' if start == 0 else 'response'}: see its labels")
+    return list(ids[:start]), list(labels[start:])
+
+
+# --- text to tokens ------------------------------------------------------------------------------------------------
+
+
+def _tokenize(example: Mapping[str, Any], options: EncoderDecoderCollator) -> TokenizedPair:
+    example = as_pair(example)
+    chosen, rejected = render_pair(example, options.tokenizer)
+    if chosen.prompt != rejected.prompt:
+        raise UnusablePair(
+            "its chat template gives its two sides different prompts, and the encoder runs once for both"
+        )
+    prompt, surplus = _prompt(chosen, options)
+    answers = []
+    for side, rendered in zip(SIDES, (chosen, rejected), strict=True):
+        answer = _answer(side, rendered, options)
+        answers.append(answer[: options.max_length])
+        surplus += len(answer) - len(answers[-1])
+    if surplus and options.too_long == "refuse":
+        raise UnusablePair(f"it has {surplus} tokens more than max_length={options.max_length} leaves its parts")
+    if answers[0] == answers[1]:
+        raise UnusablePair(
+            f"its chosen and rejected responses are the same ids when cut to {options.max_length} tokens"
+        )
+    if not prompt:
+        raise UnusablePair("its prompt has no token for the encoder to read")
+    pair: TokenizedPair = {
+        "chosen_input_ids": prompt + answers[0],
+        "chosen_labels": [IGNORE_INDEX] * len(prompt) + answers[0],
+        "rejected_input_ids": prompt + answers[1],
+        "rejected_labels": [IGNORE_INDEX] * len(prompt) + answers[1],
+    }
+    if surplus:
+        pair["cut_tokens"] = surplus
+    pair.update(numbers_of(example))
+    return pair
+
+
+def _prompt(side: Rendered, options: EncoderDecoderCollator) -> tuple[list[int], int]:
+    """Its ids, and how many tokens `max_length` has cost: those behind the special ones that it begins with."""
+    encoding = options.tokenizer(side.prompt, return_special_tokens_mask=True, verbose=False)
+    ids, special = list(encoding["input_ids"]), list(encoding["special_tokens_mask"])
+    if side.is_chat and ids[:2] == [options.tokenizer.bos_token_id] * 2:  # the template's, and the tokenizer's
+        ids, special = ids[1:], special[1:]
+    surplus = 0 if options.max_length is None else max(0, len(ids) - options.max_length)
+    first = special.index(0) if 0 in special else len(ids)
+    return ids[:first] + ids[first + surplus :], surplus
+
+
+def _answer(name: str, side: Rendered, options: EncoderDecoderCollator) -> list[int]:
+    if len(side.answers) > 1:
+        raise UnusablePair(f"its {name} answer has several turns, and the decoder of the model writes one")
+    ids = list(options.tokenizer(text_target=side.text[slice(*side.answers[0])], verbose=False)["input_ids"])
+    eos = options.tokenizer.eos_token_id
+    return (
+        ids if options.end == "trl" or eos in ids[-2:] else [*ids, eos]
+    )  # behind which NLLB's old form has a language
