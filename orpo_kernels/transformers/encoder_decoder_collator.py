@@ -21,10 +21,10 @@ from .collator import PreferenceCollator, pad_rows, padding_id
 from .encoder_decoder import ShiftRight
 from .packing import IGNORE_INDEX, aligned_width
 from .rendering import SIDES, Rendered, UnusablePair, as_pair, render_pair
-from .tokenization import TokenizedPair, check_length_and_choices, numbers_of
+from .tokenization import End, TokenizedPair, TooLong, check_length_and_choices, numbers_of
 
 if TYPE_CHECKING:
-    pass
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass
@@ -70,7 +70,8 @@ class EncoderDecoderCollator(PreferenceCollator):
     def tokenized(self, example: Mapping[str, Any]) -> Mapping[str, Any]:
         if isinstance(example, Mapping) and "chosen_input_ids" in example:
             return self._checked(example)
-        return _tokenize(example, self)
+        options: Any = {"max_length": self.max_length, "end": self.end, "too_long": self.too_long}
+        return tokenize_in_two_parts(example, self.tokenizer, **options)
 
     def _checked(self, pair: Mapping[str, Any]) -> Mapping[str, Any]:
         """A pair that came tokenised."""
@@ -117,25 +118,35 @@ def _parts(pair: Mapping[str, Any], side: str) -> tuple[list[int], list[int]]:
 # --- text to tokens ------------------------------------------------------------------------------------------------
 
 
-def _tokenize(example: Mapping[str, Any], options: EncoderDecoderCollator) -> TokenizedPair:
+def tokenize_in_two_parts(
+    example: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None = None,
+    end: End = "single",
+    too_long: TooLong = "cut",
+) -> TokenizedPair:
+    """`tokenize_pair` for an encoder-decoder model; `EncoderDecoderCollator` says what differs.
+
+    Raises `UnusablePair` with the reason, and `ValueError` for options or a tokenizer that can work for no pair.
+    """
+    check_length_and_choices(tokenizer, max_length, end, too_long)
     example = as_pair(example)
-    chosen, rejected = render_pair(example, options.tokenizer)
+    chosen, rejected = render_pair(example, tokenizer)
     if chosen.prompt != rejected.prompt:
         raise UnusablePair(
             "its chat template gives its two sides different prompts, and the encoder runs once for both"
         )
-    prompt, surplus = _prompt(chosen, options)
+    prompt, surplus = _prompt(chosen, tokenizer, max_length)
     answers = []
     for side, rendered in zip(SIDES, (chosen, rejected), strict=True):
-        answer = _answer(side, rendered, options)
-        answers.append(answer[: options.max_length])
+        answer = _answer(side, rendered, tokenizer, end)
+        answers.append(answer[:max_length])
         surplus += len(answer) - len(answers[-1])
-    if surplus and options.too_long == "refuse":
-        raise UnusablePair(f"it has {surplus} tokens more than max_length={options.max_length} leaves its parts")
+    if surplus and too_long == "refuse":
+        raise UnusablePair(f"it has {surplus} tokens more than max_length={max_length} leaves its parts")
     if answers[0] == answers[1]:
-        raise UnusablePair(
-            f"its chosen and rejected responses are the same ids when cut to {options.max_length} tokens"
-        )
+        raise UnusablePair(f"its chosen and rejected responses are the same ids when cut to {max_length} tokens")
     if not prompt:
         raise UnusablePair("its prompt has no token for the encoder to read")
     pair: TokenizedPair = {
@@ -150,22 +161,21 @@ def _tokenize(example: Mapping[str, Any], options: EncoderDecoderCollator) -> To
     return pair
 
 
-def _prompt(side: Rendered, options: EncoderDecoderCollator) -> tuple[list[int], int]:
+def _prompt(side: Rendered, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> tuple[list[int], int]:
     """Its ids, and how many tokens `max_length` has cost: those behind the special ones that it begins with."""
-    encoding = options.tokenizer(side.prompt, return_special_tokens_mask=True, verbose=False)
+    encoding: Any = tokenizer(side.prompt, return_special_tokens_mask=True, verbose=False)
     ids, special = list(encoding["input_ids"]), list(encoding["special_tokens_mask"])
-    if side.is_chat and ids[:2] == [options.tokenizer.bos_token_id] * 2:  # the template's, and the tokenizer's
+    if side.is_chat and ids[:2] == [tokenizer.bos_token_id] * 2:  # the template's, and the tokenizer's
         ids, special = ids[1:], special[1:]
-    surplus = 0 if options.max_length is None else max(0, len(ids) - options.max_length)
+    surplus = 0 if max_length is None else max(0, len(ids) - max_length)
     first = special.index(0) if 0 in special else len(ids)
     return ids[:first] + ids[first + surplus :], surplus
 
 
-def _answer(name: str, side: Rendered, options: EncoderDecoderCollator) -> list[int]:
+def _answer(name: str, side: Rendered, tokenizer: PreTrainedTokenizerBase, end: End) -> list[int]:
     if len(side.answers) > 1:
         raise UnusablePair(f"its {name} answer has several turns, and the decoder of the model writes one")
-    ids = list(options.tokenizer(text_target=side.text[slice(*side.answers[0])], verbose=False)["input_ids"])
-    eos = options.tokenizer.eos_token_id
-    return (
-        ids if options.end == "trl" or eos in ids[-2:] else [*ids, eos]
-    )  # behind which NLLB's old form has a language
+    encoding: Any = tokenizer(text_target=side.text[slice(*side.answers[0])], verbose=False)
+    ids, eos = list(encoding["input_ids"]), tokenizer.eos_token_id
+    is_ended = eos in ids[-2:]  # mBART's language may follow it
+    return ids if end == "trl" or is_ended else [*ids, eos]

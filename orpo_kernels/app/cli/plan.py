@@ -189,10 +189,14 @@ def _model(text: str) -> Model:
 
     try:
         config = AutoConfig.from_pretrained(text)
+        if config.is_encoder_decoder:
+            raise UserError(f"{text} is an encoder-decoder model, which nobody plans for yet; give its head as HxV.")
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         head = model.get_output_embeddings()
         vocab_size, hidden_size = head.weight.shape
+    except UserError:
+        raise
     except Exception as error:  # of many kinds: not there, no such architecture, no head
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise UserError(

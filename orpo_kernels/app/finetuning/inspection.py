@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from ...transformers import TokenizedPair, UnusablePair, tokenize_pair
+from ...transformers import TokenizedPair, UnusablePair
 from ...transformers.packing import IGNORE_INDEX
 from ..data import Preferences
 from ..errors import UserError
@@ -20,7 +20,7 @@ from . import plots
 from .folder import claim, write_whole
 from .pretrained import load_tokenizer
 from .settings import InspectSettings
-from .setup import Pairs, load_pairs
+from .setup import Pairs, load_pairs, tokenization_of
 
 # The lengths that are counted, in tokens.
 LENGTHS = {
@@ -93,11 +93,12 @@ def _to_show(settings: InspectSettings, preferences: Preferences) -> list[int]:
 def _uncut(pairs: Pairs, tokenizer: Any) -> Iterator[TokenizedPair]:
     """All pairs that the tokenizer can take, whatever their length."""
     taken = dict(zip(pairs.taken, pairs.tokenized, strict=True))
+    tokenize = tokenization_of(tokenizer)
     for index, pair in enumerate(pairs.offered.pairs):
         tokenized = taken.get(index)
         if tokenized is None or "cut_tokens" in tokenized:
             try:
-                tokenized = tokenize_pair(pair, tokenizer)
+                tokenized = tokenize(pair, tokenizer)
             except UnusablePair:
                 continue
         yield tokenized

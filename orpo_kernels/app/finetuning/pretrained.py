@@ -20,7 +20,13 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    GenerationConfig,
+)
 from transformers.utils import cached_file
 
 from ..errors import UserError
@@ -64,7 +70,7 @@ def load_tokenizer(name: str) -> Any:
 
 
 def load_model(name: str, dtype: torch.dtype, console: Console | None = None) -> Any:
-    """The causal LM, in evaluation mode; adapters, if that is what the folder holds, are merged into their base.
+    """The language model, in evaluation mode; adapters, if that is what the folder holds, are merged into their base.
 
     What the checkpoint has beside the model is told on `console`. Raises `UserError` for weights that are missing, cut
     off, of another shape, not finite, or of layers that the model does not have.
@@ -87,7 +93,8 @@ def with_adapters(model: Any, rank: int) -> Any:
     """LoRA on every linear layer of the body (Hu et al. 2021, arXiv 2106.09685), scaled by 2."""
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    task = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=task)
     return get_peft_model(model, config)
 
 
@@ -125,7 +132,9 @@ def _loading(name: str, what: str) -> Iterator[None]:
 
 def _load_whole(name: str, folder: str, dtype: torch.dtype, console: Console | None, **options: Any) -> Any:
     with _loading(name, "a causal language model"):
-        model, found = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(folder, **options)
+        model_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model, found = model_class.from_pretrained(
             folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     _check_complete(name, model, found, console)
@@ -347,6 +356,12 @@ def stored_dtypes(name: str) -> dict[str, torch.dtype]:
 
 
 # --- what fits it --------------------------------------------------------------------------------------------------
+
+
+def has_two_parts(name: str) -> bool:
+    """Whether a model is an encoder-decoder model."""
+    with _loading(name, "a model"):
+        return bool(AutoConfig.from_pretrained(model_folder(base_of(name) or name)).is_encoder_decoder)
 
 
 def rows_and_positions(name: str) -> tuple[int | None, int | None]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...transformers import PreferenceCollator, TokenizedPair, causal_lm_orpo_loss
+from ...transformers import EncoderDecoderCollator, PreferenceCollator, TokenizedPair, causal_lm_orpo_loss
 from ...transformers.packing import IGNORE_INDEX
 from ...transformers.sharing import automatic_packing
 from ..errors import Diverged
@@ -75,6 +75,8 @@ def score(
     model.eval()
     packing, _ = automatic_packing(model, model.device)
     collate = PreferenceCollator(tokenizer, packing=packing)
+    if model.config.is_encoder_decoder:
+        collate = EncoderDecoderCollator.of(collate, model)
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i]["chosen_input_ids"]))  # similar lengths: less padding
     values = np.empty((3, len(pairs)))
     for start in range(0, len(order), batch_size):

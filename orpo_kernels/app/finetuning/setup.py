@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,10 +11,11 @@ from rich.console import Console
 from rich.progress import track
 
 from ...transformers import TokenizedPair, UnusablePair, tokenize_pair
+from ...transformers.encoder_decoder_collator import tokenize_in_two_parts
 from ..data import Preferences, load_preferences, split_pairs
 from ..errors import UserError
 from .held_out import Record, held_out_prompts, keys, record_of
-from .pretrained import rows_and_positions
+from .pretrained import has_two_parts, rows_and_positions
 from .settings import DataSettings, TrainSettings, held_out_number
 
 
@@ -50,11 +52,12 @@ def load_pairs(settings: DataSettings, tokenizer: Any, console: Console, source:
     rows, positions = rows_and_positions(tokenizer.name_or_path)
     max_length = min(settings.max_length, positions or settings.max_length)
     options: Any = {"max_length": max_length, "too_long": "cut" if settings.too_long == "cut" else "refuse"}
+    tokenize = tokenization_of(tokenizer)
     tokenized, refused = [], {}
     shown = track(preferences.pairs, "Tokenising", console=console, transient=True, disable=not console.is_terminal)
     for index, pair in enumerate(shown):
         try:
-            tokenized.append(tokenize_pair(pair, tokenizer, **options))
+            tokenized.append(tokenize(pair, tokenizer, **options))
         except UnusablePair as unusable:
             refused[index] = str(unusable)
         except (ValueError, TypeError) as error:  # of the tokenizer: no offsets, no EOS, no template
@@ -78,6 +81,11 @@ def load_pairs(settings: DataSettings, tokenizer: Any, console: Console, source:
     if "text" in preferences.layouts and tokenizer.chat_template:
         console.print("Plain text for a model with a chat template: --layout chat would make messages of it.")
     return pairs
+
+
+def tokenization_of(tokenizer: Any) -> Callable[..., TokenizedPair]:
+    """How pairs become tokens of the model that the tokenizer came with: in one sequence, or in two parts."""
+    return tokenize_in_two_parts if has_two_parts(tokenizer.name_or_path) else tokenize_pair
 
 
 def _check_ids(pairs: list[TokenizedPair], tokenizer: Any, rows: int | None) -> None:
