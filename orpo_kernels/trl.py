@@ -99,7 +99,8 @@ class ORPOTrainer(PreferenceLossMixin, TRLORPOTrainer):
     `torch_compile=True` lets them be seen). TRL's `compute_metrics` gets NaN for them.
 
     An encoder-decoder model (T5, BART, ...) is trained as TRL trains it, prompts in the encoder and answers of at most
-    `max_completion_length` tokens in the decoder, but that its encoder runs once for both answers.
+    `max_completion_length` tokens in the decoder, but that its encoder runs once for both answers. They end as its
+    tokenizer ends a text, whatever `end` is.
 
     Raises `ValueError` or `TypeError` for a set of which no row can be used, and for a model or a parallel setup that
     the loss cannot serve.

@@ -1,4 +1,4 @@
-"""ORPO for any Hugging Face causal LM: from text to the loss, without logits.
+"""ORPO for any Hugging Face language model: from text to the loss, without logits.
 
     collator = PreferenceCollator(tokenizer, max_length=1024)
     batch = collator(pairs)                              # prompt, chosen, rejected: text or chat messages
