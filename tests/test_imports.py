@@ -79,8 +79,9 @@ PUBLIC = {
         methods orpo_loss orpo_loss_from_rows plan preference_loss_from_rows reference rows_from_labels token_logps""",
     "orpo_kernels.methods": "CPO DPO Method ORPO SFT SimPO",
     "orpo_kernels.reference": "orpo_loss",
-    "orpo_kernels.transformers": """CausalLMORPOOutput CausalLMPreferenceOutput LMHead ORPOTrainer PackedPairs
-        PreferenceCollator PreferenceTrainer Refusal TokenizedPair UnusablePair causal_lm_answers causal_lm_orpo_loss
+    "orpo_kernels.transformers": """CausalLMORPOOutput CausalLMPreferenceOutput EncoderDecoderCollator LMHead
+        ORPOTrainer PackedPairs PreferenceCollator PreferenceTrainer Refusal ShiftRight TokenizedPair
+        UnusablePair causal_lm_answers causal_lm_orpo_loss
         causal_lm_preference_loss refuses_shared_prompt resolve_lm_head tokenize_pair tokenize_pairs""",
     "orpo_kernels.transformers.trainer": "ORPOTrainer PreferenceLossMixin PreferenceTrainer",
     "orpo_kernels.trl": "ORPOConfig ORPOTrainer",
