@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .devices import moved, rows_device
 from .engine.call import Call
 from .engine.checks import check_options, check_same_device, check_targets
 from .engine.head import Compute, Head
@@ -267,8 +268,8 @@ def token_logps(
     with groups.together(weight.device):
         head = Head.local(weight, bias, None, logit_scale, logit_softcap, groups)
         check_targets_shape(hidden, targets)
-        head.check(hidden, targets, "targets")
-        flat = targets.flatten()
+        flat = targets.flatten().to(rows_device(targets.device))
+        head.check(hidden, flat, "targets")
         position = (flat != ignore_index).nonzero().squeeze(1)
         target = flat[position]
         check_targets("targets", target, head.vocab_size)
@@ -276,7 +277,7 @@ def token_logps(
     head.agree(groups, len(target), options)
     log_odds = head.token_log_odds(hidden.reshape(-1, hidden.shape[-1]), position, target, options)
     logps = F.logsigmoid(log_odds).to(accumulation_dtype(hidden.dtype))
-    return logps.new_zeros(targets.numel()).index_put((position,), logps).view(targets.shape)
+    return logps.new_zeros(targets.numel()).index_put((position.to(logps.device),), logps).view(targets.shape)
 
 
 @torch.compiler.disable(reason="computes as many rows as labels ask for, which no graph of fixed shapes can")
@@ -291,10 +292,13 @@ def row_logps(
     logit_softcap: float | None = None,
     **options: Any,
 ) -> Tensor:
-    """(R,) float64 log-probabilities of live rows, differentiable. Arguments as in `orpo_loss_from_rows`."""
+    """(R,) float64 log-probabilities of live rows, on their device, differentiable.
+
+    Arguments as in `orpo_loss_from_rows`.
+    """
     head = Head.local(weight, bias, low_rank, logit_scale, logit_softcap)
     call = Call.prepared(hidden, rows, head, Compute(**options), NO_GROUPS)
-    return F.logsigmoid(call.token_log_odds())
+    return F.logsigmoid(moved(call.token_log_odds(), rows.position.device, torch.float64))
 
 
 def groups_of(data_group: Any, vocab_group: Any, sequence_group: Any) -> Groups:
@@ -349,7 +353,7 @@ def checked_reference(reference_logps: Tensor | None, method: Method, rows: Rows
             f"reference_logps has shape {tuple(reference_logps.shape)}, but the batch has {rows.num_pairs} pairs: it "
             f"must be ({2 * rows.num_pairs},), the chosen answers first"
         )
-    return reference_logps.to(rows.position.device, torch.float64)
+    return moved(reference_logps, rows.position.device, torch.float64)
 
 
 class ORPOLoss(nn.Module):

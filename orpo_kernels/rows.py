@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .devices import moved, rows_device
 from .ops import host_ops
 from .parallel import Groups, summed
 
@@ -51,6 +52,8 @@ class Known:
 @dataclass(frozen=True)
 class Rows:
     """The rows of a batch of `num_pairs` preference pairs; vectors have shape (R,) and all live on one device.
+
+    That is the hidden states', or the host where that one has no float64 (`devices.py`).
 
     Attributes:
         position: int64, index into the flattened hidden states (N, H). May repeat: the last hidden state of a shared
@@ -139,7 +142,11 @@ class Rows:
                 raise TypeError(f"Rows.known.{name} is on {known.device}, but the rows are on {self.position.device}")
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Rows:
-        """The same rows on another device. Built by a collator on the CPU they need no synchronisation on a GPU."""
+        """The same rows for another device. Built by a collator on the CPU they need no synchronisation on a GPU.
+
+        For a device without float64 they stay on the host, or go there.
+        """
+        device = rows_device(torch.device(device))
         return self._moved(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Rows:
@@ -164,8 +171,11 @@ class Rows:
         return torch.searchsorted(self.sequence, every_sequence)
 
     def weighted(self, pair_weight: Tensor | None) -> Rows:
-        """The same rows with weights of the pairs, (B,) float64, in place of those that they have."""
-        return self._keeping(pair_weight=pair_weight)
+        """The same rows with weights of the pairs, (B,) float64, in place of those that they have.
+
+        From a device without float64 they come in fp32.
+        """
+        return self._keeping(pair_weight=_at_rows(pair_weight))
 
     def with_nll_weight(self, nll_weight: Tensor) -> Rows:
         """The same rows, weighing `nll_weight` (R,) float64 in the NLL. What they count is known no more."""
@@ -232,6 +242,7 @@ def rows_from_labels(
         TypeError: labels that are not int64, weights that are not float64, or that are on different devices.
     """
     check_labels(labels, nll_labels, nll_reduction)
+    labels, nll_labels = _labels_at_rows(labels, nll_labels)
     rows = host_ops(labels).label_rows(labels, nll_labels, shift, ignore_index, nll_reduction == "sequence")
     return rows if pair_weight is None else rows.weighted(pair_weight)
 
@@ -252,6 +263,7 @@ def padded_rows(
 ) -> Rows:
     """`rows_from_labels` before the rows that count for nothing are dropped: as many as labels, whatever they hold."""
     check_labels(labels, nll_labels, nll_reduction)
+    labels, nll_labels = _labels_at_rows(labels, nll_labels)
     pairs, length = labels.shape[0] // 2, labels.shape[1]
     own_nll = nll_labels is not None
     nll_labels = nll_labels if nll_labels is not None else labels[:pairs]
@@ -273,7 +285,7 @@ def padded_rows(
         torch.stack(vectors, 1).flatten() for vectors in zip(*planes, strict=True)
     )
     weight = nll_weight(is_nll, sequence, 2 * pairs, nll_reduction)
-    return Rows(position, target, sequence, scored, weight, pairs, padded=True, pair_weight=pair_weight)
+    return Rows(position, target, sequence, scored, weight, pairs, padded=True).weighted(pair_weight)
 
 
 def nll_weight(is_nll: Tensor, sequence: Tensor, num_sequences: int, reduction: str) -> Tensor:
@@ -291,6 +303,18 @@ def averaged_over_sequences(rows: Rows, groups: Groups) -> Rows:
     sums = rows.nll_weight.new_zeros(2 * rows.num_pairs).index_add_(0, rows.sequence, rows.nll_weight)
     summed(sums, [groups.sequence], "the number of NLL rows of every sequence")
     return rows.with_nll_weight(rows.nll_weight / sums.clamp(min=1)[rows.sequence])
+
+
+def _labels_at_rows(labels: Tensor, nll_labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    device = rows_device(labels.device)
+    return labels.to(device), None if nll_labels is None else nll_labels.to(device)
+
+
+def _at_rows(pair_weight: Tensor | None) -> Tensor | None:
+    """Weights of pairs as they are, but for those that a device without float64 can hold in fp32 alone."""
+    if pair_weight is None or rows_device(pair_weight.device) == pair_weight.device:
+        return pair_weight
+    return moved(pair_weight, rows_device(pair_weight.device), torch.float64)
 
 
 def check_labels(labels: Tensor, nll_labels: Tensor | None, nll_reduction: str) -> None:

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .devices import statistics_dtype
+
 
 @dataclass
 class Sparsity:
@@ -31,7 +33,7 @@ class Sparsity:
     Attributes:
         shares: of the vocabulary, that each block of rows took through its products; 1 for a dense chunk.
         sizes: rows of each of these blocks.
-        masses: (B,) float64 for each of them, the probability that a row's left-out columns had; 0 where dense.
+        masses: (B,), as statistics (`devices.py`), for each of them, the probability that a row's left-out columns had; 0 where dense.
     """
 
     shares: list[float] = field(default_factory=list)
@@ -40,7 +42,7 @@ class Sparsity:
 
     @property
     def dropped_mass(self) -> Tensor:
-        """(R,) float64, of all rows in their order."""
+        """(R,), of all rows in their order."""
         return torch.cat(self.masses) if self.masses else torch.zeros(0, dtype=torch.float64)
 
     @property
@@ -52,13 +54,14 @@ class Sparsity:
     def bounds(
         self, upstream: Tensor, hidden: Tensor, weight: Tensor, logit_scale: float = 1.0
     ) -> tuple[Tensor, Tensor]:
-        """The right-hand sides above: (R,) of the rows of dh, and 0-d of the norm of dW; float64.
+        """The right-hand sides above: (R,) of the rows of dh, and 0-d of the norm of dW.
 
         upstream: (R,) dloss/dlogp of the rows; hidden: (R, H) their hidden states; weight: (V, H).
         """
-        share = 2 * logit_scale * upstream.double().abs() * self.dropped_mass
-        longest = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64).amax()
-        lengths = torch.linalg.vector_norm(hidden, dim=1, dtype=torch.float64)
+        dtype = statistics_dtype(hidden.device)
+        share = 2 * logit_scale * upstream.to(dtype).abs() * self.dropped_mass
+        longest = torch.linalg.vector_norm(weight, dim=1, dtype=dtype).amax()
+        lengths = torch.linalg.vector_norm(hidden, dim=1, dtype=dtype)
         return share * longest, share @ lengths
 
     def add(self, share: float, mass: Tensor) -> None:

@@ -33,6 +33,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
+from .devices import rows_device
 from .methods import ORPO
 from .transformers.averages import Part
 from .transformers.batches import RowsCollator, with_rows
@@ -137,7 +138,7 @@ class ORPOTrainer(PreferenceLossMixin, TRLORPOTrainer):
         self._check_setup()
         if self._shares_prompts(packing):
             packed = partial(_packed, padding_id=self.padding_value or 0, aligned=self.aligns_widths)
-            self.data_collator = RowsCollator(packed, self.method)
+            self.data_collator = RowsCollator(packed, self.method, device=self.args.device)
 
     def _shares_prompts(self, packing: Packing) -> bool:
         """Whether batches are packed. Raises `ValueError` where they are to be and cannot."""
@@ -186,7 +187,7 @@ class ORPOTrainer(PreferenceLossMixin, TRLORPOTrainer):
     def loss_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         device = self.accelerator.device
         weighted = batch if "pair_weights" in batch else pair_weights([{WEIGHT: w} for w in batch.get(WEIGHT, ())])
-        inputs = {name: weighted[name].to(device) for name in ("pair_weights",) if name in weighted}
+        inputs = {name: weighted[name].to(rows_device(device)) for name in ("pair_weights",) if name in weighted}
         if "packed" in batch:
             inputs |= {name: batch[name] for name in ("input_ids", "packed", "rows") if name in batch}
         else:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..devices import has_float64, rows_device
 from ..loss import orpo_loss
-from ..ops import BACKENDS, GPU_TYPES, is_interpreted, resolve, why_not
+from ..ops import BACKENDS, devices, is_interpreted, resolve, why_not
 from .machine import describe
 
 PAIRS, LENGTH, HIDDEN_SIZE, VOCAB_SIZE = 2, 24, 64, 1000  # of the self-test
@@ -65,16 +66,11 @@ def diagnose() -> dict[str, Any]:
     }
 
 
-def devices() -> list[str]:
-    """The kinds of device whose tensors could be used here."""
-    return ["cpu", *(kind for kind in GPU_TYPES if getattr(torch, kind).is_available())]
-
-
 def choices() -> list[Choice]:
     """For every kind of tensor that could be here."""
     found = []
     for device in map(torch.device, devices()):
-        for dtype in DTYPES:
+        for dtype in DTYPES if has_float64(device) else DTYPES[:-1]:
             others = {name: why_not(name, device, dtype) or "" for name in BACKENDS if name != "auto"}
             backend = resolve("auto", device, dtype)
             found.append(Choice(device.type, _name(dtype), backend, {k: v for k, v in others.items() if k != backend}))
@@ -137,13 +133,13 @@ def _errors(device: torch.device, backend: str, dtype: torch.dtype, schedule: st
     labels[:, : LENGTH // 3] = -100
     trained = schedule != "single_pass"
 
-    def gradients(function: Any, wide: torch.dtype, **options: Any) -> Tensor:
+    def gradients(function: Any, wide: torch.dtype, device: torch.device = device, **options: Any) -> Tensor:
         leaves = [hidden.to(device, wide).requires_grad_(), weight.to(device, wide).requires_grad_(trained)]
         loss = function(*leaves, labels.to(device), **options).loss
         found = torch.autograd.grad(loss, [leaf for leaf in leaves if leaf.requires_grad])
-        return torch.cat([loss.detach().reshape(1), *(gradient.flatten() for gradient in found)]).double().cpu()
+        return torch.cat([loss.detach().reshape(1), *(gradient.flatten() for gradient in found)]).cpu().double()
 
-    true = gradients(reference.orpo_loss, torch.float64)
+    true = gradients(reference.orpo_loss, torch.float64, rows_device(device))
     ours = gradients(orpo_loss, dtype, backend=backend, schedule=schedule)
     plain = gradients(reference.orpo_loss, dtype)
     return tuple(float((values - true)[1:].norm() / true[1:].norm()) for values in (ours, plain))  # type: ignore[return-value]

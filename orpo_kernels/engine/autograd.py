@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..devices import moved
 from ..methods import Method
 from ..parallel import Group
 from ..rows import Rows
@@ -30,7 +31,7 @@ from .work import FACTOR_SLICE, accumulation_dtype
 
 
 class TokenLogOdds(torch.autograd.Function):
-    """(hidden (N, H), weight (V, H), bias (V,) or None, position (R,), target (R,), options) -> m (R,) float64.
+    """(hidden (N, H), weight (V, H), bias (V,) or None, position (R,), target (R,), options) -> m (R,), as statistics.
 
     A last input `columns` (V, r), or None, stands for the last r columns of a frozen weight that holds its values: the
     gradient is made for them alone.
@@ -96,7 +97,10 @@ class Objective:
     reference: Tensor | None = None
 
     def __call__(self, token_log_odds: Tensor, rows: Rows) -> PairLoss:
-        return self.method.loss(token_log_odds, rows, self.counts, self.ops, self.sequence_group, self.reference)
+        """In float64 where the rows are; what comes of it is where the token log-odds are."""
+        log_odds = moved(token_log_odds, rows.position.device, torch.float64)
+        loss = self.method.loss(log_odds, rows, self.counts, self.ops, self.sequence_group, self.reference)
+        return loss.to(token_log_odds.device)
 
 
 class PairLossFunction(torch.autograd.Function):
@@ -179,7 +183,7 @@ def loss_and_gradients(
     losses = []
     with no_autocast(hidden):
         for group in groups:
-            p = options.projection(hidden, weight, bias, group.position, group.target)
+            p = options.projection(hidden, weight, bias, *(t.to(hidden.device) for t in (group.position, group.target)))
             schedule = TABLE[p.plan.schedule]
             log_odds, kept = schedule.forward(p)
             loss = objective(log_odds, group)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..devices import moved, statistics_dtype
 from ..methods import Method
 from ..output import PreferenceOutput
 from ..parallel import Groups
@@ -99,7 +100,7 @@ class Call:
         return PairLossFunction.apply(token_log_odds, rows, objective, accumulation_dtype(hidden.dtype))
 
     def token_log_odds(self) -> Tensor:
-        """(R,) float64, differentiable."""
+        """(R,) as statistics, differentiable."""
         assert self.options is not None
         return self.head.token_log_odds(self.hidden, self.rows.position, self.rows.target, self.options)
 
@@ -116,7 +117,9 @@ def with_rewards(
     valid_pairs: Tensor,
 ) -> PreferenceOutput:
     """A method's loss and metrics with the rewards that it gives."""
-    of_reference = (None, None) if reference is None else reference.view(2, -1).unbind()
+    of_reference: tuple[Tensor | None, ...] = (None, None)
+    if reference is not None:
+        of_reference = moved(reference, loss.device, statistics_dtype(loss.device)).view(2, -1).unbind()
     chosen_gains, rejected_gains = (
         method.gains(logps, theirs).to(loss.dtype)
         for logps, theirs in zip((chosen_logps, rejected_logps), of_reference, strict=True)

@@ -115,7 +115,8 @@ def loss_in_a_graph(
 ) -> tuple[Tensor, ...]:
     """Loss and metrics by the operator."""
     counts = [
-        None if count is None else as_scalar(count, hidden.device) for count in (nll_denominator, pair_denominator)
+        None if count is None else as_scalar(count, rows.position.device)
+        for count in (nll_denominator, pair_denominator)
     ]
     loss, *rest = orpo_loss_op(
         hidden,

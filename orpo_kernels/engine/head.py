@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..devices import rows_device
 from ..ops import select
 from ..parallel import NO_GROUPS, Groups, VocabShard, local_head
 from ..parallel.sharded import ShardedOptions
@@ -74,7 +75,8 @@ class Head:
     def check(self, hidden: Tensor, position: Tensor, name: str) -> None:
         """What shapes, dtypes and devices tell. `name` is what errors call the rows' tensors."""
         check_head(hidden, self.weight, self.bias)
-        check_same_device("hidden", hidden, name, position)
+        if position.device != rows_device(hidden.device):
+            check_same_device("hidden", hidden, name, position)
 
     def check_values(self, hidden: Tensor, position: Tensor, target: Tensor, name: str) -> None:
         """hidden (N, H), position and target (R,). `name` is what errors call the targets."""
@@ -140,8 +142,8 @@ class Head:
         groups.agree(facts, self.weight.device)
 
     def token_log_odds(self, hidden: Tensor, position: Tensor, target: Tensor, options: HeadOptions) -> Tensor:
-        """(R,) float64 log-odds of the targets, differentiable."""
-        target = options.own_targets(target)
+        """(R,) log-odds of the targets, as statistics, differentiable."""
+        position, target = position.to(hidden.device), options.own_targets(target).to(hidden.device)
         return TokenLogOdds.apply(hidden, self.weight, self.bias, position, target, options, self.columns)
 
 

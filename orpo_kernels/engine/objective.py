@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..devices import moved, statistics_dtype
 from ..ops import host_ops
 from ..parallel import NO_GROUPS, Group, Groups, summed
 from ..rows import Rows
@@ -54,6 +55,13 @@ class PairLoss(NamedTuple):
     numbers: Tensor
     valid_pairs: Tensor  # (B,) bool
     grad: Tensor  # (R,) float64, dloss / d token_log_odds
+
+    def to(self, device: torch.device) -> PairLoss:
+        """The same on the device that the token log-odds came from, in the dtype that it has."""
+        dtype = statistics_dtype(device)
+        return PairLoss(
+            moved(self.numbers, device, dtype), self.valid_pairs.to(device), moved(self.grad, device, dtype)
+        )
 
 
 class Denominators(NamedTuple):
@@ -108,7 +116,7 @@ def _scored_rows(rows: Rows) -> Tensor:
 def as_scalar(count: int | Tensor, device: torch.device) -> Tensor:
     """0-d float64 on `device`. A number is written there by a kernel: copying it would wait for a GPU."""
     if isinstance(count, Tensor):
-        return count.to(device, torch.float64, non_blocking=True).reshape(())
+        return moved(count, device, torch.float64).reshape(())
     return torch.full((), count, dtype=torch.float64, device=device)
 
 

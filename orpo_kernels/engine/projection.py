@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from ..devices import statistics_dtype
 from .gemm import WeightSlices, even_chunks, project
 from .work import accumulation_dtype
 
@@ -166,10 +167,11 @@ class Projection:
         return no_wait
 
     def _target_logit(self, logits: Tensor, rows: slice) -> Tensor:
-        """The logits of the targets (C,) float64, scaled and capped, of a chunk (C, V) that is neither."""
+        """The logits of the targets (C,), as statistics, scaled and capped, of a chunk (C, V) that is neither."""
         logit = logits.gather(1, self.target[rows, None]).squeeze(1).to(self.sum_dtype)
         scale, cap = self.transform
-        return (logit * scale if cap is None else cap * torch.tanh(logit * scale / cap)).double()
+        logit = logit * scale if cap is None else cap * torch.tanh(logit * scale / cap)
+        return logit.to(statistics_dtype(logit.device))
 
     def weight_rows(self, columns: Tensor, workspace: Tensor) -> Tensor:
         """(A, H) rows of the weight, in the GEMM's dtype, in the first rows of `workspace`."""
@@ -197,4 +199,4 @@ class Projection:
         return self.options.logit_scale, self.options.logit_softcap
 
     def empty_stats(self) -> Tensor:
-        return self.hidden.new_empty(self.num_rows, dtype=torch.float64)
+        return self.hidden.new_empty(self.num_rows, dtype=statistics_dtype(self.hidden.device))

@@ -48,7 +48,7 @@ class CollatedPairsMixin(PreferenceLossMixin):
             packing, _ = automatic_packing(self.model, self.args.device)
         if packing == "shared":
             collator = partial(packed, padding_id=padding_id, aligned=self.aligns_widths)
-            self.data_collator = RowsCollator(collator, self.method)
+            self.data_collator = RowsCollator(collator, self.method, device=self.args.device)
 
     def loss_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         if "packed" in batch:

@@ -14,20 +14,28 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ..devices import has_float64
+
 BACKENDS = ("auto", "torch", "native", "triton")
 MODULES = {"torch": ".torch_ops", "native": ".native", "triton": ".triton"}
 GPU_TYPES = ("cuda", "xpu")  # torch calls AMD's GPUs cuda as well
 CPU_TYPES = ("cpu",)  # where "auto" is native
+NO_FLOAT64 = "has no float64, which Triton's kernels need; eager torch serves it, with rows on the host"
 
 
 def backends() -> dict[str, str]:
     """Every backend's name and "available", or the reason why it cannot be used here."""
-    gpu = next((kind for kind in GPU_TYPES if getattr(torch, kind).is_available()), "cpu")
+    best = torch.device(devices()[-1])
     return {
-        name: why_not(name, torch.device(gpu if name == "triton" else "cpu")) or "available"
+        name: why_not(name, best if name == "triton" else torch.device("cpu")) or "available"
         for name in BACKENDS
         if name != "auto"
     }
+
+
+def devices() -> list[str]:
+    """The kinds of device whose tensors could be used here, the CPU first."""
+    return ["cpu", *(kind for kind in (*GPU_TYPES, "mps") if getattr(torch, kind).is_available())]
 
 
 def resolve(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
@@ -63,6 +71,8 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype = torch.float
             return "triton is not installed"
         if dtype == torch.float64:
             return "float64 is for checking, which eager torch does; Triton's kernels take fp32, fp16 and bf16"
+        if not has_float64(device):
+            return f"{device.type} {NO_FLOAT64}"
         if device.type not in GPU_TYPES and not is_interpreted():
             return f"the tensors are on {device.type} and Triton's kernels need a GPU (TRITON_INTERPRET=1 emulates one)"
     return None
@@ -111,4 +121,4 @@ def is_readable(tensor: Tensor) -> bool:
     return tensor.device.type != "meta" and not isinstance(tensor, torch._subclasses.FakeTensor)
 
 
-__all__ = ["BACKENDS", "backends", "host_ops", "is_interpreted", "is_readable", "resolve", "select"]
+__all__ = ["BACKENDS", "backends", "devices", "host_ops", "is_interpreted", "is_readable", "resolve", "select"]

@@ -20,6 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..devices import statistics_dtype
 from ..engine.gemm import WeightSlices, even_chunks, project, project_slice
 from ..engine.objective import count_rows as count_rows
 from ..engine.objective import odds_ratio, sequence_sums
@@ -47,7 +48,7 @@ def project_log_odds(
         buffer: (at least C, V) scratch for the logits; None for backends that never hold them.
 
     Returns:
-        m and lse_others, each (C,) float64.
+        m and lse_others, each (C,) float64, or fp32 on a device that has none (`statistics_dtype`).
     """
     logits = x.new_empty(x.shape[0], weight.vocab_size) if buffer is None else buffer[: x.shape[0]]
     project(x, weight, bias, logits)
@@ -137,7 +138,7 @@ def column_statistics(residual: Tensor, row_weight: Tensor) -> tuple[Tensor, Ten
 def gather_columns(residual: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     """(B, A) columns at `columns` (A,) int64 of a residual (B, V), in its dtype, and their row sums (B,) float64."""
     entries = residual[:, columns]
-    return entries, entries.sum(1, dtype=torch.float64)
+    return entries, entries.sum(1, dtype=statistics_dtype(residual.device))
 
 
 def gather_rows(hidden: Tensor, position: Tensor, coefficient: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -200,8 +201,12 @@ def _statistics_(z: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     z.sub_(top).exp_()
     total = z.sum(1, keepdim=True)
     # Two numbers a row, in float64: rounding m = 67.3 to fp32 alone moves the loss of a confident row by 4e-6.
-    lse_others = top.double() + total.double().log()
-    return (target_logit - lse_others).squeeze(1), lse_others.squeeze(1), total
+    wide = statistics_dtype(z.device)
+    log_total = total.to(wide).log()
+    lse_others = top.to(wide) + log_total
+    # In fp32 large logits are to cancel before anything is added to them.
+    log_odds = target_logit - lse_others if wide == torch.float64 else target_logit - top - log_total
+    return log_odds.squeeze(1), lse_others.squeeze(1), total
 
 
 def _finish(z: Tensor, index: Tensor, target_value: Tensor, slope: Tensor | None, logits: Tensor) -> None:

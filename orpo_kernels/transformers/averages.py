@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..devices import moved, rows_device, statistics_dtype
+
 
 class Part(NamedTuple):
     """What a batch adds to a mean, both 0-d: a sum, and what that is to be divided by."""
@@ -25,7 +27,7 @@ class Averages:
     def add(self, parts: Mapping[str, Part]) -> None:
         """Nothing is read on the host."""
         for name, part in parts.items():
-            own = Part(*(one.detach().double() for one in part))
+            own = Part(*(moved(one.detach(), rows_device(one.device), torch.float64) for one in part))
             known = self._parts.get(name)
             self._parts[name] = own if known is None else Part(known.sum + own.sum, known.weight + own.weight)
 
@@ -34,5 +36,6 @@ class Averages:
         if not self._parts:
             return {}
         sums = torch.stack([torch.stack(part) for part in self._parts.values()])
+        sums = moved(sums, accelerator.device, statistics_dtype(accelerator.device))  # where processes can gather it
         pairs = zip(self._parts, accelerator.gather(sums[None]).sum(0).tolist(), strict=True)
         return {name: total / weight for name, (total, weight) in pairs if weight}

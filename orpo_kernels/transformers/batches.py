@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..devices import has_float64, rows_device
 from ..engine.objective import counts_of
 from ..methods import Method
 from ..rows import Rows, padded_rows, rows_from_labels
@@ -24,16 +25,35 @@ class RowsCollator:
     Attributes:
         collator: makes batches as a `PreferenceCollator` does. Those of which no rows can be made are left as they are.
         method, ignore_index: what `with_rows` takes.
+        device: where the batches go: for one without float64 their numbers are fp32 already.
     """
 
     collator: Callable[[Sequence[Any]], Any]
     method: Method
     ignore_index: int = IGNORE_INDEX
+    device: torch.device | None = None
 
     def __call__(self, examples: Sequence[Any]) -> Any:
         batch = self.collator(examples)
         is_whole = isinstance(batch, Mapping) and "input_ids" in batch and ("labels" in batch or "packed" in batch)
-        return with_rows(batch, self.method, self.ignore_index) if is_whole else batch
+        batch = with_rows(batch, self.method, self.ignore_index) if is_whole else batch
+        return batch if self.device is None or has_float64(self.device) else narrowed(batch)
+
+
+def narrowed(batch: Any) -> Any:
+    """A batch that a device without float64 can take: its numbers in fp32. Its rows stay on the host."""
+    if not isinstance(batch, Mapping):
+        return batch
+    return {
+        name: value.float() if isinstance(value, Tensor) and value.dtype == torch.float64 else value
+        for name, value in batch.items()
+    }
+
+
+def batch_on(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch of a collator on a device."""
+    batch = batch if has_float64(device) else narrowed(batch)
+    return {name: value.to(device) for name, value in batch.items()}
 
 
 def with_rows(batch: Mapping[str, Any], method: Method, ignore_index: int = IGNORE_INDEX) -> dict[str, Any]:
@@ -74,7 +94,7 @@ def batch_rows(
     chosen_only: bool = False,
     ignore_index: int = IGNORE_INDEX,
 ) -> Rows:
-    """What the loss of a batch runs over, on the device of its input_ids, as in `causal_lm_preference_loss`.
+    """What the loss of a batch runs over, where the rows of its input_ids are, as in `causal_lm_preference_loss`.
 
     `rows` and `packed` are taken as they are. Of labels on a GPU the host reads how many rows they make: before the
     body, and not behind all that the body does.
@@ -91,7 +111,7 @@ def batch_rows(
         rows = rows if torch.compiler.is_compiling() else rows.live()
         return rows if pair_weights is None else rows.weighted(pair_weights)
     if packed is not None:
-        return packed.to(input_ids.device).rows(prompt_nll, nll_reduction).weighted(pair_weights)
+        return packed.to(rows_device(input_ids.device)).rows(prompt_nll, nll_reduction).weighted(pair_weights)
     if labels is None:
         raise TypeError("labels are missing; a batch has labels and an attention_mask, or `packed`, or `rows`.")
     if decoder_input_ids is not None:  # each label is predicted where it stands, and the NLL has no others

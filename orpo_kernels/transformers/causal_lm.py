@@ -44,6 +44,10 @@ class CausalLMOutput(PreferenceOutput):
         made.aux_loss = aux_loss
         return made
 
+    def to(self, device: torch.device) -> CausalLMOutput:
+        aux_loss = None if self.aux_loss is None else self.aux_loss.to(device)
+        return self.of(PreferenceOutput(*(value.to(device) for value in self)), aux_loss)
+
 
 CausalLMORPOOutput = CausalLMOutput  # the names they had when they were two
 CausalLMPreferenceOutput = CausalLMOutput

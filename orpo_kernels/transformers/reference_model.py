@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from ..devices import moved, statistics_dtype
+from .batches import batch_on
 from .body import unwrap
 from .causal_lm import causal_lm_answers
 from .collator import REFERENCE, PreferenceCollator, UnusablePair
@@ -83,10 +85,10 @@ def reference_logps(
     computed = torch.zeros_like(known)
     with undisturbed(model), without_adapters(model), accelerator.autocast():
         for indices in bar:
-            batch = _on(collator([pairs[index] for index in indices]), accelerator.device)
+            batch = batch_on(collator([pairs[index] for index in indices]), accelerator.device)
             computed[indices] = causal_lm_answers(model, **batch, **options).logps.view(2, -1).T.cpu()
             cache.append(indices, computed[indices])
-    computed = accelerator.reduce(computed.to(accelerator.device), "sum").cpu()
+    computed = _from_device(accelerator.reduce(_to_device(computed, accelerator.device), "sum"))
     logps = torch.where(known.isnan(), computed, known).numpy()
     if accelerator.is_main_process:
         cache.complete(logps)
@@ -98,7 +100,16 @@ def _known_to_all(cache: _Cache, pairs: int, accelerator: Accelerator) -> Tensor
     known = torch.full((pairs, 2), torch.nan, dtype=torch.float64)
     if accelerator.is_main_process:
         known = torch.from_numpy(cache.read(pairs))
-    return broadcast(known.to(accelerator.device)).cpu()
+    return _from_device(broadcast(_to_device(known, accelerator.device)))
+
+
+def _to_device(logps: Tensor, device: torch.device) -> Tensor:
+    """Log-probabilities where processes exchange them, in the dtype that there is."""
+    return moved(logps, device, statistics_dtype(device))
+
+
+def _from_device(logps: Tensor) -> Tensor:
+    return logps.cpu().double()
 
 
 @contextmanager
@@ -107,10 +118,6 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
     disabled: Any = getattr(model, "disable_adapter", None)
     with nullcontext() if disabled is None else disabled():
         yield
-
-
-def _on(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {name: value.to(device) for name, value in batch.items()}
 
 
 # --- the cache -----------------------------------------------------------------------------------------------------

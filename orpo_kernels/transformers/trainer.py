@@ -40,6 +40,7 @@ from transformers import EvalPrediction, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from .. import PreferenceOutput, Rows
+from ..devices import moved, statistics_dtype
 from ..engine.objective import counts_of
 from ..methods import Method, all_options, method_named
 from ..sparsity import Sparsity, measured_sparsity
@@ -123,6 +124,8 @@ class PreferenceLossMixin:
         inner = self.accelerator.unwrap_model(model)
         self._compile_body(inner)
         own_counts = _counts(inputs["rows"], counted)
+        if step_counts is not None:
+            step_counts = moved(step_counts, own_counts.device, torch.float64)
         if counted is not None:
             weights = inputs.get("pair_weights")
             inputs = {**inputs, "pair_weights": counted.double() if weights is None else weights * counted}
@@ -140,7 +143,7 @@ class PreferenceLossMixin:
                 return causal_lm_preference_loss(inner, **inputs, method=self.method, **options)
 
         out = run_inside(model, inner, loss_of, inputs)
-        own_nll = out.nll_loss * (counts[0] / own_counts[0].clamp(min=1)).to(out.nll_loss.dtype)
+        own_nll = out.nll_loss * (counts[0] / own_counts[0].clamp(min=1)).to(out.nll_loss)
         return out.loss * averaged, CausalLMOutput.of(out, out.aux_loss, nll_loss=own_nll)
 
     def evaluation_step(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, CausalLMOutput]:
@@ -157,8 +160,9 @@ class PreferenceLossMixin:
         state, processes = self.accelerator.gradient_state, self.accelerator.num_processes
         if processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
             return None
-        pairs = inputs["rows"].num_pairs
-        place = torch.arange(pairs, device=inputs["input_ids"].device) + self.accelerator.process_index * pairs
+        rows = inputs["rows"]
+        place = torch.arange(rows.num_pairs, device=rows.position.device)
+        place += self.accelerator.process_index * rows.num_pairs
         return place < state.remainder
 
     def _evaluated(
@@ -166,6 +170,7 @@ class PreferenceLossMixin:
     ) -> dict[str, Part]:
         """What a batch adds to the metrics of its evaluation and to the parts of its loss."""
         nll_count, pairs = _counts(inputs["rows"], counted)
+        out = out.to(nll_count.device)
         valid = out.valid_pairs if counted is None else out.valid_pairs & counted
         router = torch.zeros_like(out.loss) if out.aux_loss is None else out.aux_loss.to(out.loss)
         coef = router_loss_coef(unwrap(inner)) if out.aux_loss is not None else 0.0
@@ -224,13 +229,14 @@ class PreferenceLossMixin:
         super().log(logs, start_time)  # type: ignore[misc]
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
-        """(2,) float64: NLL weight and valid pairs of the optimizer step; None where each micro-batch has its own mean.
+        """(2,): NLL weight and valid pairs of the optimizer step; None where each micro-batch has its own mean.
 
         The Trainer calls this once per optimizer step and hands the result to `compute_loss`.
         """
         if not self.loss_is_scaled_for_ga or not batch_samples:
             return None
-        counts = torch.stack([_counts(self.loss_inputs(batch)["rows"]) for batch in batch_samples]).sum(0).to(device)
+        counts = torch.stack([_counts(self.loss_inputs(batch)["rows"]) for batch in batch_samples]).sum(0)
+        counts = moved(counts, device, statistics_dtype(device))
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             counts = self.accelerator.gather(counts[None]).sum(0)
         return counts
@@ -511,7 +517,7 @@ class PreferenceTrainer(PreferenceLossMixin, Trainer):
         if is_training and not self.method.is_preference and isinstance(collator, PreferenceCollator):
             of_answers = replace(collator, answers="chosen")
         if not self.accelerator.dispatch_batches:  # which concatenates and slices what is in a batch, all of it tensors
-            of_answers = RowsCollator(of_answers, self.method, self._ignore_index)
+            of_answers = RowsCollator(of_answers, self.method, self._ignore_index, self.args.device)
         self.data_collator = of_answers
         try:
             loader = super()._get_dataloader(dataset, description, *args, is_training=is_training, **options)
@@ -571,10 +577,12 @@ _PAIR_LOSS, _ROUTER_LOSS = "pair_loss", "router_loss"  # the parts of a loss bes
 
 def averaged_metrics(out: PreferenceOutput, valid: Tensor, nll_count: Tensor) -> dict[str, Part]:
     """What a batch adds to `METRICS`: the pairs that are `valid` (B,) bool, and its NLL, a mean over `nll_count`."""
-    sums = pair_metrics(out).double().masked_fill(~valid[:, None], 0).sum(0)
+    device = nll_count.device
+    valid = valid.to(device)
+    sums = moved(pair_metrics(out), device, torch.float64).masked_fill(~valid[:, None], 0).sum(0)
     pairs = valid.sum()
     parts = {name: Part(total, pairs) for name, total in zip(PAIR_METRICS, sums, strict=True)}
-    return parts | {"nll_loss": Part(out.nll_loss * nll_count, nll_count)}
+    return parts | {"nll_loss": Part(out.nll_loss.to(device) * nll_count, nll_count)}
 
 
 def pair_metrics(out: PreferenceOutput) -> Tensor:

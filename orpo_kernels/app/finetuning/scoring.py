@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ...transformers import EncoderDecoderCollator, PreferenceCollator, TokenizedPair, causal_lm_orpo_loss
+from ...transformers.batches import batch_on
 from ...transformers.packing import IGNORE_INDEX
 from ...transformers.sharing import automatic_packing
 from ..errors import Diverged
@@ -81,10 +82,9 @@ def score(
     values = np.empty((3, len(pairs)))
     for start in range(0, len(order), batch_size):
         chunk = order[start : start + batch_size]
-        batch = {name: value.to(model.device) for name, value in collate([pairs[i] for i in chunk]).items()}
+        batch = batch_on(collate([pairs[i] for i in chunk]), model.device)
         out = causal_lm_orpo_loss(model, **batch, prompt_nll=False)
-        stacked = torch.stack([out.chosen_logps.double(), out.rejected_logps.double(), out.log_odds.double()])
-        values[:, chunk] = stacked.cpu().numpy()
+        values[:, chunk] = torch.stack([out.chosen_logps, out.rejected_logps, out.log_odds]).cpu().numpy()
         on_batch(len(chunk))
     if broken := int((~np.isfinite(values)).any(0).sum()):
         raise Diverged(f"Its log-probabilities are not finite for {broken} of {len(pairs)} pairs.")
