@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
 WITHOUT_FLOAT64 = ("mps",)  # and some of the XPUs, which say so
 
 

@@ -33,7 +33,7 @@ class Sparsity:
     Attributes:
         shares: of the vocabulary, that each block of rows took through its products; 1 for a dense chunk.
         sizes: rows of each of these blocks.
-        masses: (B,), as statistics (`devices.py`), for each of them, the probability that a row's left-out columns had; 0 where dense.
+        masses: (B,) for each of them, the probability that a row's left-out columns had; 0 where dense.
     """
 
     shares: list[float] = field(default_factory=list)

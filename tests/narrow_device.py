@@ -1,4 +1,4 @@
-"""A device without float64 that is not there: "narrow", whose tensors the CPU computes with, and which Python watches.
+"""A device without float64 that is not there: "narrow_gpu". The CPU computes, and Python watches what.
 
 It refuses what such a device refuses: an operation that takes or gives float64, and one on tensors of two devices (a
 number of the host's, 0-d, is no obstacle). It takes PyTorch's place for other people's devices, of which a process has
@@ -18,12 +18,11 @@ from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-NARROW = torch.device("narrow", 0)
 MOVES = ("aten._to_copy.", "aten.copy_.")  # what tensors of two devices may meet in
 
 
 class Backend(backend_registration._DummyBackendModule):
-    """`torch.narrow`: its random numbers are the CPU's."""
+    """`torch.narrow_gpu`: its random numbers are the CPU's."""
 
     def get_rng_state(self, device: Any = None) -> Tensor:
         return torch.get_rng_state()
@@ -32,7 +31,8 @@ class Backend(backend_registration._DummyBackendModule):
         pass
 
 
-backend_registration._setup_privateuseone_for_python_backend("narrow", backend_module=Backend())
+backend_registration._setup_privateuseone_for_python_backend("narrow_gpu", backend_module=Backend())
+NARROW = torch.device("narrow_gpu", 0)
 
 
 class NarrowTensor(Tensor):
@@ -44,7 +44,12 @@ class NarrowTensor(Tensor):
     @staticmethod
     def __new__(cls, held: Tensor) -> NarrowTensor:
         tensor = Tensor._make_wrapper_subclass(
-            cls, held.shape, held.stride(), held.storage_offset(), dtype=held.dtype, device=NARROW
+            cls,
+            held.shape,
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            device=NARROW,
         )
         tensor.held = held
         return tensor
