@@ -33,7 +33,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from .devices import rows_device
+from .devices import moved, rows_device
 from .methods import ORPO
 from .transformers.averages import Part
 from .transformers.batches import RowsCollator, with_rows
@@ -187,7 +187,9 @@ class ORPOTrainer(PreferenceLossMixin, TRLORPOTrainer):
     def loss_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         device = self.accelerator.device
         weighted = batch if "pair_weights" in batch else pair_weights([{WEIGHT: w} for w in batch.get(WEIGHT, ())])
-        inputs = {name: weighted[name].to(rows_device(device)) for name in ("pair_weights",) if name in weighted}
+        inputs: dict[str, Any] = {}
+        if "pair_weights" in weighted:
+            inputs["pair_weights"] = moved(weighted["pair_weights"], rows_device(device), torch.float64)
         if "packed" in batch:
             inputs |= {name: batch[name] for name in ("input_ids", "packed", "rows") if name in batch}
         else:

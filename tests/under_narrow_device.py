@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -201,33 +202,43 @@ def test_labels_on_the_device_and_batches_of_a_collator():
     assert all(parameter.grad.device == NARROW for parameter in model.parameters() if parameter.grad is not None)
 
 
-def train(folder: Path, method: str, packing: Any, device: torch.device) -> list[dict[str, float]]:
-    """The logs of two steps of weighted pairs, and of an evaluation."""
+def train(
+    make: Callable[..., Any], config: Callable[..., Any], data: Callable[..., Any], folder: Path, device: torch.device
+) -> list[dict[str, float]]:
+    """The logs of two steps of weighted pairs, and of an evaluation, by the trainer that `make` makes."""
     changes = {"max_steps": 2, "gradient_accumulation_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
-    arguments = TrainingArguments(**settings(folder, dataloader_pin_memory=False, **changes))
+    arguments = config(**settings(folder, dataloader_pin_memory=False, **changes))
     assert arguments.device == CPU
-    vars(arguments)["_setup_devices"] = PartialState._shared_state["device"] = device
     examples = [{**one, "weight": 0.5 + i % 3} for i, one in enumerate(chat_examples(8))]
-    trainer = PreferenceTrainer(
-        tiny(),
-        arguments,
-        method=method,
-        train_dataset=examples,
-        eval_dataset=examples[:3],
-        data_collator=PreferenceCollator(tokenizer(), max_length=96, packing=packing),
-    )
-    assert trainer.accelerator.device == device
-    trainer.train()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingArguments, "device", device)
+        patch.setitem(PartialState._shared_state, "device", device)
+        trainer = make(model=tiny(), args=arguments, train_dataset=data(examples), eval_dataset=data(examples[:3]))
+        assert trainer.accelerator.device == device
+        trainer.train()
     assert next(trainer.model.parameters()).device == device
-    PartialState._shared_state["device"] = CPU
     return trainer.state.log_history
 
 
 @pytest.mark.parametrize(("method", "packing"), [("orpo", "shared"), ("dpo", "padded")])
 def test_the_trainer(method, packing, tmp_path):
     """Losses, metrics and the evaluation, DPO's reference with them, are those of the CPU."""
-    ours, theirs = (train(tmp_path / device.type, method, packing, device) for device in (NARROW, CPU))
+    collator = PreferenceCollator(tokenizer(), max_length=96, packing=packing)
+    make = partial(PreferenceTrainer, method=method, data_collator=collator)
+    ours, theirs = (train(make, TrainingArguments, list, tmp_path / device.type, device) for device in (NARROW, CPU))
     for logs in (*ours, *theirs):
         for name in [name for name in logs if method == "dpo" and "rewards" in name and logs["step"] == 1]:
             del logs[name]  # the model is the reference still: 0 but for roundings
+    assert_same_logs(ours, theirs)
+
+
+def test_trls_trainer(tmp_path):
+    pytest.importorskip("trl")
+    from datasets import Dataset
+
+    from orpo_kernels.trl import ORPOConfig, ORPOTrainer
+
+    make = partial(ORPOTrainer, processing_class=tokenizer(), packing="padded")
+    config = partial(ORPOConfig, max_length=96)
+    ours, theirs = (train(make, config, Dataset.from_list, tmp_path / device.type, device) for device in (NARROW, CPU))
     assert_same_logs(ours, theirs)
