@@ -23,6 +23,7 @@ ARC, MAX = torch.device("xpu", 0), torch.device("xpu", 1)
 def _two_xpus(monkeypatch):
     """An Arc card, and a data centre's, which has float64."""
     of_index = {0: SimpleNamespace(has_fp64=False), 1: SimpleNamespace(has_fp64=True)}
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
     monkeypatch.setattr(torch.xpu, "get_device_properties", lambda index: of_index[index or 0])
 
 
@@ -43,11 +44,10 @@ def test_they_get_eager_torch():
     assert "no float64" not in (why_not("triton", MAX) or "")
 
 
-def test_backends_and_doctor_say_so(monkeypatch):
+def test_backends_and_doctor_say_so():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU to tell of")
     pytest.importorskip("triton")
-    monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
     assert "xpu has no float64" in backends()["triton"]
     found = [choice for choice in doctor.choices() if choice.device == "xpu"]
     assert {choice.dtype for choice in found} == {"float32", "bfloat16", "float16"}
