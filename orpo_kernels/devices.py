@@ -1,7 +1,7 @@
 """Devices without float64: Apple's GPUs (MPS) and Intel's Arc cards (XPU).
 
 All that is computed of a number a row (labels to rows, sums over sequences, odds ratio) is computed in float64. Where a
-device has none, it makes the numbers (`statistics_dtype`), and the host does the rest: rows are there, and so is what
+device has none, it makes the numbers (`statistics_dtype`) and the host does the rest: rows are there, and so is what
 belongs to them. Loss, metrics and gradients are on the device as anywhere else.
 """
 

@@ -16,8 +16,8 @@ from accelerate.state import PartialState
 from torch import Tensor
 from transformers import TrainingArguments
 
-from benchmarks import peers
-from benchmarks.confidence import SIDES, confident, exact_results, results
+from benchmarks.contest import peers
+from benchmarks.contest.confidence import SIDES, confident, exact_results, results
 from orpo_kernels import (
     PreferenceOutput,
     measured_sparsity,
