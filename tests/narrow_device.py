@@ -22,13 +22,16 @@ MOVES = ("aten._to_copy.", "aten.copy_.")  # what tensors of two devices may mee
 
 
 class Backend(backend_registration._DummyBackendModule):
-    """`torch.narrow_gpu`: its random numbers are the CPU's."""
+    """`torch.narrow_gpu`. Its random numbers are the CPU's."""
 
     def get_rng_state(self, device: Any = None) -> Tensor:
         return torch.get_rng_state()
 
     def set_rng_state(self, state: Tensor, device: Any = None) -> None:
         pass
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.float16, torch.bfloat16]
 
 
 backend_registration._setup_privateuseone_for_python_backend("narrow_gpu", backend_module=Backend())
