@@ -91,6 +91,19 @@ def test_an_opening_that_a_finished_turn_does_not_have():
     assert trained(lists, tokenizer, "rejected") == f"<ul> two{EOT}"
 
 
+def test_an_end_of_turn_that_stands_before_another_turn_alone():
+    """The turn of the user ends otherwise once there is an answer: what is between is not the answer's."""
+    tokenizer = of_template(LLAMA.replace("+'<|eot_id|>'", "+('' if loop.last else '<|eot_id|>')") + OPENS)
+    assert trained(pair("blue"), tokenizer) == "blue<|im_end|>"
+    ids = tokenize_pair(pair("blue"), tokenizer)["chosen_input_ids"]
+    assert tokenizer.decode(ids).endswith(f"What is it?{EOT}{HEADER}blue<|im_end|>")
+
+
+def test_what_a_finished_turn_has_behind_its_opening_is_trained():
+    channel = LLAMA.replace("+m['content']", "+('<say>' if m['role'] == 'assistant' else '')+m['content']")
+    assert trained(pair("blue"), of_template(channel + OPENS)) == f"<say>blue{EOT}"
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -101,6 +114,9 @@ def test_an_opening_that_a_finished_turn_does_not_have():
         ),
         ("(m['content'][:3] if m['role'] == 'assistant' else m['content'])", "it prints 'blu'"),
         ("(m['content'] if m['role'] == 'user' else '')", "it prints ''"),
+        ("m['content']+m['content']", "it prints 'blueblue'"),
+        ("m['content']~' ('~m['content']|length~')'", "it prints 'blue (4'"),
+        ("('Answer: ' if m['content'] == 'blue' else '')+m['content']", "it prints 'Answer: blue'"),
         ("m['no']['such']", "the chat template refuses it: UndefinedError: "),
     ],
 )

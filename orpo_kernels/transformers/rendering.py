@@ -310,22 +310,26 @@ def _side(template: _Template, name: str, prompt: list[dict[str, Any]], answer: 
         is_last = index == len(answer) - 1
         before = prompt + answer[:index]
         upto = text if is_last else template.render([*before, message])
-        start, stop = _place(template, before, upto)
-        _check_answer(name, message, upto[start:stop])
+        start, own, stop = _place(template, before, upto)
+        _check_answer(name, message, upto[own:stop])
         if upto[:stop] != text[:stop]:  # the template writes a turn another way once others follow
             start, stop = _found(name, upto[start:stop], text, spans[-1][1] if spans else 0)
         spans.append((start, stop))
     return Rendered(text, tuple(spans), True, template.render(prompt) == template.render(prompt, opens=True))
 
 
-def _place(template: _Template, before: list[dict[str, Any]], text: str) -> tuple[int, int]:
-    """(start, stop) in `text` of what its last message says, the text being `before` and that message."""
+def _place(template: _Template, before: list[dict[str, Any]], text: str) -> tuple[int, int, int]:
+    """(start, own, stop) in `text` of its last message, the text being `before` and that message.
+
+    text[own:stop] is what the message says. What a finished turn prints between the generation prompt and that (GPT-OSS's
+    channel, Qwen3's empty thoughts) is for the model to say too, and begins at `start`.
+    """
     probes = [template.render([*before, {"role": "assistant", "content": words}]) for words in PROBES]
-    opening = template.render(before, opens=True)
-    openings = [] if opening == template.render(before) else [opening]  # some templates do not listen
-    start = len(_common_prefix([text, *openings, *probes]))
+    own = len(_common_prefix([text, *probes]))
     stop = len(text) - len(_common_prefix([text[::-1], *(probe[::-1] for probe in probes)]))
-    return start, max(start, stop)
+    opening = template.render(before, opens=True)
+    goes_on = text.startswith(opening) and opening != template.render(before)  # some templates do not listen
+    return min(len(opening), own) if goes_on else own, own, max(own, stop)
 
 
 def _found(name: str, said: str, text: str, behind: int) -> tuple[int, int]:
@@ -345,11 +349,17 @@ def _common_prefix(texts: Sequence[str]) -> str:
 
 
 def _check_answer(name: str, message: Mapping[str, Any], rendered: str) -> None:
-    for key, value in message.items():
-        texts = _texts_of(key, value)
-        if not _all_in(texts, rendered):
-            shown = _shown(rendered)
-            raise UnusablePair(f"the chat template changes its {name} answer: of its {key} it prints {shown}")
+    changed = next((key for key, value in message.items() if not _all_in(_texts_of(key, value), rendered)), None)
+    is_bare = not any(strings(value) for key, value in message.items() if key not in ("role", "content"))
+    if changed is None and is_bare and _without_thought_marks(rendered) != _without_thought_marks(message["content"]):
+        changed = "content"  # more than that
+    if changed is not None:
+        shown = _shown(rendered)
+        raise UnusablePair(f"the chat template changes its {name} answer: of its {changed} it prints {shown}")
+
+
+def _without_thought_marks(text: str) -> str:
+    return _AROUND_THOUGHTS.sub("", text).strip()
 
 
 def _check_heard(message: Mapping[str, Any], rendered: str, where: str) -> None:
