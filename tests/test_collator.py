@@ -380,6 +380,8 @@ OTHER_LAYOUTS = "`orpo_kernels.app.data.load_preferences` reads"
         (chat("a", "b", "c") | {"enable_thinking": "so"}, "its enable_thinking is 'so'"),
         (plain("a", "b", "c") | {"sample_weight": -1}, "its weight is -1"),
         (plain(USER, json.dumps([{"role": "assistant", "content": "b"}]), "c"), "the other is not"),
+        (plain('[{"role": "user", "content": "a', "b", "c"), "its prompt is written like a chat but cannot be parsed"),
+        (plain('[{"speaker": "user", "text": "a"}]', "b", "c"), "its prompt is written like a chat but is none that"),
     ],
 )
 def test_what_would_be_lost_is_refused(example, reason):
@@ -402,8 +404,9 @@ def test_chats_that_are_written_as_text(written):
     assert tokenize_pair(one, tokenizer) == tokenize_pair(plain(example["prompt"][-1:], "b", "c"), tokenizer)
 
 
-def test_text_that_is_to_be_taken_as_it_stands(tmp_path):
-    example = plain(json.dumps(USER), "b", "c")
+@pytest.mark.parametrize("prompt", [json.dumps(USER), '{"messages": [{"speaker": "user", "text": "a"}]}'])
+def test_text_that_is_to_be_taken_as_it_stands(prompt, tmp_path):
+    example = plain(prompt, "b", "c")
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps(example))
     [pair] = load_preferences(str(path), layout="text").pairs

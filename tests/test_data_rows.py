@@ -444,6 +444,33 @@ def test_a_prompt_that_is_a_chat_as_text(text, tmp_path):
     assert loaded(tmp_path, {"prompt": text, **ANSWERS}, layout="text")["prompt"] == text
 
 
+@pytest.mark.parametrize("role", ["ipython", "knowledge"])
+def test_a_chat_as_text_with_a_role_of_its_own(role, tmp_path):
+    written = [user("Q"), assistant("look_up()"), message(role, "rain"), user("So?")]
+    for text in (json.dumps(written), json.dumps(json.dumps(written))):
+        assert loaded(tmp_path, {"prompt": text, **ANSWERS}) == chat(written)
+
+
+@pytest.mark.parametrize(
+    "unknown",
+    [
+        [{"speaker": "user", "text": "Q"}],
+        [{"role": "narrator", "content": "Once"}],
+        {"role": "user", "text": "Q"},
+        {"messages": [user("Q")]},
+    ],
+)
+def test_a_prompt_that_is_a_chat_in_other_words(unknown, tmp_path):
+    for text in (json.dumps(unknown), repr(unknown)):
+        assert "its prompt is written like a chat but is none that is" in refusal(tmp_path, {"prompt": text, **ANSWERS})
+        assert loaded(tmp_path, {"prompt": text, **ANSWERS}, layout="text")["prompt"] == text
+
+
+@pytest.mark.parametrize("text", ['{"from": "Bern", "text": "to Basel"}', '"a" from "b"', '["role"]', '{"role": "x"}'])
+def test_a_prompt_that_is_json_by_itself(text, tmp_path):
+    assert loaded(tmp_path, {"prompt": text, **ANSWERS})["prompt"] == text
+
+
 def test_history_and_tools_as_text(tmp_path):
     row = {"instruction": "Q", "history": "[['1?', 'one']]", "tools": repr([TOOL]), **ANSWERS}
     assert loaded(tmp_path, row) == chat([user("1?"), assistant("one"), user("Q")], tools=[TOOL])

@@ -6,6 +6,7 @@ import ast
 import json
 import re
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from .messages import is_message, role_of
@@ -13,6 +14,8 @@ from .messages import is_message, role_of
 # An answer can be JSON that somebody asked for; these roles make it a chat.
 SPEAKERS = ("system", "developer", "user", "assistant", "tool")
 _ROLE = re.compile(r"""['"](role|from)['"]\s*:""")
+_HINT = re.compile("role|from|speaker")
+_WHO, _WHAT = ("role", "speaker"), ("content", "value", "text", "message")  # keys of a message as somebody writes it
 _OPENING = re.compile(r"""\s*\[*\s*\{\s*['"](role|from|content|value)['"]\s*:\s*['"]""")
 _STRING_OR_GAP = re.compile(r"""('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")|\}\s*\{""", re.DOTALL)
 
@@ -25,24 +28,39 @@ class PlainText(str):
 
 def chat_or_text(text: str) -> Any:
     """The messages (or lists of messages) that a text writes down; the text itself if it is none, or a `PlainText`."""
-    if isinstance(text, PlainText) or not text.lstrip().startswith(("[", "{")) or not _ROLE.search(text):
+    if isinstance(text, PlainText) or not text.lstrip().startswith(("[", "{", '"')) or not _HINT.search(text):
         return text
     try:
         value = parsed(text)
+        value = parsed(value) if isinstance(value, str) else value  # JSON that was written as JSON once more
     except ValueError:
         return text
     return value if _is_chat(value) else text
 
 
-def is_damaged(text: str) -> bool:
-    """Whether a text is written like a chat but cannot be parsed, as when it was cut off."""
-    if not _OPENING.match(text) or not _ROLE.search(text):
-        return False
+def why_no_text(text: str, *, is_prompt: bool = False) -> str | None:
+    """Why a text that is no chat cannot be taken as it stands, either, a clause about "it"; None if it can.
+
+    It may be a chat that was cut off; a prompt also one whose messages are written in a way that is not known.
+    """
+    if isinstance(text, PlainText) or not text.lstrip().startswith(("[", "{")) or not _HINT.search(text):
+        return None
     try:
-        parsed(text)
+        value = parsed(text)
     except ValueError:
-        return True
-    return False
+        return "cannot be parsed" if _OPENING.match(text) and _ROLE.search(text) else None
+    unknown = is_prompt and not _is_chat(value) and _holds_messages(value)
+    return "is none that is known" if unknown else None
+
+
+def _holds_messages(value: Any) -> bool:
+    """Whether a message, in whatever words, is the value, or in its list, or in one of its lists."""
+    held = [value, *(value.values() if isinstance(value, Mapping) else ())]
+    return any(_names_its_speaker(one) for part in held for one in (part if isinstance(part, list) else [part]))
+
+
+def _names_its_speaker(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(map(value.get, _WHO)) and any(key in value for key in _WHAT)
 
 
 def parsed(text: str) -> Any:
@@ -70,4 +88,4 @@ def _is_chat(value: Any) -> bool:
     if isinstance(value, list) and value and all(isinstance(inner, list) for inner in value):
         return all(map(_is_chat, value))
     messages = value if isinstance(value, list) else [value]
-    return bool(messages) and all(is_message(message) and role_of(message) in SPEAKERS for message in messages)
+    return all(map(is_message, messages)) and any(role_of(message) in SPEAKERS for message in messages)

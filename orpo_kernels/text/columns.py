@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .chats import chat_or_text, is_damaged
+from .chats import chat_or_text, why_no_text
 from .messages import CONVERSATION, MEDIA, BadMessages, carries_text, filled, texts_of
 
 Columns = Mapping[str, str]  # field -> the column that has it
@@ -88,14 +88,14 @@ class Fields:
         return column is not None and filled(self.row[column])
 
     def get(self, field: str) -> Any:
-        """The value of a field, which counts as read then; None if there is none. Raises `BadRow` if it was cut off."""
+        """The value of a field, which counts as read then; None if there is none. Raises `BadRow` for half a chat."""
         column = self.column(field)
         if column is None:
             return None
         self.read.add(column)
         value = self.row[column]
-        if isinstance(value, str) and not self.as_text and is_damaged(value):
-            raise BadRow(f"its {column} is written like a chat but cannot be parsed (--layout text takes it as text)")
+        if isinstance(value, str) and not self.as_text and (why := why_no_text(value, is_prompt=field == "prompt")):
+            raise BadRow(f"its {column} is written like a chat but {why} (--layout text takes it as text)")
         return value
 
     def need(self, field: str) -> Any:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from ..text.chats import chat_or_text
+from ..text.chats import chat_or_text, why_no_text
 from ..text.columns import ALIASES
 from ..text.messages import (
     MEDIA,
@@ -112,7 +112,7 @@ def as_pair(example: Mapping[str, Any]) -> Mapping[str, Any]:
     """
     if not isinstance(example, Mapping):
         raise UnusablePair(f"it is a {type(example).__name__}, not a mapping with prompt, chosen and rejected")
-    pair = {**example, **{name: _read(example[name]) for name in ("prompt", *SIDES) if name in example}}
+    pair = {**example, **{name: _read(name, example[name]) for name in ("prompt", *SIDES) if name in example}}
     written = [isinstance(example.get(name), str) and not isinstance(pair[name], str) for name in SIDES if name in pair]
     if any(written) and not all(written) and all(isinstance(example.get(name), str) for name in SIDES):
         raise UnusablePair("of its answers one is written like a chat, the other is not")
@@ -127,8 +127,10 @@ def as_pair(example: Mapping[str, Any]) -> Mapping[str, Any]:
     return pair
 
 
-def _read(value: Any) -> Any:
+def _read(name: str, value: Any) -> Any:
     value = chat_or_text(value) if isinstance(value, str) else value
+    if isinstance(value, str) and (why := why_no_text(value, is_prompt=name == "prompt")):
+        raise UnusablePair(f"its {name} is written like a chat but {why} (`text.chats.PlainText` takes it as text)")
     return [value] if isinstance(value, Mapping) else value
 
 
