@@ -39,6 +39,7 @@ from .transformers.averages import Part
 from .transformers.batches import RowsCollator, with_rows
 from .transformers.body import unwrap
 from .transformers.collator import IGNORE_INDEX, End, Packing, Refusal, end_turn, pair_weights
+from .transformers.fitting import Extent, check_fits
 from .transformers.lm_head import resolve_lm_head
 from .transformers.packing import PackedPairs, pack_pairs
 from .transformers.pairs import warn_of_unusable
@@ -73,6 +74,7 @@ _OF_TWO_PARTS = ("chosen_labels", "rejected_labels", "prompt_input_ids", "prompt
 _NOTHING = dict.fromkeys(("prompt", "chosen", "rejected"), "")
 _REASON = "unusable"  # a column while rows are tokenised: why one cannot be used, "" where it can
 _CUT = "cut"  # another: 0, 1 where a side is as long as max_length allows, 2 where an answer is empty with that
+_LARGEST, _LONGEST = "largest_id", "longest"  # and of both sides
 
 
 class ORPOTrainer(PreferenceLossMixin, TRLORPOTrainer):
@@ -174,8 +176,11 @@ class ORPOTrainer(PreferenceLossMixin, TRLORPOTrainer):
                 f"{len(cut)} of {len(rows)} rows of {name} reach {self._limit} and were cut, or end "
                 f"there; {cut.count(2)} of them have no answer left on a side and count in the NLL alone."
             )
+        extent = Extent(max(rows[_LARGEST], default=-1), max(rows[_LONGEST], default=0))
+        extent.add((self.padding_value or 0,))
+        check_fits(self.model, extent, name, say=self.is_world_process_zero())
         left_out = {one.index for one in unusable}
-        rows = rows.remove_columns([_REASON, _CUT])
+        rows = rows.remove_columns([_REASON, _CUT, _LARGEST, _LONGEST])
         return rows.select([index for index in range(len(rows)) if index not in left_out]) if left_out else rows
 
     @property
@@ -258,17 +263,19 @@ class ORPOTrainer(PreferenceLossMixin, TRLORPOTrainer):
                 reason = f"TRL cannot tokenise it ({error})"
         if reason:
             columns = _OF_TWO_PARTS if self.is_encoder_decoder else _TOKENISED
-            return {**{name: [] for name in columns}, _REASON: reason, _CUT: 0}
+            return {**{name: [] for name in columns}, _REASON: reason, _CUT: 0, _LARGEST: -1, _LONGEST: 0}
         if self.is_encoder_decoder:
-            longest = max(len(row[f"{side}_labels"]) for side in ("chosen", "rejected"))
-            return {**row, _REASON: "", _CUT: int(longest >= self.max_completion_length)}
+            answers = [row[f"{side}_labels"] for side in ("chosen", "rejected")]
+            is_cut = max(map(len, answers)) >= self.max_completion_length
+            return {**row, _REASON: "", _CUT: int(is_cut), **_extent(row["prompt_input_ids"], *answers)}
         sides = [(row[f"{side}_input_ids"], row[f"{side}_labels"]) for side in ("chosen", "rejected")]
         is_cut = any(len(ids) >= self.max_length for ids, _ in sides)
         is_empty = any(set(labels) <= {IGNORE_INDEX} for _, labels in sides)
         if self.end == "single":
             for side in ("chosen", "rejected"):
                 self._end_once(row, side)
-        return {**row, _REASON: "", _CUT: is_cut + (is_cut and is_empty)}
+        extent = _extent(*(ids for ids, _ in sides))
+        return {**row, _REASON: "", _CUT: is_cut + (is_cut and is_empty), **extent}
 
     def _end_once(self, row: dict[str, Any], side: str) -> None:
         """Cut the side behind the first of its end tokens. A truncated answer has none and stays as it is."""
@@ -277,6 +284,12 @@ class ORPOTrainer(PreferenceLossMixin, TRLORPOTrainer):
         surplus = max(0, len(answer) - len(end_turn(answer, self.processing_class)))
         for column in ("input_ids", "attention_mask", "labels"):
             row[f"{side}_{column}"] = row[f"{side}_{column}"][: len(ids) - surplus]
+
+
+def _extent(*sequences: Sequence[int]) -> dict[str, int]:
+    extent = Extent()
+    extent.add(*sequences)
+    return {_LARGEST: extent.largest_id, _LONGEST: extent.longest}
 
 
 def _packed(rows: Sequence[Mapping[str, Any]], padding_id: int, aligned: bool = False) -> dict[str, Any]:

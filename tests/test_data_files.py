@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -228,6 +229,36 @@ def test_paths_that_hold_no_data(tmp_path):
     ]:
         with pytest.raises(UserError, match=reason):
             load_preferences(str(path))
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        (gzip.compress(b"{}"), "is compressed by gzip, and its name does not end in .gz: rename it"),
+        (b"\x28\xb5\x2f\xfd\x00", "is compressed by zstd"),
+        (b"PK\x03\x04", "is a ZIP archive, or a workbook"),
+        (b"PAR1", "is a Parquet file"),
+        ("prompt".encode("utf-32"), "is in UTF-32: save it in UTF-8"),
+        ("prompt".encode("utf-16-le"), "is in UTF-16 without its byte order mark: save it in UTF-8"),
+        ("prompt".encode("utf-16-be"), "is in UTF-16 without its byte order mark"),
+    ],
+    ids=["gzip", "zstd", "zip", "parquet", "utf-32", "utf-16-le", "utf-16-be"],
+)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+def test_what_is_no_text_is_named(name, content, cause, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(f"{name} {cause}")):
+        load_preferences(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_a_key_that_comes_twice_names_its_row(name, tmp_path):
+    """JSON's reader would take the last."""
+    rows = ['{"prompt": "Q", "prompt": "R", "chosen": "A", "rejected": "B"}', json.dumps(PAIRS[0])]
+    (tmp_path / name).write_text("\n".join(rows))
+    found = load_preferences(str(tmp_path / name))
+    assert found.pairs == PAIRS[:1]
+    assert [str(problem) for problem in found.problems] == ["row 1: it has 'prompt' twice"]
 
 
 def test_an_optional_package_that_is_missing(tmp_path, monkeypatch):

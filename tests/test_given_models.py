@@ -20,7 +20,7 @@ pytest.importorskip("matplotlib")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from orpo_kernels.app.errors import Diverged, UserError
 from orpo_kernels.app.finetuning.pretrained import (
@@ -32,6 +32,7 @@ from orpo_kernels.app.finetuning.pretrained import (
     stored_dtypes,
 )
 from orpo_kernels.transformers import causal_lm_orpo_loss
+from orpo_kernels.transformers.fitting import positions_of
 
 from .test_collator import byte_level
 from .test_run_folder import command, contents
@@ -278,6 +279,28 @@ def test_pairs_are_cut_to_the_positions_and_it_is_said(architecture, data, tmp_p
     status, _, told = command("evaluate", *arguments, tmp_path / "e")
     assert (status, "has 24 positions" in told) == (0, True)
     assert "positions" not in command("evaluate", *arguments, tmp_path / "e", "--max-length", 24)[2]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "positions"),
+    [
+        ("mpt", {"max_seq_len": 24}, 24),
+        ("roberta", {"max_position_embeddings": 24, "pad_token_id": 1}, 22),  # the first two are the padding's
+        ("opt", {"max_position_embeddings": 24}, 24),  # its table has two more
+        ("bloom", {}, None),
+    ],
+)
+def test_positions_by_other_names_and_with_an_offset(architecture, changes, positions):
+    assert positions_of(AutoConfig.for_model(architecture, **changes)) == positions
+
+
+def test_a_roberta_takes_as_many_positions_as_we_say():
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = AutoConfig.for_model("roberta", vocab_size=9, max_position_embeddings=24, pad_token_id=1, **sizes)
+    model, longest = AutoModel.from_config(config), positions_of(config)
+    assert model(torch.full((1, longest), 5)).last_hidden_state.shape[1] == longest
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.full((1, longest + 1), 5))
 
 
 # --- a run that diverges -------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from orpo_kernels.transformers import pairs as pairs_module
 from orpo_kernels.transformers.pairs import GroupedByLength, UsablePairs, lengths_of, pair_length
 from orpo_kernels.transformers.trainer import PreferenceTrainer
 
+from .test_collator import byte_level
 from .training import chat_examples, losses, settings, tiny, tokenizer
 
 EMPTY = [{"role": "assistant", "content": ""}]
@@ -424,12 +425,14 @@ def test_weights_multiply_the_loss_of_their_pairs(form, accumulation, packing, t
     assert losses(trainer)[0] == pytest.approx(float(causal_lm_orpo_loss(tiny(), **batch).loss), rel=1e-5)
 
 
-def trl_trainer_of(folder: Any, pairs: Any, packing: Any = "padded", **options: Any) -> Any:
+def trl_trainer_of(
+    folder: Any, pairs: Any, packing: Any = "padded", model: nn.Module | None = None, **options: Any
+) -> Any:
     pytest.importorskip("trl.experimental.orpo")
     from orpo_kernels.trl import ORPOConfig, ORPOTrainer
 
     return ORPOTrainer(
-        tiny(),
+        tiny() if model is None else model,
         ORPOConfig(**settings(folder, max_length=96, **options)),
         train_dataset=pairs if isinstance(pairs, Dataset) else Dataset.from_list(pairs),
         processing_class=tokenizer(),
@@ -456,6 +459,40 @@ def test_weights_that_some_pairs_lack(tmp_path):
     assert "pair_weights" not in trl_trainer_of(tmp_path, chat_examples(4), "shared").data_collator(
         [trainer.train_dataset[1]]
     )
+
+
+# --- what fits the model -------------------------------------------------------------------------------------------
+
+
+def trainer_for(kind: str, model: nn.Module, folder: Any) -> Any:
+    if kind == "trl":
+        return trl_trainer_of(folder, chat_examples(4), model=model)
+    return trainer_of(folder, model=model, train_dataset=chat_examples(4), data_collator=collator(end="trl"))
+
+
+@pytest.mark.parametrize("kind", ["ours", "trl"])
+def test_ids_beyond_the_embedding_are_refused_before_the_first_step(kind, tmp_path):
+    said = r"The train set has, or is padded with, the token id \d+, but the model's embedding has 200 rows, .* to 199"
+    with pytest.raises(ValueError, match=said):
+        trainer_for(kind, tiny(vocab_size=200), tmp_path)
+
+
+def test_a_padding_id_beyond_the_embedding_is_refused(tmp_path):
+    larger = byte_level()
+    larger.add_special_tokens({"pad_token": "<padding>"})
+    with pytest.raises(ValueError, match=f"padded with, the token id {len(larger) - 1}, but"):
+        trainer_of(tmp_path, data_collator=PreferenceCollator(larger, max_length=96))
+
+
+@pytest.mark.parametrize("kind", ["ours", "trl"])
+def test_sequences_beyond_the_positions_are_told(kind, tmp_path, caplog):
+    pairs, _ = tokenize_pairs(chat_examples(4), tokenizer(), max_length=96, end="trl")
+    longest = max(len(pair[f"{side}_input_ids"]) for pair in pairs for side in ("chosen", "rejected"))
+    with caplog.at_level(logging.WARNING, "orpo_kernels"):
+        trainer_for(kind, tiny(max_position_embeddings=longest), tmp_path)
+        assert "positions" not in caplog.text
+        trainer_for(kind, tiny(max_position_embeddings=24), tmp_path)
+    assert f"The train set has a sequence of {longest} tokens, but the model has 24 positions" in caplog.text
 
 
 # --- rows that TRL is given ----------------------------------------------------------------------------------------

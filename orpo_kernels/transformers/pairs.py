@@ -21,7 +21,8 @@ from torch.utils.data import Dataset, IterableDataset
 from tqdm.auto import tqdm
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from .collator import IGNORE_INDEX, PreferenceCollator, Refusal, UnusablePair
+from .collator import IGNORE_INDEX, PreferenceCollator, Refusal, UnusablePair, padding_id
+from .fitting import Extent
 
 NAMED = 5  # unusable pairs that a warning names
 COLUMNS = tuple(f"{side}_{part}" for side in ("chosen", "rejected") for part in ("input_ids", "labels"))
@@ -42,6 +43,7 @@ class UsablePairs(Dataset):
     Attributes:
         unusable: the pairs that are left out: their index in `source`, and why.
         lengths: (pairs,) tokens of each: the prompt and both answers.
+        extent: the largest id, of padding as well, and the longest sequence.
         cut_pairs, cut_tokens: how many pairs `max_length` has cut here, and how many tokens that cost in all.
     """
 
@@ -49,6 +51,7 @@ class UsablePairs(Dataset):
         self.source, self.collator = source, collator
         self.unusable: list[Refusal] = []
         self.cut_pairs = self.cut_tokens = 0
+        self.extent = Extent(padding_id(collator.tokenizer))
         self._may_change = _may_change(source)
         self._indices: list[int] = []
         self._kept: list[dict[str, Any] | None] = []
@@ -64,6 +67,7 @@ class UsablePairs(Dataset):
             self._indices.append(index)
             self._kept.append(None if came_tokenised or self._may_change else _compact(pair))
             lengths.append(pair_length(pair))
+            self.extent.add(pair["chosen_input_ids"], pair["rejected_input_ids"])
             if not came_tokenised:
                 self.cut_pairs += "cut_tokens" in pair
                 self.cut_tokens += pair.get("cut_tokens", 0)

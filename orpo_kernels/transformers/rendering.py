@@ -323,8 +323,8 @@ def _side(template: _Template, name: str, prompt: list[dict[str, Any]], answer: 
 def _place(template: _Template, before: list[dict[str, Any]], text: str) -> tuple[int, int, int]:
     """(start, own, stop) in `text` of its last message, the text being `before` and that message.
 
-    text[own:stop] is what the message says. What a finished turn prints between the generation prompt and that (GPT-OSS's
-    channel, Qwen3's empty thoughts) is for the model to say too, and begins at `start`.
+    text[own:stop] is what the message says. What a finished turn prints between the generation prompt and that
+    (GPT-OSS's channel, Qwen3's empty thoughts) is for the model to say too, and begins at `start`.
     """
     probes = [template.render([*before, {"role": "assistant", "content": words}]) for words in PROBES]
     own = len(_common_prefix([text, *probes]))

@@ -52,6 +52,7 @@ from .collator import IGNORE_INDEX, PreferenceCollator, Refusal
 from .encoder_decoder import is_encoder_decoder
 from .encoder_decoder_collator import EncoderDecoderCollator
 from .engines import run_inside
+from .fitting import check_fits
 from .lm_head import resolve_lm_head
 from .pairs import COLUMNS, NAMED, GroupedByLength, UsablePairs, UsableStream, is_stream, lengths_of, warn_of_unusable
 from .reference_model import ReferencedPairs, has_reference, reference_logps
@@ -427,6 +428,7 @@ class PreferenceTrainer(PreferenceLossMixin, Trainer):
         self.unusable_pairs[name] = usable.unusable
         say = self.is_world_process_zero()
         warn_of_unusable(usable.unusable, len(usable) + len(usable.unusable), name, say)
+        check_fits(self.model, usable.extent, name, say)
         if usable.cut_pairs and say:
             logger.warning(
                 "%d of the %d pairs of the %s set are longer than max_length=%s and are cut, by %d tokens in all.",

@@ -15,6 +15,15 @@ from typing import IO, TextIO, cast
 from ..errors import UserError
 
 COMPRESSIONS = (".gz", ".zst")
+# What a file begins with that is no text, and what to do about it.
+NO_TEXT = {
+    b"\x1f\x8b": "is compressed by gzip, and its name does not end in .gz: rename it",
+    b"\x28\xb5\x2f\xfd": "is compressed by zstd, and its name does not end in .zst: rename it",
+    b"PK\x03\x04": "is a ZIP archive, or a workbook: take the file out of it, or save it as CSV",
+    b"PAR1": "is a Parquet file, and its name does not end in .parquet: rename it",
+    b"\xff\xfe\0\0": "is in UTF-32: save it in UTF-8",
+    b"\0\0\xfe\xff": "is in UTF-32: save it in UTF-8",
+}
 BROKEN_BYTES = "surrogateescape"  # bytes that are no UTF-8 become lone surrogates
 
 
@@ -33,6 +42,7 @@ def opened(path: Path, newline: str | None = None) -> Iterator[TextIO]:
     """The file's text: UTF-8 or, by its byte order mark, UTF-16; decompressed."""
     with explained(path), _bytes(path) as file:
         head = file.read(4)
+    _check_text(path, head)
     encoding = _encoding(head)
     # Broken UTF-16 cannot be kept as surrogates, only those that are lone in the file.
     errors = BROKEN_BYTES if encoding == "utf-8-sig" else "surrogatepass"
@@ -81,6 +91,14 @@ def _bytes(path: Path) -> IO[bytes]:
     with path.open("rb"):
         pass  # which says why it cannot be opened; pyarrow does not
     return cast(IO[bytes], pyarrow.input_stream(str(path), compression="zstd"))
+
+
+def _check_text(path: Path, head: bytes) -> None:
+    why = next((why for begins, why in NO_TEXT.items() if head.startswith(begins)), None)
+    if why is None and len(head) == 4 and [byte == 0 for byte in head] in ([False, True] * 2, [True, False] * 2):
+        why = "is in UTF-16 without its byte order mark: save it in UTF-8"
+    if why:
+        raise UserError(f"{path} {why}.")
 
 
 def _encoding(head: bytes) -> str:

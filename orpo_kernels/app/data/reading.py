@@ -131,10 +131,12 @@ def _are_rows(value: Any) -> bool:
 
 def _one_after_another(text: str) -> Iterator[Any]:
     """The values of a text; behind one that is broken, from the next brace that begins a line."""
-    decoder, place = json.JSONDecoder(), 0
+    decoder, place = json.JSONDecoder(object_pairs_hook=_once), 0
     while rest := _NEXT.match(text, place):
         try:
             value, place = decoder.raw_decode(text, rest.end())
+        except _Twice as twice:
+            value, place = Unreadable(str(twice)), text.find("\n{", rest.end())
         except (ValueError, RecursionError) as error:
             value, place = Unreadable(f"it is not JSON ({error})"), text.find("\n{", rest.end())
         yield value
@@ -144,9 +146,23 @@ def _one_after_another(text: str) -> Iterator[Any]:
 
 def _parsed(text: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_once)
+    except _Twice as twice:
+        return Unreadable(str(twice))
     except (ValueError, RecursionError) as error:
         return Unreadable(f"it is not JSON ({error})")
+
+
+class _Twice(ValueError):
+    """An object that has a key twice, of which JSON's reader would drop the first. The message is the reason."""
+
+
+def _once(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(items)
+    if len(found) < len(items):
+        twice = next(key for key, count in Counter(key for key, _ in items).items() if count > 1)
+        raise _Twice(f"it has {twice!r} twice")
+    return found
 
 
 def _is_json(text: str) -> bool:

@@ -29,6 +29,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
+from ...transformers.fitting import positions_of
 from ..errors import UserError
 from .manifest import Manifest, manifest
 
@@ -369,6 +370,6 @@ def rows_and_positions(name: str) -> tuple[int | None, int | None]:
     base = base_of(name)
     with _loading(name, "a model"):
         config = AutoConfig.from_pretrained(model_folder(base or name))
-        text = config.get_text_config(decoder=True)
-        rows = _rows_with_adapters(model_folder(name), config) if base else getattr(text, "vocab_size", None)
-    return rows, getattr(text, "max_position_embeddings", None)
+        vocabulary = getattr(config.get_text_config(decoder=True), "vocab_size", None)
+        rows = _rows_with_adapters(model_folder(name), config) if base else vocabulary
+    return rows, positions_of(config)
