@@ -28,7 +28,7 @@ pytest.importorskip("matplotlib")
 from orpo_kernels.app.cli import endings, main
 from orpo_kernels.app.cli.console import Console, table
 from orpo_kernels.app.errors import UserError
-from orpo_kernels.app.finetuning import comparison, rating, search
+from orpo_kernels.app.finetuning import children, comparison, rating, search
 from orpo_kernels.app.finetuning.fit import fit
 from orpo_kernels.app.finetuning.records import to_json
 from orpo_kernels.app.finetuning.settings import CompareSettings, SweepSettings, TrainSettings, resuming_command
@@ -392,7 +392,7 @@ except KeyboardInterrupt:
     sender = threading.Thread(target=send_when_ready)
     sender.start()
     with pytest.raises(KeyboardInterrupt):
-        comparison._run_child([sys.executable, "-c", child])
+        children.run_child([sys.executable, "-c", child])
     sender.join()
     assert (tmp_path / "interrupted").exists()
 
@@ -400,9 +400,9 @@ except KeyboardInterrupt:
 def test_a_comparison_that_is_terminated_leaves_no_orphan(tmp_path):
     script = f"""
 import sys
-from orpo_kernels.app.finetuning import comparison
+from orpo_kernels.app.finetuning import children
 child = "import os, pathlib, time; pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); time.sleep(600)"
-comparison._run_child([sys.executable, "-c", "import sys; " + child, {str(tmp_path / "pid")!r}])
+children.run_child([sys.executable, "-c", "import sys; " + child, {str(tmp_path / "pid")!r}])
 """
     parent = subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parents[1])
     while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text()):
@@ -412,6 +412,38 @@ comparison._run_child([sys.executable, "-c", "import sys; " + child, {str(tmp_pa
     assert parent.wait() == 143
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_a_comparison_that_is_killed_leaves_no_orphan(tmp_path):
+    """SIGKILL lets it say nothing; its run hears of it by the end of its stdin."""
+    pid, ended = tmp_path / "pid", tmp_path / "ended"
+    child = f"""
+import os, pathlib, time
+from orpo_kernels.app.cli.dependent import end_with_stdin
+end_with_stdin()
+pathlib.Path({str(pid)!r}).write_text(str(os.getpid()))
+how = "by itself"
+try:
+    time.sleep(20)
+except KeyboardInterrupt:
+    how = "interrupted"
+pathlib.Path({str(ended)!r}).write_text(how)
+"""
+    script = f"""
+import sys
+from orpo_kernels.app.finetuning import children
+children.run_child([sys.executable, "-c", {child!r}])
+"""
+    parent = subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parents[1])
+    while not (pid.exists() and pid.read_text()):
+        assert parent.poll() is None
+        time.sleep(0.05)
+    assert not ended.exists()
+    parent.kill()
+    parent.wait()
+    while not (ended.exists() and ended.read_text()):
+        time.sleep(0.05)
+    assert ended.read_text() == "interrupted"
 
 
 # --- runs that fail ------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
 
 POSITIONS = ("max_position_embeddings", "max_seq_len")  # names in a config; the second is MPT's
 # Models that count positions from the padding token's id on, so that the first ones of their table go unused.
@@ -38,13 +37,13 @@ class Extent:
         self.longest = max(self.longest, *map(len, sequences))
 
 
-def check_fits(model: nn.Module, extent: Extent, name: str, say: bool = True) -> None:
+def check_fits(model: Any, extent: Extent, name: str, say: bool = True) -> None:
     """Warn (if `say`) of sequences of the set `name` that have more tokens than the model has positions.
 
     Not refused, because rotary positions go on beyond those that a config names. Raises `ValueError` for ids that the
     embedding does not have: on a GPU they would end the process in a kernel.
     """
-    embedding: Any = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     rows = getattr(embedding, "num_embeddings", None)
     if rows is not None and extent.largest_id >= rows:
         raise ValueError(

@@ -10,5 +10,6 @@ scoring.py    how a model rates held-out pairs, with intervals
 rating.py     one evaluation, of a model or of two on the same pairs
 search.py     runs side by side: lambda and learning rate
 comparison.py runs side by side: methods
+children.py   the processes of these runs
 plots.py      curves, margins, the sweep
 """

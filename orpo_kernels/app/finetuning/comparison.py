@@ -5,10 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
-import signal
-import subprocess
 import sys
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
@@ -22,6 +19,7 @@ from ...methods import METHODS
 from ...transformers import TokenizedPair
 from ..errors import UserError
 from . import plots
+from .children import run_child
 from .fit import check_is_ours
 from .folder import RunFolder, check_claim, claim, write_whole
 from .inputs import check_comparable, check_unchanged, inputs_of
@@ -31,8 +29,6 @@ from .records import to_json
 from .scoring import intervals, score
 from .settings import CompareSettings, TrainSettings, train_arguments
 from .setup import load_split
-
-PATIENCE = 10  # seconds that a run has to end by itself
 
 
 @dataclass(frozen=True)
@@ -147,45 +143,14 @@ def _outcome(run: CompareSettings, tokenizer: Any, held_out: list[TokenizedPair]
 
 def _train(settings: TrainSettings) -> dict[str, Any]:
     """`orpo-kernels train`, and its summary."""
-    command = [sys.executable, "-m", "orpo_kernels", *train_arguments(settings), "--json"]
-    status, out = _run_child(command)
+    command = [sys.executable, "-m", "orpo_kernels.app.cli.dependent", *train_arguments(settings), "--json"]
+    status, out = run_child(command)
     lines = out.splitlines()
     said = json.loads(lines[-1]) if lines else {}
     if status:
         reason = said.get("error", f"it ended with status {status}.")
         raise UserError(f"The run in {settings.output} failed: {reason}")
     return said
-
-
-def _run_child(command: list[str]) -> tuple[int, str]:
-    """(status, stdout) of a process that does not outlive this one's Ctrl-C or SIGTERM."""
-
-    def stop(*_: Any) -> None:
-        raise SystemExit(128 + signal.SIGTERM)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8") as child:
-            try:
-                out, _ = child.communicate()
-            except BaseException:
-                _end(child)
-                raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    return child.returncode, out
-
-
-def _end(child: subprocess.Popen) -> None:
-    """Ctrl-C in a terminal has reached the child as well; what was sent to this process alone is passed on."""
-    with suppress(subprocess.TimeoutExpired):
-        child.wait(1)
-        return
-    child.send_signal(signal.SIGINT)
-    with suppress(subprocess.TimeoutExpired):
-        child.wait(PATIENCE)
-        return
-    child.kill()
 
 
 def _costs(folder: Path) -> dict[str, Any]:
