@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-
 POSITIONS = ("max_position_embeddings", "max_seq_len")  # names in a config; the second is MPT's
 # Models that count positions from the padding token's id on, so that the first ones of their table go unused.
 FROM_PADDING = (
