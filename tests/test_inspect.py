@@ -15,9 +15,13 @@ pytest.importorskip("rich")
 pytest.importorskip("typer")
 pytest.importorskip("matplotlib")
 
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
 from orpo_kernels.app.cli import main
+from orpo_kernels.app.cli.inspect import BINS, _histogram
 from orpo_kernels.transformers import PreferenceCollator, tokenize_pair
 from orpo_kernels.transformers.showing import STYLES, tokens_of
 
@@ -68,6 +72,17 @@ def test_what_there_is_in_a_file(capsys, model, data, tmp_path):
     assert problems == found["problems"]
     assert [problem["row"] for problem in problems] == [9, 10]
     assert (tmp_path / "out" / "lengths.png").read_bytes().startswith(b"\x89PNG")
+
+
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=30))
+def test_each_length_is_in_the_bar_that_names_it(lengths):
+    bars = [re.fullmatch(r" *(\d+) to +(\d+) (#*) *(\d+)", line) for line in _histogram(np.array(lengths)).split("\n")]
+    assert len(bars) <= BINS
+    for bar in bars:
+        low, high, count = (int(bar[group]) for group in (1, 2, 4))
+        assert count == sum(low <= length <= high for length in lengths)
+        assert bool(bar[3]) == bool(count)
+    assert sum(int(bar[4]) for bar in bars) == len(lengths)
 
 
 def test_pairs_that_are_too_long_can_be_left_out(capsys, model, data, tmp_path):

@@ -427,6 +427,21 @@ def test_only_the_latest_two_checkpoints_are_kept_and_nobody_elses_are_touched(t
     assert len(list(folder.checkpoints.glob("*/notes"))) == 4
 
 
+def test_templates_by_name_are_a_checkpoints_own(tmp_path):
+    folder = RunFolder(tmp_path)
+    for step in (1, 2, 3):
+        templates = folder.checkpoints / f"checkpoint-{step}" / "additional_chat_templates"
+        templates.mkdir(parents=True)
+        (templates.parent / "optimizer.pt").write_bytes(b"")
+        (templates / "tool_use.jinja").write_text("{{ tools }}")
+        mark_complete(templates.parent)
+    (templates / "tool_use.jinja").write_text("cut o")
+    folder.remove_damaged_checkpoints(lambda _: None)
+    assert folder.latest_checkpoint() == folder.checkpoints / "checkpoint-2"
+    folder.clean()
+    assert not folder.checkpoints.exists()
+
+
 # --- a full disk ---------------------------------------------------------------------------------------------------
 
 

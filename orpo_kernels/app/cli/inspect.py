@@ -62,11 +62,13 @@ def _histogram(values: np.ndarray) -> str:
     """Bars of text: so many pairs with so many tokens."""
     import numpy as np
 
-    counts, edges = np.histogram(values, bins=min(BINS, int(values.max() - values.min()) + 1))
+    least, most = int(values.min()), int(values.max())
+    width = -(-(most - least + 1) // BINS)
+    counts = np.bincount((values.astype(int) - least) // width)
     lines = []
-    for count, low, high in zip(counts, edges, edges[1:], strict=False):
+    for low, count in zip(range(least, most + 1, width), counts, strict=True):
         bar = "#" * max(int(count > 0), round(WIDTH * count / counts.max()))
-        lines.append(f"{low:7.0f} to {high:7.0f} {bar:{WIDTH}} {count}")
+        lines.append(f"{low:7} to {low + width - 1:7} {bar:{WIDTH}} {count}")
     return "\n".join(lines)
 
 

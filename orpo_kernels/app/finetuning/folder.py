@@ -49,6 +49,7 @@ OF_A_CHECKPOINT = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja", "*.model"),
     *(COMPLETE, f".{COMPLETE}.unfinished"),
 )
+NAMED_TEMPLATES = "additional_chat_templates"  # of a tokenizer that has several, in a folder of their own
 OF_THE_REFERENCE = ("*.npy", "*.jsonl", "*.partial")
 
 
@@ -193,7 +194,8 @@ def _read_complete(checkpoint: Path) -> dict[str, Any] | None:
 def _files(folder: Path, patterns: Iterable[str]) -> list[Path]:
     if not folder.is_dir():
         return []
-    return [path for path in folder.iterdir() if path.is_file() and any(fnmatch(path.name, one) for one in patterns)]
+    inside = [*folder.iterdir(), *(folder / NAMED_TEMPLATES).glob("*.jinja")]
+    return [path for path in inside if path.is_file() and any(fnmatch(path.name, one) for one in patterns)]
 
 
 def _remove_checkpoint(folder: Path) -> None:
@@ -204,6 +206,7 @@ def _remove_checkpoint(folder: Path) -> None:
 def _remove_files(folder: Path, patterns: Iterable[str]) -> None:
     for path in _files(folder, patterns):
         path.unlink()
+    _remove_if_empty(folder / NAMED_TEMPLATES)
     _remove_if_empty(folder)
 
 

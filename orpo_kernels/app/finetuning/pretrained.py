@@ -36,7 +36,7 @@ from .manifest import Manifest, manifest
 DTYPES = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
 POINTER = b"version https://git-lfs.github.com/spec/"
 # Files beside the weights that make the model what it is; and of those, what does not.
-COMPANIONS = ("*.json", "*.jinja", "*.py", "*.txt", "*.model", "*.tiktoken", "LICENSE*")
+COMPANIONS = ("*.json", "*.jinja", "*.py", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
 NO_COMPANIONS = ("*.index.json", "adapter_*", "trainer_state.json", "*_results.json", "README*", "requirements.txt")
 TOKENIZER = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
