@@ -112,6 +112,15 @@ def test_more_than_there_are_cannot_be_held_out(command, number, run, model, dat
     assert "number up to 11" in said["error"]
 
 
+def test_pairs_that_teach_nothing_are_no_training(run, model, tmp_path):
+    path = write_rows(tmp_path / "pairs.jsonl", [{**pair(number), "weight": 0} for number in range(8)])
+    said = run("train", model, path, *FAST, "--output", tmp_path / "run", status=2)
+    assert said["error"] == f"All 4 pairs of {path} to train on have the weight 0: nothing is learnt."
+    said = run("train", model, path, *FAST, "--max-length", 8, "--too-long", "leave-out", status=2)
+    assert "Of row 1: it has" in said["error"]
+    assert said["error"].endswith("tokens, more than max_length=8.")
+
+
 def test_settings_from_a_file_need_no_company_at_their_defaults(run, model, data, tmp_path):
     (tmp_path / "c.yaml").write_text("lora_rank: 16\nmax_steps: 1\nepochs: 1\nsplit: train\neval_split: 4\n")
     run("train", model, data, "--config", tmp_path / "c.yaml", "--output", tmp_path / "run")
@@ -328,6 +337,16 @@ def test_an_outcome_that_cannot_be_written_is_an_error(machine, monkeypatch, cap
         monkeypatch.setattr(sys, "stdout", stream)
         assert main(["plan", "4096x1000", *machine]) == 2
     assert "No space left on device" in capsys.readouterr().err
+
+
+def test_an_error_that_cannot_be_written_is_said_to_people():
+    """In a process of its own, whose stdout is the file descriptor."""
+    typed = [sys.executable, "-m", "orpo_kernels", "plan", "4096x1000", "--batch", "0", "--json"]
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        ended = subprocess.run(typed, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("Error: ")
+    assert "Traceback" not in ended.stderr
 
 
 def test_json_has_no_numbers_that_json_has_not():

@@ -89,16 +89,23 @@ class Output:
     def error(self, message: str) -> None:
         """A sentence for stderr; for a machine also an object with the key "error"."""
         message = " ".join(message.split())
-        if self.as_json and self.is_first and flush(sys.stdout):
-            self._print_json({"error": message})
+        self._print_error(message)
         Console(stderr=True).print(Text.assemble(("Error:", "bold red"), f" {message}"), soft_wrap=True)
 
     def interrupted(self, how_to_go_on: str) -> None:
         """What to do next, said to people and to a machine."""
         message = " ".join(["Interrupted.", *filter(None, [how_to_go_on])])
-        if self.as_json and self.is_first:
-            self._print_json({"error": message})
+        self._print_error(message)
         self.console.print(message, soft_wrap=True)
+
+    def _print_error(self, message: str) -> None:
+        """For a machine. People read it on stderr, also where stdout takes no more."""
+        if not (self.as_json and self.is_first and flush(sys.stdout)):
+            return
+        try:
+            self._print_json({"error": message})
+        except OSError:
+            discard(sys.stdout)
 
     def _print_json(self, record: dict[str, Any]) -> None:
         """One line of ASCII, which every encoding has."""

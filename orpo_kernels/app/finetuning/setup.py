@@ -66,7 +66,11 @@ def load_pairs(settings: DataSettings, tokenizer: Any, console: Console, source:
     pairs = Pairs(preferences.without(refused), tokenized, preferences, taken)
     console.print(pairs.preferences.describe(), markup=False, soft_wrap=True)
     if not tokenized:
-        raise UserError(f"{source or settings.data} has no pair that the tokenizer of {settings.model} can take.")
+        first = pairs.preferences.problems[0]
+        raise UserError(
+            f"{source or settings.data} has no pair that the tokenizer of {settings.model} can take. Of row "
+            f"{first.row}: {first.reason}."
+        )
     _check_ids(tokenized, tokenizer, rows)
     if cut := [lost for pair in tokenized if (lost := pair.get("cut_tokens"))]:
         more = "--max-length takes more of them"
@@ -131,6 +135,10 @@ def load_split(settings: TrainSettings, tokenizer: Any, console: Console) -> Spl
         raise UserError(
             f"--eval-split {settings.eval_split} leaves no pair of {settings.data} to train on: give "
             f"{'a smaller one' if _can_be_split(pairs, settings.seed) else '0, to hold out none'}."
+        )
+    if all(pair.get("weight") == 0 for _, pair in training):
+        raise UserError(
+            f"All {len(training)} pairs of {settings.data} to train on have the weight 0: nothing is learnt."
         )
     trained = before.union(key for key, _ in training)
     fresh = [(key, pair) for key, pair in held_out if key not in trained]
