@@ -185,6 +185,18 @@ def test_whatever_is_wrong_with_its_files_is_a_sentence(file, how, share, tmp_pa
         load_tokenizer(str(folder))
 
 
+@pytest.mark.parametrize("name", ["train", "evaluate", "inspect", "plan"])
+def test_code_that_comes_with_a_model_is_not_asked_about_where_nobody_answers(name, model, data, tmp_path):
+    edit(model / "config.json", model_type="mine", auto_map={"AutoConfig": "mine.Config"})
+    (model / "mine.py").write_text("raise SystemExit('it ran')\n")
+    arguments = {"inspect": (data, "--model", model), "plan": (model,)}.get(name, (model, data))
+    output = () if name == "plan" else ("--output", tmp_path / "out")
+    status, said, told = command(name, *arguments, *output)
+    assert status == 2
+    assert "contains custom code" in said["error"]
+    assert "[y/N]" not in told
+
+
 @pytest.mark.parametrize("architecture", ["Llama", "Qwen2"])
 def test_a_tied_head_is_not_missing(architecture, tmp_path):
     folder = saved(tmp_path / "given", architecture, tie_word_embeddings=True)

@@ -186,9 +186,10 @@ def _model(text: str) -> Model:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from ...transformers.lm_head import logit_transform
+    from ..finetuning.pretrained import trusts_code
 
     try:
-        config = AutoConfig.from_pretrained(text)
+        config = AutoConfig.from_pretrained(text, trust_remote_code=trusts_code())
         if config.is_encoder_decoder:
             raise UserError(f"{text} is an encoder-decoder model, which nobody plans for yet; give its head as HxV.")
         with torch.device("meta"):

@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 import struct
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -67,7 +68,7 @@ def load_tokenizer(name: str) -> Any:
     folder = model_folder(name)
     _check_files(name, Path(folder))
     with _loading(name, "a tokenizer"):
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trusts_code())
 
 
 def load_model(name: str, dtype: torch.dtype, console: Console | None = None) -> Any:
@@ -114,6 +115,14 @@ def _has_adapters(folder: Path) -> bool:
     return (folder / "adapter_config.json").exists()
 
 
+def trusts_code() -> bool | None:
+    """None on a terminal, where `transformers` asks before it runs code that comes with a model; elsewhere False.
+
+    There nobody answers, and the question would stand in what a machine reads.
+    """
+    return None if all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout)) else False
+
+
 # --- loaded whole, or refused --------------------------------------------------------------------------------------
 
 
@@ -133,6 +142,7 @@ def _loading(name: str, what: str) -> Iterator[None]:
 
 def _load_whole(name: str, folder: str, dtype: torch.dtype, console: Console | None, **options: Any) -> Any:
     with _loading(name, "a causal language model"):
+        options["trust_remote_code"] = trusts_code()
         config = AutoConfig.from_pretrained(folder, **options)
         model_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         model, found = model_class.from_pretrained(
@@ -203,7 +213,7 @@ def _rows_with_adapters(folder: str, config: Any) -> int:
     rows = config.get_text_config(decoder=True).vocab_size
     if not (Path(folder) / "tokenizer_config.json").exists():
         return rows
-    return max(rows, len(AutoTokenizer.from_pretrained(folder)))
+    return max(rows, len(AutoTokenizer.from_pretrained(folder, trust_remote_code=trusts_code())))
 
 
 def _check_adapters_complete(name: str, adapted: Any, folder: str) -> None:
@@ -369,7 +379,7 @@ def rows_and_positions(name: str) -> tuple[int | None, int | None]:
     """How many tokens the embedding of a model has, and how many positions; None for what its config does not say."""
     base = base_of(name)
     with _loading(name, "a model"):
-        config = AutoConfig.from_pretrained(model_folder(base or name))
+        config = AutoConfig.from_pretrained(model_folder(base or name), trust_remote_code=trusts_code())
         vocabulary = getattr(config.get_text_config(decoder=True), "vocab_size", None)
         rows = _rows_with_adapters(model_folder(name), config) if base else vocabulary
     return rows, positions_of(config)
