@@ -33,7 +33,7 @@ from examples.smollm2 import cache_folder, is_available, load_smollm2
 from orpo_kernels.app.cli import main
 from orpo_kernels.app.finetuning.folder import COMPLETE, JsonLines, RunFolder, mark_complete, whole_folder, write_whole
 from orpo_kernels.app.finetuning.progress import Recorder
-from orpo_kernels.app.finetuning.scoring import METRICS, Scores, intervals
+from orpo_kernels.app.finetuning.scoring import SCORES, Scores, intervals
 from orpo_kernels.app.finetuning.search import side_by_side, winner
 from orpo_kernels.transformers import PreferenceCollator
 
@@ -176,7 +176,7 @@ def test_adapters(run, model, data, tmp_path):
         run("evaluate", which, data, "--output", tmp_path / "e", "--max-length", 64)["models"][str(which)]
         for which in (folder, folder / "merged")
     )
-    for name in METRICS:
+    for name in SCORES:
         assert by_adapter[name]["value"] == pytest.approx(by_weights[name]["value"], rel=1e-4)
 
 

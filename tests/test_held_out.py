@@ -21,7 +21,7 @@ from orpo_kernels.app.finetuning import comparison, search
 from orpo_kernels.app.finetuning import fit as fitting
 from orpo_kernels.app.finetuning.folder import MARK
 from orpo_kernels.app.finetuning.manifest import sealed
-from orpo_kernels.app.finetuning.scoring import METRICS
+from orpo_kernels.app.finetuning.scoring import SCORES
 
 from .commands import Run, pair, run_in, save_tiny, write_rows
 from .training import tokenizer
@@ -167,7 +167,7 @@ def test_models_are_compared_on_the_pairs_that_both_take(run, model, data, tmp_p
         assert record["left_out"] == {first: 12 - 12 * (first == model) - alone["pairs"] * (first == short)} | {
             second: 12 - 12 * (second == model) - alone["pairs"] * (second == short)
         }
-        for name in METRICS:
+        for name in SCORES:
             value = {which: record["models"][which][name]["value"] for which in (first, second)}
             assert record["difference"][name]["value"] == pytest.approx(value[first] - value[second])
             assert value[short] == pytest.approx(alone["models"][short][name]["value"], rel=1e-5)
