@@ -372,7 +372,11 @@ def stored_dtypes(name: str) -> dict[str, torch.dtype]:
 def has_two_parts(name: str) -> bool:
     """Whether a model is an encoder-decoder model."""
     with _loading(name, "a model"):
-        return bool(AutoConfig.from_pretrained(model_folder(base_of(name) or name)).is_encoder_decoder)
+        return bool(
+            AutoConfig.from_pretrained(
+                model_folder(base_of(name) or name), trust_remote_code=trusts_code()
+            ).is_encoder_decoder
+        )
 
 
 def rows_and_positions(name: str) -> tuple[int | None, int | None]:
