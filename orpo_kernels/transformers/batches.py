@@ -24,7 +24,7 @@ class RowsCollator:
 
     Attributes:
         collator: makes batches as a `PreferenceCollator` does. Those of which no rows can be made are left as they are.
-        method, ignore_index: what `with_rows` takes.
+        method, ignore_index, media_tokens: what `with_rows` takes.
         device: where the batches go: for one without float64 their numbers are fp32 already.
     """
 
@@ -32,11 +32,12 @@ class RowsCollator:
     method: Method
     ignore_index: int = IGNORE_INDEX
     device: torch.device | None = None
+    media_tokens: tuple[int, ...] = ()
 
     def __call__(self, examples: Sequence[Any]) -> Any:
         batch = self.collator(examples)
         is_whole = isinstance(batch, Mapping) and "input_ids" in batch and ("labels" in batch or "packed" in batch)
-        batch = with_rows(batch, self.method, self.ignore_index) if is_whole else batch
+        batch = with_rows(batch, self.method, self.ignore_index, self.media_tokens) if is_whole else batch
         return batch if self.device is None or has_float64(self.device) else narrowed(batch)
 
 
@@ -56,8 +57,15 @@ def batch_on(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     return {name: value.to(device) for name, value in batch.items()}
 
 
-def with_rows(batch: Mapping[str, Any], method: Method, ignore_index: int = IGNORE_INDEX) -> dict[str, Any]:
+def with_rows(
+    batch: Mapping[str, Any],
+    method: Method,
+    ignore_index: int = IGNORE_INDEX,
+    media_tokens: tuple[int, ...] = (),
+) -> dict[str, Any]:
     """The batch with the method's `rows` in place of its labels; as it is where it has rows.
+
+    media_tokens: the ids that stand for pictures (`media.media_tokens`), which are no targets.
 
     Raises as `causal_lm_preference_loss` for what is missing, and for tensors that do not fit together.
     """
@@ -68,6 +76,7 @@ def with_rows(batch: Mapping[str, Any], method: Method, ignore_index: int = IGNO
         prompt_nll=method.prompt_nll,
         nll_reduction=method.nll_reduction,
         ignore_index=ignore_index,
+        media_tokens=media_tokens,
     )
     rest = {name: value for name, value in batch.items() if name != "labels"}
     return rest | {"rows": _looked_at(rows) if rows.position.device.type == "cpu" else rows}
@@ -93,6 +102,7 @@ def batch_rows(
     nll_reduction: str = "token",
     chosen_only: bool = False,
     ignore_index: int = IGNORE_INDEX,
+    media_tokens: tuple[int, ...] = (),
 ) -> Rows:
     """What the loss of a batch runs over, where the rows of its input_ids are, as in `causal_lm_preference_loss`.
 
@@ -111,7 +121,8 @@ def batch_rows(
         rows = rows if torch.compiler.is_compiling() else rows.live()
         return rows if pair_weights is None else rows.weighted(pair_weights)
     if packed is not None:
-        return packed.to(rows_device(input_ids.device)).rows(prompt_nll, nll_reduction).weighted(pair_weights)
+        packed = packed.to(rows_device(input_ids.device))
+        return packed.rows(prompt_nll, nll_reduction, media_tokens).weighted(pair_weights)
     if labels is None:
         raise TypeError("labels are missing; a batch has labels and an attention_mask, or `packed`, or `rows`.")
     if decoder_input_ids is not None:  # each label is predicted where it stands, and the NLL has no others
@@ -120,7 +131,8 @@ def batch_rows(
     else:
         _check_batch(input_ids, attention_mask, labels, chosen_only)
         scored, nll = (
-            _predictable(ids, attention_mask, ignore_index) for ids in (labels, input_ids if prompt_nll else labels)
+            _predictable(ids, attention_mask, ignore_index, media_tokens)
+            for ids in (labels, input_ids if prompt_nll else labels)
         )
     pairs = labels.shape[0] if chosen_only else labels.shape[0] // 2
     if chosen_only:
@@ -136,8 +148,12 @@ def batch_rows(
     )
 
 
-def _predictable(targets: Tensor, attention_mask: Tensor | None, ignore_index: int) -> Tensor:
-    """The targets that are tokens and come after a token. (Behind padding on the left, the first token does not.)"""
+def _predictable(
+    targets: Tensor, attention_mask: Tensor | None, ignore_index: int, media_tokens: tuple[int, ...]
+) -> Tensor:
+    """The targets that are tokens of text and come after a token. (Behind padding on the left, the first does not.)"""
+    for token in media_tokens:
+        targets = targets.masked_fill(targets == token, ignore_index)
     if attention_mask is None:
         return targets
     is_token = attention_mask == 1

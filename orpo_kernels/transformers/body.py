@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -75,8 +77,12 @@ def run_body(
     attention_mask: Tensor | None,
     packed: PackedPairs | None = None,
     decoder_input_ids: Tensor | None = None,
+    media: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> BodyOutput:
-    """Call the body as the model's own forward calls it. With `packed`, `attention_mask` is not read."""
+    """Call the body as the model's own forward calls it. With `packed`, `attention_mask` is not read.
+
+    media: what the model takes beside text (`media.py`), by the names of its forward.
+    """
     if decoder_input_ids is not None:
         _refuse_routers(model)
         return BodyOutput(decoder_hidden_states(model, input_ids, attention_mask, decoder_input_ids), None)
@@ -86,7 +92,7 @@ def run_body(
     routed = wants_router_loss(model)
     if routed:
         arguments["output_router_logits"] = True
-    output = body_of(model)(input_ids=input_ids, use_cache=False, **arguments)
+    output = body_of(model)(input_ids=input_ids, use_cache=False, **arguments, **media)
     return BodyOutput(output[0], _router_loss(model, output, attention_mask) if routed else None)
 
 

@@ -17,6 +17,7 @@ from .body import BodyOutput, router_loss_coef, run_body, unwrap
 from .encoder_decoder import decoder_inputs
 from .engines import is_fsdp2, through
 from .lm_head import resolve_lm_head
+from .media import media_inputs, media_tokens
 from .packing import IGNORE_INDEX, PackedPairs
 from .probe import verify_lm_head
 from .sharing import refuses_shared_prompt
@@ -104,7 +105,11 @@ def causal_lm_orpo_loss(
             default the model's own. It is a mean over the tokens of this batch: where the denominators are those of k
             micro-batches, pass the model's coefficient / k.
         options: anything else that `orpo_loss` takes: nll_denominator, pair_denominator, data_group, schedule,
-            memory_budget, backend, sparse_eps, limits.
+            memory_budget, backend, sparse_eps, limits; and what the model's own forward takes beside text, in the
+            order of the 2B rows (pixel_values, image_grid_thw, image_sizes, mm_token_type_ids, ...), which its body is
+            given. Tokens that stand for a picture (`config.image_token_id`) are never targets. The first batch with
+            pictures also runs through the model's own forward, without gradient. With `packed` every picture comes
+            once, in the order of its rows.
 
     Returns:
         `CausalLMOutput`. `loss` is differentiable with respect to whatever of the model requires grad.
@@ -157,12 +162,13 @@ def causal_lm_preference_loss(
             `causal_lm_answers(reference_model, **batch).logps`.
         chosen_only: the batch has the B chosen sequences alone, as SFT trains on. Every pair then counts as not valid.
         options: anything else that `preference_loss_from_rows` takes: nll_denominator, pair_denominator, data_group,
-            schedule, memory_budget, backend, sparse_eps, limits.
+            schedule, memory_budget, backend, sparse_eps, limits; and what the model's forward takes beside text.
 
     Raises as `causal_lm_orpo_loss`, and `ValueError` for an unknown method, for one without the reference it needs, and
     for one that compares with rejected answers where there are none.
     """
     method = method_named(method) if isinstance(method, str) else method
+    media = media_inputs(unwrap(model), options)
     _check_options(options)
     for name in options:
         if name in _FROM_THE_METHOD:
@@ -186,13 +192,16 @@ def causal_lm_preference_loss(
         nll_reduction=method.nll_reduction,
         chosen_only=chosen_only,
         ignore_index=ignore_index,
+        media_tokens=media_tokens(model),
     )
 
     def at_the_head(aux_loss: Tensor | None, head: dict[str, Any]) -> tuple[Tensor, tuple]:
         out = preference_loss_from_rows(rows=rows, method=method, reference_logps=reference_logps, **head, **options)
         return _with_router_loss(out, aux_loss, unwrap(model), router_aux_loss_coef)
 
-    loss, (out, aux_loss) = _run_to_the_head(model, input_ids, attention_mask, packed, decoder_input_ids, at_the_head)
+    loss, (out, aux_loss) = _run_to_the_head(
+        model, input_ids, attention_mask, packed, decoder_input_ids, media, at_the_head
+    )
     return CausalLMOutput.of(out, aux_loss, loss=loss)
 
 
@@ -212,9 +221,10 @@ def causal_lm_answers(
 ) -> Answers:
     """Log-probabilities and lengths of a batch's answers, without gradient; one GEMM of the head.
 
-    Arguments and errors as in `causal_lm_orpo_loss`; the options are schedule, memory_budget and backend. The weights
-    of the pairs, which a batch may hold, change nothing here.
+    Arguments and errors as in `causal_lm_orpo_loss`; the options are schedule, memory_budget and backend, and what the
+    model's forward takes beside text. The weights of the pairs, which a batch may hold, change nothing here.
     """
+    media = media_inputs(unwrap(model), options)
     _check_options(options)
     decoder_input_ids = _decoder_inputs(model, labels, decoder_input_ids, packed, ignore_index)
     rows = batch_rows(
@@ -226,12 +236,15 @@ def causal_lm_answers(
         rows=rows,
         prompt_nll=False,
         ignore_index=ignore_index,
+        media_tokens=media_tokens(model),
     )
 
     def at_the_head(aux_loss: Tensor | None, head: dict[str, Any]) -> tuple[Tensor, None]:
         return row_logps(rows=rows, **head, **options), None
 
-    logps, _ = _run_to_the_head(model, input_ids, attention_mask, packed, decoder_input_ids, at_the_head)
+    logps, _ = _run_to_the_head(
+        model, input_ids, attention_mask, packed, decoder_input_ids, media, at_the_head
+    )
     return Answers.of(logps, rows)
 
 
@@ -254,6 +267,7 @@ def _run_to_the_head(
     attention_mask: Tensor | None,
     packed: PackedPairs | None,
     decoder_input_ids: Tensor | None,
+    media: dict[str, Tensor],
     at_the_head: Callable[[Tensor | None, dict[str, Any]], tuple[Tensor, T]],
 ) -> tuple[Tensor, T]:
     """The model's body, and `at_the_head(router loss, arguments of the loss)` in place of its head.
@@ -264,7 +278,7 @@ def _run_to_the_head(
     kept: list[T] = []
 
     def forward() -> Tensor:
-        hidden, aux_loss = _checked_body(model, inner, input_ids, attention_mask, packed, decoder_input_ids)
+        hidden, aux_loss = _checked_body(model, inner, input_ids, attention_mask, packed, decoder_input_ids, media)
 
         def head_forward(hidden: Tensor) -> Tensor:  # an engine that shards the head has its weight whole here
             head = resolve_lm_head(inner)
@@ -289,14 +303,15 @@ def _checked_body(
     attention_mask: Tensor | None,
     packed: PackedPairs | None,
     decoder_input_ids: Tensor | None,
+    media: dict[str, Tensor],
 ) -> BodyOutput:
     """The last hidden states, once it is known that body and head are all there is to the model."""
     if packed is not None:
         packed = packed.to(input_ids.device)
-        if reason := refuses_shared_prompt(model):
+        if reason := refuses_shared_prompt(model, images=bool(media)):
             raise ValueError(f'{reason} Use PreferenceCollator(packing="padded").')
-    verify_lm_head(model, inner, resolve_lm_head(inner), input_ids)
-    return run_body(inner, input_ids, attention_mask, packed, decoder_input_ids)
+    verify_lm_head(model, inner, resolve_lm_head(inner), input_ids, attention_mask, media)
+    return run_body(inner, input_ids, attention_mask, packed, decoder_input_ids, media)
 
 
 def _with_router_loss(

@@ -61,9 +61,16 @@ class PackedPairs:
         """For a `DataLoader(pin_memory=True)`."""
         return self._map(lambda field: field.pin_memory())
 
-    def rows(self, prompt_nll: bool = True, nll_reduction: str = "token") -> Rows:
-        """What the loss takes: with the NLL over prompt and answer (TRL), or over the answer only (the paper)."""
-        rows = (_joined(self.answers, self.prompts) if prompt_nll else self.answers).by_sequence()
+    def rows(self, prompt_nll: bool = True, nll_reduction: str = "token", media_tokens: tuple[int, ...] = ()) -> Rows:
+        """What the loss takes: with the NLL over prompt and answer (TRL), or over the answer only (the paper).
+
+        media_tokens: the ids that stand for pictures, which are no targets.
+        """
+        rows = _joined(self.answers, self.prompts) if prompt_nll else self.answers
+        if media_tokens:
+            is_text = torch.isin(rows.target, rows.target.new_tensor(media_tokens), invert=True)
+            rows = rows.select(is_text.nonzero().squeeze(1))
+        rows = rows.by_sequence()
         weight = nll_weight(rows.nll_weight != 0, rows.sequence, 2 * rows.num_pairs, nll_reduction)
         return rows.with_nll_weight(weight)
 

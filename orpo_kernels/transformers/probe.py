@@ -7,10 +7,12 @@ on a few tokens and compares. Its small cost is paid again only when the head or
 
 from __future__ import annotations
 
+import inspect
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,13 +30,23 @@ PROBE_TOKENS = 8
 # Both sides compute the same products in the same dtype. They differ by the roundings of the transform, which a model
 # may do in low precision, and by how a GPU rounds float32 products (TF32). Relative to the largest logit.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+_OF_TEXT = ("input_ids", "attention_mask", "decoder_input_ids")
 _LARGE_LOGIT = 64.0  # beyond every soft-cap in use
 
-_verified: weakref.WeakKeyDictionary[nn.Module, tuple] = weakref.WeakKeyDictionary()
+_verified: weakref.WeakKeyDictionary[nn.Module, list[tuple]] = weakref.WeakKeyDictionary()
 
 
-def verify_lm_head(model: nn.Module, inner: PreTrainedModel, head: LMHead, input_ids: Tensor) -> None:
+def verify_lm_head(
+    model: nn.Module,
+    inner: PreTrainedModel,
+    head: LMHead,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    media: Mapping[str, Tensor] = MappingProxyType({}),
+) -> None:
     """Compare on the first tokens of `input_ids`, unless this model has passed with this head before.
+
+    With `media` (pictures, which belong to whole rows) on all of the batch, the logits of its last places.
 
     `inner` is `unwrap(model)`. Raises `ValueError`, naming the class, when the logits or the router loss differ.
     """
@@ -46,18 +58,29 @@ def verify_lm_head(model: nn.Module, inner: PreTrainedModel, head: LMHead, input
         head.logit_softcap,
         tuple(adapter.identity for adapter in head.adapters),
         wants_router_loss(inner),
+        tuple(sorted(media)),
     )
-    if _verified.get(model) == state:
+    verified = _verified.setdefault(model, [])
+    if state in verified:
         return
+    inputs = {"input_ids": input_ids[:1, :PROBE_TOKENS]}
+    if media:
+        mask = {} if attention_mask is None else {"attention_mask": attention_mask}
+        inputs = {"input_ids": input_ids, **mask, **media}
     with undisturbed(model):
-        _compare(model, inner, head, input_ids[:1, :PROBE_TOKENS])
-    _verified[model] = state
+        _compare(model, inner, head, inputs)
+    verified[:] = [other for other in verified if other[:-1] == state[:-1]] + [state]
 
 
-def _compare(model: nn.Module, inner: PreTrainedModel, head: LMHead, tokens: Tensor) -> None:
-    more = probe_inputs(inner, tokens)
-    mask, decoder_input_ids = more.get("attention_mask"), more.get("decoder_input_ids")
-    hidden, aux_loss = run_body(inner, tokens, mask, decoder_input_ids=decoder_input_ids)
+def _compare(model: nn.Module, inner: PreTrainedModel, head: LMHead, inputs: dict[str, Tensor]) -> None:
+    inputs = {**probe_inputs(inner, inputs["input_ids"]), **inputs}
+    media = {name: value for name, value in inputs.items() if name not in _OF_TEXT}
+    mask, decoder_input_ids = inputs.get("attention_mask"), inputs.get("decoder_input_ids")
+    hidden, aux_loss = run_body(inner, inputs["input_ids"], mask, None, decoder_input_ids, media)
+    last: dict[str, Any] = {}
+    if media and "logits_to_keep" in inspect.signature(inner.forward).parameters:
+        last["logits_to_keep"] = PROBE_TOKENS
+        hidden = hidden[:, -PROBE_TOKENS:]
     size = getattr(head.weight, "ds_shape", head.weight.shape)[1]  # of a parameter that ZeRO-3 has put away, its own
     if hidden.shape[-1] != size:
         raise _refusal(inner, head, f"the body gives {hidden.shape[-1]} features, the head takes {size}")
@@ -72,7 +95,7 @@ def _compare(model: nn.Module, inner: PreTrainedModel, head: LMHead, tokens: Ten
     try:
         # Under FSDP2 this is inside the forward of the root already, which is not to be entered twice.
         call = model.forward if is_fsdp2(model) else model
-        output = call(input_ids=tokens, **more, use_cache=False, return_dict=True)
+        output = call(**inputs, **last, use_cache=False, return_dict=True)
     except RuntimeError as error:
         if hidden.dtype == head.weight.dtype:
             raise

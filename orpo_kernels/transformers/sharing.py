@@ -31,11 +31,28 @@ PROBE_WINDOW = 3  # shorter than these sequences, so that a sliding window must 
 # bfloat16, and 0.3 where positions are wrong. Float32 may be TF32 on a GPU, as coarse as float16.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 3e-2, torch.bfloat16: 8e-2}
 _ALIBI = ("bloom", "mpt")
+# Models whose pictures are tokens among others, found exact by `tests/test_images.py`.
+_SHARES_IMAGES = (
+    *(
+        "aria",
+        "deepseek_vl",
+        "exaone4_5",
+        "got_ocr2",
+        "idefics2",
+        "idefics3",
+        "internvl",
+        "janus",
+        "lighton_ocr",
+        "llava",
+    ),
+    *("llava_next", "llava_next_video", "llava_onevision", "mistral3", "qianfan_ocr", "smolvlm", "video_llama_3"),
+    "vipllava",
+)
 
 _tried: weakref.WeakKeyDictionary[nn.Module, tuple] = weakref.WeakKeyDictionary()
 
 
-def refuses_shared_prompt(model: nn.Module) -> str | None:
+def refuses_shared_prompt(model: nn.Module, images: bool = False) -> str | None:
     """Why batches of `PreferenceCollator(packing="shared")` would not be exact for `model`; None where they are.
 
         packing = "padded" if refuses_shared_prompt(model) else "shared"
@@ -43,10 +60,13 @@ def refuses_shared_prompt(model: nn.Module) -> str | None:
     Costs a few tokens through the body at the first call, and again where a forward of it has been replaced or gradient
     checkpointing switched since; leaves no trace. Raises `TypeError` or `ValueError` for a
     model that the loss does not serve at all.
+
+    images: ask for batches with pictures. They are exact where a picture's tokens are tokens among others; what the
+    tests have not found so is refused.
     """
     inner = unwrap(model)
     config = inner.config.get_text_config(decoder=True)
-    obstacle = _known_obstacle(inner, config)
+    obstacle = _known_obstacle(inner, config) or (_obstacle_of_images(inner, config) if images else None)
     if obstacle is None:
         state = _what_runs(inner, config)
         if model not in _tried or _tried[model][0] != state:
@@ -93,6 +113,18 @@ def _known_obstacle(inner: PreTrainedModel, config: PretrainedConfig) -> str | N
         return "its body takes no position_ids"
     if attention not in MASKS:
         return f"{attention} takes no 4-D attention mask (model.set_attn_implementation('sdpa') does)"
+    return None
+
+
+def _obstacle_of_images(inner: PreTrainedModel, config: PretrainedConfig) -> str | None:
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    takes = inspect.signature(inner.forward).parameters
+    if "mrope_section" in rope or hasattr(body_of(inner), "get_rope_index"):
+        return "its rope has an axis each for time, height and width, and the places of pictures are made along the row"
+    if types := [name for name in takes if name.endswith("token_type_ids")]:
+        return f"the tokens of a picture see each other in both directions ({types[0]})"
+    if inner.config.model_type not in _SHARES_IMAGES:
+        return "it has not been tried with pictures"
     return None
 
 
