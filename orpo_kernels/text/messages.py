@@ -56,6 +56,7 @@ CONVERSATION = (
     "tool_calls",
     "tools",
 )
+IMAGE = "<image>"  # stands for a picture in a text, as in the files of LLaMA-Factory and ms-swift
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 # Names that say something *about* a pair: whatever they hold, nobody would say it to the model.
 _ABOUT = re.compile(
@@ -79,12 +80,12 @@ class BadMessages(ValueError):
     """Messages that cannot be used. The message is the reason, a clause about "it"."""
 
 
-def normalised(name: str, value: Any) -> list[dict[str, Any]]:
+def normalised(name: str, value: Any, images: bool = False) -> list[dict[str, Any]]:
     """The messages of `value`, a list of messages or one message: roles by their usual names, contents as strings.
 
     A content that is a list of text parts (`{"type": "text", "text": ...}`) is joined. ShareGPT's `function_call`
     becomes a message with `tool_calls`; arguments of tool calls that are JSON become objects, as templates want them.
-    Keys that are null are left out, all others kept.
+    Keys that are null are left out, all others kept. With `images` a part `{"type": "image"}` becomes `IMAGE`.
 
     Raises `BadMessages`, naming `name`, where a message has no role, or nothing that it says, or says it in pictures.
     """
@@ -93,7 +94,7 @@ def normalised(name: str, value: Any) -> list[dict[str, Any]]:
         raise BadMessages(f"its {name} is a {kind(value)}, neither a string nor a list of messages")
     if not messages:
         raise BadMessages(f"its {name} has no message")
-    return [_message(name, message) for message in messages]
+    return [_message(name, message, images) for message in messages]
 
 
 def role_of(message: Any) -> str | None:
@@ -172,7 +173,7 @@ def kind(value: Any) -> str:
 # --- one message ---------------------------------------------------------------------------------------------------
 
 
-def _message(name: str, message: Any) -> dict[str, Any]:
+def _message(name: str, message: Any, images: bool) -> dict[str, Any]:
     message = _with_calls(message) if isinstance(message, Mapping) else message
     role = role_of(message)
     if role is None:
@@ -184,20 +185,26 @@ def _message(name: str, message: Any) -> dict[str, Any]:
     content = message.get(spoken)
     if content is None and any(rest.get(key) for key in SPOKEN):
         content = ""
-    return {"role": role, "content": _text(name, content, message), **rest}
+    return {"role": role, "content": _text(name, content, message, images), **rest}
 
 
-def _text(name: str, content: Any, message: Any) -> str:
+def _text(name: str, content: Any, message: Any, images: bool) -> str:
     if isinstance(content, str):
         return content
     if isinstance(content, list | tuple):
-        return "".join(_part(name, part) for part in content)
+        return "".join(_part(name, part, images) for part in content)
     raise BadMessages(f"its {name} has a message without a role and a content that are strings: {_shown(message)}")
 
 
-def _part(name: str, part: Any) -> str:
+def _part(name: str, part: Any, images: bool) -> str:
     if isinstance(part, str):
         return part
+    if images and isinstance(part, Mapping) and part.get("type") == "image":
+        if held := [key for key in ("image", "url", "path", "base64", "image_url") if part.get(key) is not None]:
+            raise BadMessages(
+                f"its {name} has a message that holds a picture ({held[0]}): put it into the column images"
+            )
+        return IMAGE
     of = part.get("type", "text") if isinstance(part, Mapping) else kind(part)
     if of != "text" or not isinstance(part.get("text"), str):
         raise BadMessages(f"its {name} has a message with a part of type {of!r}, but only text is served")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from .images import Processor, is_processor, read_images
 from .packing import IGNORE_INDEX, Packing, aligned_width, pack_pairs
 from .rendering import REFERENCE, SIDES, WEIGHT, UnusablePair
 from .tokenization import (
@@ -70,6 +71,10 @@ class PreferenceCollator:
     summed log-probabilities of a reference model) give the batch `reference_logps`, (2B,) float64, chosen ones first;
     pairs with a `weight` give it `pair_weights`, (B,) float64, 1 for a pair without one.
 
+    With a model's processor (`AutoProcessor`) as `tokenizer`, pairs may have pictures (`tokenize_pair`); the batch then
+    has what the processor makes of them (`pixel_values`, ...), in the order of its rows, a shared prompt's once. They
+    are read and processed here. `image_urls=True` also fetches those on the net.
+
     See `tokenize_pair` for the forms of an example and for the options. Raises `ValueError`, naming the index and the
     reason, when a pair cannot be used.
     """
@@ -81,8 +86,13 @@ class PreferenceCollator:
     answers: Sides = "both"
     too_long: TooLong = "cut"
     aligned: bool | None = None
+    image_urls: bool = False
+    processor: Processor | None = None
 
     def __post_init__(self) -> None:
+        if is_processor(self.tokenizer):
+            self.processor = Processor(self.tokenizer, self.image_urls)
+            self.tokenizer = self.processor.tokenizer
         check_options(self.tokenizer, self.max_length, self.end, self.too_long)
         self._check_choices()
 
@@ -96,7 +106,11 @@ class PreferenceCollator:
         pairs = [self._tokenized(index, example) for index, example in enumerate(examples)]
         if not pairs:
             raise ValueError("The batch holds no pair; give the collator at least one example.")
-        return self._batch(pairs) | _reference_logps(pairs) | pair_weights(pairs)
+        batch = self._batch(pairs)
+        if self.processor is not None:
+            order = batch["packed"].order() if "packed" in batch else range(len(pairs))
+            batch |= self._pictures(self.processor, [pairs[index] for index in order], batch)
+        return batch | _reference_logps(pairs) | pair_weights(pairs)
 
     def _batch(self, pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The tensors of tokenised pairs."""
@@ -108,12 +122,26 @@ class PreferenceCollator:
             return {**pad_pairs(pairs, padding, SIDES[:1], aligned), "chosen_only": True}
         return pad_pairs(pairs, padding, aligned=aligned)
 
+    def _pictures(
+        self, processor: Processor, pairs: Sequence[Mapping[str, Any]], batch: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        """What the model takes beside text: decoded here, in the workers of a data loader, once for both answers."""
+        try:
+            tensors = processor.tensors([read_images(pair.get("images", ()), processor.urls) for pair in pairs])
+        except UnusablePair as unusable:
+            raise ValueError(f"A pair of the batch cannot be used any more: {unusable}.") from unusable
+        if "packed" in batch:
+            return tensors
+        if self.answers == "both":
+            tensors = {name: torch.cat((value, value)) for name, value in tensors.items()}
+        return tensors | processor.token_types(batch["input_ids"])
+
     def tokenized(self, example: Mapping[str, Any]) -> Mapping[str, Any]:
         """The pair as it goes into a batch. Raises `UnusablePair`."""
         if isinstance(example, Mapping) and "chosen_input_ids" in example:
             return _checked(example, self.max_length)
         options: Any = {"max_length": self.max_length, "end": self.end, "too_long": self.too_long}
-        return tokenize_pair(example, self.tokenizer, **options)
+        return tokenize_pair(example, self.processor or self.tokenizer, **options)
 
     def show(self, examples: Sequence[Mapping[str, Any]], console: Console | None = None, whole: bool = False) -> None:
         """Print pairs as the model will see them: token by token, with what is trained on in colours (needs `rich`).

@@ -36,6 +36,8 @@ def media_inputs(inner: PreTrainedModel, options: dict[str, Any]) -> dict[str, T
 
     Raises `TypeError` for pictures that it does not take.
     """
+    if inner.config.is_encoder_decoder:
+        return {}
     takes = inspect.signature(inner.forward).parameters.keys() - _NOT_MEDIA
     if strange := [name for name in options if "pixel" in name and name not in takes]:
         raise TypeError(

@@ -74,6 +74,11 @@ class PackedPairs:
         weight = nll_weight(rows.nll_weight != 0, rows.sequence, 2 * rows.num_pairs, nll_reduction)
         return rows.with_nll_weight(weight)
 
+    def order(self) -> list[int]:
+        """The pairs in the order in which their prompts lie in the rows, read from left to right."""
+        pairs = self.segments[self.segments >= 0] // 3
+        return torch.unique_consecutive(pairs).tolist()
+
     def visible(self, row: Any, query: Any, key: Any, window: int | Tensor | None = None) -> Tensor:
         """Whether the token at place `query` of a row sees the one at `key`; indices of any shapes that broadcast."""
         own, other = self.segments[row, query], self.segments[row, key]

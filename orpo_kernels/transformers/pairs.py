@@ -23,6 +23,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from .collator import IGNORE_INDEX, PreferenceCollator, Refusal, UnusablePair, padding_id
 from .fitting import Extent
+from .images import sources_of
 
 NAMED = 5  # unusable pairs that a warning names
 COLUMNS = tuple(f"{side}_{part}" for side in ("chosen", "rejected") for part in ("input_ids", "labels"))
@@ -38,7 +39,7 @@ class UsablePairs(Dataset):
     """What can be used of `source`, in its order, as tokenised pairs.
 
     Of raw examples the ids are kept, as int32. Pairs that came tokenised are read where they are, and so are items that
-    may change.
+    may change, and pictures: decoded once here, to know that they can be, and again where batches are made.
 
     Attributes:
         unusable: the pairs that are left out: their index in `source`, and why.
@@ -80,7 +81,10 @@ class UsablePairs(Dataset):
         if self._may_change:
             return self._read_anew(index)
         kept = self._kept[index]
-        return self.source[self._indices[index]] if kept is None else {name: _plain(kept[name]) for name in kept}
+        if kept is None:
+            return self.source[self._indices[index]]
+        pair = {name: _plain(kept[name]) for name in kept}
+        return pair | {"images": sources_of(self.source[self._indices[index]])} if "images" in kept else pair
 
     def _read_anew(self, index: int) -> dict[str, Any]:
         for place in (*range(index, len(self)), *range(index)):
@@ -113,7 +117,9 @@ def _may_change(source: Any) -> bool:
 
 
 def _compact(pair: Any) -> dict[str, Any]:
-    return {name: np.array(value, dtype=np.int32) if name in COLUMNS else value for name, value in pair.items()}
+    ids = {name: np.array(value, dtype=np.int32) for name, value in pair.items() if name in COLUMNS}
+    rest = {name: value for name, value in pair.items() if name not in COLUMNS}
+    return ids | rest | ({"images": None} if "images" in rest else {})
 
 
 def _plain(value: Any) -> Any:

@@ -28,6 +28,7 @@ from .batches import batch_on
 from .body import unwrap
 from .causal_lm import causal_lm_answers
 from .collator import REFERENCE, PreferenceCollator, UnusablePair
+from .images import fingerprint
 from .probe import undisturbed
 
 
@@ -133,6 +134,8 @@ def _read_through(pairs: Sequence[Any], collator: PreferenceCollator) -> tuple[s
             raise ValueError(f"Pair {index} of the data cannot be used: {unusable}.") from unusable
         sides = [list(pair[f"{side}_{part}"]) for side in ("chosen", "rejected") for part in ("input_ids", "labels")]
         digest.update(json.dumps(sides).encode())
+        for picture in pair.get("images", ()):
+            digest.update(fingerprint(picture))
         lengths.append(len(sides[0]) + len(sides[2]))
     return digest.hexdigest(), lengths
 

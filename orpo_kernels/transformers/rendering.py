@@ -20,12 +20,14 @@ import os.path
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ..text.chats import chat_or_text, why_no_text
 from ..text.columns import ALIASES
 from ..text.messages import (
+    IMAGE,
     MEDIA,
     REASONING,
     BadMessages,
@@ -46,7 +48,8 @@ PROBES = ("Apple pie", "Zebra cub")
 # What a pair may hold beside prompt, chosen and rejected.
 TOOLS, TEMPLATE_OPTIONS, WEIGHT = "tools", "chat_template_kwargs", "weight"
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")  # TRL's names for a pair's columns
-KNOWN = {"prompt", *SIDES, TOOLS, TEMPLATE_OPTIONS, WEIGHT, *REFERENCE}
+IMAGES = ("images", "image")
+KNOWN = {"prompt", *SIDES, TOOLS, TEMPLATE_OPTIONS, WEIGHT, *REFERENCE, *IMAGES}
 # Other names of these, as files of data have them.
 _SAMPLE_WEIGHT, _THINKING = "sample_weight", "enable_thinking"
 _OTHER_LAYOUTS = "; `orpo_kernels.app.data.load_preferences` reads files in other layouts"
@@ -84,24 +87,33 @@ class Rendered:
         return self.text[: self.answers[0][0]]
 
 
-def render_pair(example: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[Rendered, Rendered]:
+def render_pair(
+    example: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, pictures: int = 0, mark: str | None = None
+) -> tuple[Rendered, Rendered]:
     """(chosen, rejected) of a pair; `tokenize_pair` says what a pair is.
+
+    pictures, mark: how many it has, and what the model's processor wants to find in the text for each; None for a model
+    of text.
 
     Raises `UnusablePair` with the reason, and `ValueError` for a tokenizer without a chat template where one is needed.
     """
     example = as_pair(example)
+    _check_media(example, mark)
     if missing := [field for field in ("prompt", *SIDES) if example.get(field) is None]:
         raise UnusablePair(f"it has no {' and no '.join(missing)}{_elsewhere(example)}")
     prompt = example["prompt"]
     if isinstance(prompt, str):
-        chosen, rejected = _plain(example)
+        chosen, rejected = _plain(_with_marks_in(example, pictures, mark) if mark and pictures else example)
     elif isinstance(prompt, list):
-        chosen, rejected = _chat(example, tokenizer)
+        chosen, rejected = _chat(example, tokenizer, pictures, mark)
     else:
         raise UnusablePair(f"its prompt is a {kind(prompt)}, neither a string nor a list of messages")
     if chosen.text == rejected.text:
         raise UnusablePair("its chosen and rejected responses are the same")
     _check_rest(example, chosen.text + rejected.text)
+    if mark is not None:
+        for name, side in zip(SIDES, (chosen, rejected), strict=True):
+            _check_marks(name, side, pictures, mark)
     return chosen, rejected
 
 
@@ -140,11 +152,11 @@ def _elsewhere(example: Mapping[str, Any]) -> str:
     return _OTHER_LAYOUTS if has_answers or example.keys() & _OTHER_NAMES else ""
 
 
-def messages_of(name: str, value: Any) -> list[dict[str, Any]]:
-    """The messages of the prompt or of an answer, checked. Raises `UnusablePair`."""
+def messages_of(name: str, value: Any, images: bool = False) -> list[dict[str, Any]]:
+    """The messages of the prompt or of an answer, checked; those of a pair with `images`. Raises `UnusablePair`."""
     value = [{"role": "assistant", "content": value}] if isinstance(value, str) and name != "prompt" else value
     try:
-        messages = normalised(name, value)
+        messages = normalised(name, value, images)
     except BadMessages as bad:
         raise UnusablePair(str(bad)) from bad
     last = messages[-1]
@@ -185,8 +197,6 @@ def _plain(example: Mapping[str, Any]) -> list[Rendered]:
 def _check_rest(example: Mapping[str, Any], text: str) -> None:
     """Refuse a pair that has more to say than is read of it."""
     for name, value in example.items():
-        if str(name).lower() in MEDIA and filled(value):
-            raise UnusablePair(f"it has {name}, but only text is served")
         if name not in KNOWN and carries_text(str(name), value) and not _all_in(strings(value), text):
             raise UnusablePair(
                 f"it has {str(name)!r} beside prompt, chosen and rejected, which nothing reads: put its text where it "
@@ -194,22 +204,56 @@ def _check_rest(example: Mapping[str, Any], text: str) -> None:
             )
 
 
+def _check_media(example: Mapping[str, Any], mark: str | None) -> None:
+    """Refuse what the model would not see. Video and sound are not served; pictures with a processor."""
+    served = () if mark is None else IMAGES
+    for name, value in example.items():
+        if str(name).lower() in MEDIA and name not in served and filled(value):
+            raise UnusablePair(f"it has {name}, but only text {'and pictures are' if served else 'is'} served")
+
+
+def _check_marks(name: str, side: Rendered, pictures: int, mark: str) -> None:
+    in_prompt, in_all = side.prompt.count(mark), side.text.count(mark)
+    if in_all != in_prompt:
+        raise UnusablePair(f"its {name} answer has {mark!r}, but pictures are the prompt's")
+    if in_prompt != pictures:
+        raise UnusablePair(f"it has {pictures} pictures, but its prompt has {in_prompt} places for one ({mark})")
+
+
+def _with_marks_in(example: Mapping[str, Any], pictures: int, mark: str) -> dict[str, Any]:
+    """A pair of strings, with the processor's mark for every picture."""
+    prompt = example["prompt"]
+    if IMAGE not in prompt and mark not in prompt:
+        prompt = IMAGE * pictures + prompt
+    return {**example, "prompt": prompt.replace(IMAGE, mark)}
+
+
 # --- chats ---------------------------------------------------------------------------------------------------------
 
 
-def _chat(example: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[Rendered]:
+def _chat(
+    example: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, pictures: int, mark: str | None
+) -> list[Rendered]:
     if tokenizer.chat_template is None:
         raise ValueError("The prompt is a chat, but the tokenizer has no chat template; set tokenizer.chat_template.")
     tools, options = _tools(example.get(TOOLS)), _options(example.get(TEMPLATE_OPTIONS))
-    prompt, *answers = (messages_of(name, example[name]) for name in ("prompt", *SIDES))
+    has_pictures = mark is not None and pictures > 0
+    prompt, *answers = (messages_of(name, example[name], has_pictures) for name in ("prompt", *SIDES))
+    forms = _forms(tokenizer, [message for part in (prompt, *answers) for message in part])
+    if mark is not None and has_pictures:
+        prompt = _with_places(prompt, pictures)
+        forms = iter((_with_pictures, partial(_with_marks, mark=mark)))
     reasons = []
-    for form in _forms(tokenizer, [message for part in (prompt, *answers) for message in part]):
+    for form in forms:
         template = _Template(tokenizer, form, tools, options)
         try:
             rendered = [_side(template, name, prompt, answer) for name, answer in zip(SIDES, answers, strict=True)]
             for message in prompt:
-                _check_heard(message, rendered[0].prompt, "prompt")
+                for content in message["content"].split(IMAGE) if has_pictures else [message["content"]]:
+                    _check_heard({**message, "content": content}, rendered[0].prompt, "prompt")
             _check_tools(tools, rendered[0].prompt)
+            if mark is not None and has_pictures:
+                _check_marks(SIDES[0], rendered[0], pictures, mark)
         except UnusablePair as unusable:
             reasons.append(unusable)
         else:
@@ -231,6 +275,29 @@ def _with_json_arguments(message: dict[str, Any]) -> dict[str, Any]:
 def _with_parts(message: dict[str, Any]) -> dict[str, Any]:
     """As the templates of some models that see pictures want contents: a list of parts."""
     return {**message, "content": [{"type": "text", "text": message["content"]}]}
+
+
+def _with_places(prompt: list[dict[str, Any]], pictures: int) -> list[dict[str, Any]]:
+    """The prompt with all pictures in front of the first message of the user, where it has no place for one."""
+    if any(IMAGE in message["content"] for message in prompt):
+        return prompt
+    first = next((place for place, message in enumerate(prompt) if message["role"] == "user"), 0)
+    shown = {**prompt[first], "content": IMAGE * pictures + prompt[first]["content"]}
+    return [*prompt[:first], shown, *prompt[first + 1 :]]
+
+
+def _with_pictures(message: dict[str, Any]) -> dict[str, Any]:
+    """As the templates of models that see pictures want contents."""
+    parts: list[dict[str, Any]] = []
+    for number, text in enumerate(message["content"].split(IMAGE)):
+        parts += [{"type": "image"}] if number else []
+        parts += [{"type": "text", "text": text}] if text else []
+    return {**message, "content": parts}
+
+
+def _with_marks(message: dict[str, Any], mark: str) -> dict[str, Any]:
+    """As a template that prints contents as they stand wants them."""
+    return {**message, "content": message["content"].replace(IMAGE, mark)}
 
 
 def _forms(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> Iterator[Callable[[dict], dict]]:

@@ -32,6 +32,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, get_args
 
+from .images import Processor, is_processor, read_images, sources_of
 from .packing import IGNORE_INDEX
 from .rendering import REFERENCE, WEIGHT, Rendered, UnusablePair, as_pair, render_pair
 
@@ -55,11 +56,13 @@ class TokenizedPair(_Ids, total=False):
     Labels are unshifted: the response's ids, and -100 on the prompt (and between the turns of an answer).
 
     `cut_tokens`: how many tokens of both sides `max_length` cost, if any. `weight`: what the pair's loss is multiplied
-    by, if the example says so; `ref_chosen_logps` and `ref_rejected_logps` likewise.
+    by, if the example says so; `images`: its pictures, as the example names them; `ref_chosen_logps` and
+    `ref_rejected_logps` likewise.
     """
 
     cut_tokens: int
     weight: float
+    images: list[Any]
     ref_chosen_logps: float
     ref_rejected_logps: float
 
@@ -103,7 +106,7 @@ def tokenize_pairs(
 
 def tokenize_pair(
     example: Mapping[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | Processor,
     *,
     max_length: int | None = None,
     end: End = "single",
@@ -127,6 +130,11 @@ def tokenize_pair(
     `enable_thinking` goes to the template. What else an example holds is not
     read; where that may be text, the pair is refused.
 
+    With a model's processor (`AutoProcessor`) in the tokenizer's place a pair may have pictures in its prompt: `images`
+    (or `image`), a list of paths, bytes or PIL images, and for each in turn a part `{"type": "image"}` or the text
+    `<image>`; where there is no place for one, all stand in front of the first message of the user. A pair whose
+    picture is missing or broken is refused, and so is one of which `max_length` would cut a picture.
+
     `max_length` (tokens, at least 2) bounds prompt + response; None truncates nothing. What is longer is cut, or with
     `too_long="refuse"` refused.
 
@@ -135,14 +143,21 @@ def tokenize_pair(
     the response's first from, or if the chat template loses or changes what a message says. Raises `TypeError` or
     `ValueError` for a tokenizer without character offsets, EOS or (for chat) template.
     """
+    tokenizer, processor = _apart(tokenizer)
     check_options(tokenizer, max_length, end, too_long)
     example = as_pair(example)
-    sides = [_finish(_split(side, tokenizer), side, tokenizer, end) for side in render_pair(example, tokenizer)]
+    images = [] if processor is None else sources_of(example)
+    rendered = render_pair(example, tokenizer, len(images), None if processor is None else processor.mark)
+    if processor is not None and images:
+        rendered = processor.expanded(rendered, read_images(images, processor.urls))
+    sides = [_finish(_split(side, tokenizer), side, tokenizer, end) for side in rendered]
     chosen, rejected = whole = _Sides(*sides)
     if max_length is not None:
         if too_long == "refuse" and whole.longest > max_length:
             raise UnusablePair(f"it has {whole.longest} tokens, more than max_length={max_length}")
         chosen, rejected = _truncate(whole, max_length, tokenizer.bos_token_id)
+        if images and processor is not None:
+            _check_pictures_whole(whole.chosen, chosen, processor, max_length)
     _check_sides(chosen, rejected, max_length)
     pair: TokenizedPair = {
         "chosen_input_ids": chosen.prompt + chosen.response,
@@ -152,8 +167,17 @@ def tokenize_pair(
     }
     if cut := sum(map(len, whole)) - len(chosen) - len(rejected):
         pair["cut_tokens"] = cut
+    if images:
+        pair["images"] = images
     pair.update(numbers_of(example))
     return pair
+
+
+def _apart(given: Any) -> tuple[Any, Processor | None]:
+    """The tokenizer, and the processor if one was given in its place."""
+    if is_processor(given):
+        given = Processor(given)
+    return (given.tokenizer, given) if isinstance(given, Processor) else (given, None)
 
 
 def check_options(tokenizer: PreTrainedTokenizerBase, max_length: int | None, end: str, too_long: str) -> None:
@@ -330,6 +354,17 @@ def _shortened(side: _Side, surplus: int, max_length: int, bos: int | None) -> _
     prompt = side.prompt[:has_bos] + side.prompt[has_bos + surplus :]
     room = max_length - len(prompt)
     return _Side(prompt, side.response[:room], side.labels[:room])
+
+
+def _check_pictures_whole(whole: _Side, cut: _Side, processor: Processor, max_length: int) -> None:
+    """Refuse to cut a picture, or the special tokens that open it."""
+    pictures = [place for place, token in enumerate(whole.prompt) if token in processor.media_tokens]
+    first = pictures[0]
+    while first > 0 and _ends(whole.prompt[first - 1], processor.tokenizer):
+        first -= 1
+    # One of the tokens that are left may be a BOS from in front of those that are gone.
+    if len(cut.prompt) < len(whole.prompt) and len(cut.prompt) - 1 < len(whole.prompt) - first:
+        raise UnusablePair(f"max_length={max_length} would cut its pictures, which take {len(pictures)} tokens")
 
 
 def _check_sides(chosen: _Side, rejected: _Side, max_length: int | None) -> None:

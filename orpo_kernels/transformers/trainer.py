@@ -54,6 +54,7 @@ from .encoder_decoder_collator import EncoderDecoderCollator
 from .engines import run_inside
 from .fitting import check_fits
 from .lm_head import resolve_lm_head
+from .media import media_tokens
 from .pairs import COLUMNS, NAMED, GroupedByLength, UsablePairs, UsableStream, is_stream, lengths_of, warn_of_unusable
 from .reference_model import ReferencedPairs, has_reference, reference_logps
 from .rendering import KNOWN
@@ -93,6 +94,11 @@ class PreferenceLossMixin:
     @property
     def _ignore_index(self) -> int:
         return self.loss_options.get("ignore_index", IGNORE_INDEX)
+
+    @property
+    def media_tokens(self) -> tuple[int, ...]:
+        """The ids that stand for pictures, which are no targets."""
+        return media_tokens(self.accelerator.unwrap_model(self.model))
 
     @property
     def aligns_widths(self) -> bool:
@@ -406,7 +412,7 @@ class PreferenceTrainer(PreferenceLossMixin, Trainer):
             collator = EncoderDecoderCollator.of(collator, self.model)
         if collator.packing != "auto":
             return collator
-        packing, why = automatic_packing(self.model, self.args.device)
+        packing, why = automatic_packing(self.model, self.args.device, images=collator.processor is not None)
         logger.info('packing="auto" is %r: %s', packing, why)
         return replace(collator, packing=packing)
 
@@ -474,7 +480,7 @@ class PreferenceTrainer(PreferenceLossMixin, Trainer):
         return ReferencedPairs(pairs, logps)
 
     def loss_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        return with_rows(batch, self.method, self._ignore_index)
+        return with_rows(batch, self.method, self._ignore_index, self.media_tokens)
 
     def compute_loss(
         self,
@@ -519,7 +525,8 @@ class PreferenceTrainer(PreferenceLossMixin, Trainer):
         if is_training and not self.method.is_preference and isinstance(collator, PreferenceCollator):
             of_answers = replace(collator, answers="chosen")
         if not self.accelerator.dispatch_batches:  # which concatenates and slices what is in a batch, all of it tensors
-            of_answers = RowsCollator(of_answers, self.method, self._ignore_index, self.args.device)
+            device, media = self.args.device, self.media_tokens
+            of_answers = RowsCollator(of_answers, self.method, self._ignore_index, device, media)
         self.data_collator = of_answers
         try:
             loader = super()._get_dataloader(dataset, description, *args, is_training=is_training, **options)
