@@ -142,7 +142,7 @@ def test_what_is_beside_the_pair_is_used(row, pair, tmp_path):
         ({"prompt": [system("S"), user("Q")], "system": "T", **ANSWERS}, "its column system"),
         ({"prompt": [user("Q")], "history": [["1?", "one"]], **ANSWERS}, "its column history"),
         ({"prompt": "Q", "history": [["1?"]], **ANSWERS}, "its history has a message without a role"),
-        ({"prompt": "Q", "images": ["a.png"], **ANSWERS}, "it has images, but only text is served"),
+        ({"prompt": "Q", "videos": ["a.png"], **ANSWERS}, "it has videos, but only text is served"),
         ({"prompt": "Q", "documents": [{"text": "so"}], **ANSWERS}, "its column documents"),
         ({"prompt": "Q", "tools": "[{", **ANSWERS}, "its tools cannot be read"),
         ({"prompt": "Q", "tools": [3], **ANSWERS}, "its tools are not a list of objects"),
@@ -516,7 +516,7 @@ answers = sentences | messages.map(lambda m: [{**m, "role": "assistant"}]) | st.
 questions = sentences | st.lists(messages, max_size=2).flatmap(lambda ms: sentences.map(lambda q: [*ms, user(q)]))
 columns = st.one_of(
     *(st.tuples(st.just(name), sentences) for name in ("context", "system", "input", "question", "instruction")),
-    *(st.tuples(st.just(name), values) for name in ("id", "score", "source", "notice", "images", "mood")),
+    *(st.tuples(st.just(name), values) for name in ("id", "score", "source", "notice", "videos", "mood")),
     st.tuples(st.just("history"), st.lists(st.tuples(sentences, sentences).map(list), max_size=2)),
     st.tuples(st.just("tools"), st.lists(st.fixed_dictionaries({"name": words, "description": sentences}), max_size=2)),
     st.tuples(st.just("messages"), st.lists(messages, max_size=2)),
@@ -569,14 +569,14 @@ def test_nothing_usable_names_the_remedy(tmp_path):
 
 def test_all_unread_columns_are_named_at_once(tmp_path):
     path = tmp_path / "pairs.jsonl"
-    row = {"prompt": "Q", "notice": "to be read", "hint": "this as well", "images": ["a.png"], **ANSWERS}
+    row = {"prompt": "Q", "notice": "to be read", "hint": "this as well", "videos": ["a.png"], **ANSWERS}
     other = {"prompt": "Q", "advice": "and so is this", **ANSWERS}
     path.write_text(json.dumps(row) + "\n" + json.dumps(other))
     with pytest.raises(UserError, match="columns notice, hint hold") as raised:
         load_preferences(str(path))
-    assert "(--ignore-columns notice,hint,images)" in str(raised.value)
-    assert str(raised.value).endswith("Of all rows: --ignore-columns notice,hint,images,advice.")
-    found = load_preferences(str(path), ignore_columns=["notice", "hint", "images", "advice"])
+    assert "(--ignore-columns notice,hint,videos)" in str(raised.value)
+    assert str(raised.value).endswith("Of all rows: --ignore-columns notice,hint,videos,advice.")
+    found = load_preferences(str(path), ignore_columns=["notice", "hint", "videos", "advice"])
     assert found.pairs == [{"prompt": "Q", **ANSWERS}] * 2
 
 

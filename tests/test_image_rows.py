@@ -15,8 +15,9 @@ pytest.importorskip("PIL")
 
 from PIL import Image
 
+from orpo_kernels.text.pictures import fingerprint
 from orpo_kernels.transformers import PreferenceCollator, UnusablePair, tokenize_pair, tokenize_pairs
-from orpo_kernels.transformers.images import fingerprint, is_processor
+from orpo_kernels.transformers.images import is_processor
 from orpo_kernels.transformers.pairs import UsablePairs
 
 from .processors import PROCESSORS, llava, picture, tokenizer
@@ -278,10 +279,11 @@ def test_a_set_keeps_ids_and_reads_pictures_anew(tmp_path, processor):
 
 def test_pictures_tell_pairs_apart(tmp_path):
     paths = [tmp_path / name for name in ("a.png", "b.png")]
-    for path in paths:
-        path.write_bytes(encoded(picture()))
-    sources = [*map(str, paths), picture(), picture(colour="blue"), encoded(picture()), {"bytes": b"x", "path": "a"}]
+    for path, colour in zip(paths, ("red", "blue"), strict=True):
+        path.write_bytes(encoded(picture(colour=colour)))
+    sources = [*map(str, paths), picture(), picture(colour="blue"), "gone.png", {"bytes": b"x", "path": "a"}]
     assert len(set(map(fingerprint, sources))) == len(sources)
+    assert fingerprint(str(paths[0])) == fingerprint(encoded(picture()))
     assert fingerprint(picture()) == fingerprint(picture())
     assert fingerprint(Path(paths[0])) == fingerprint(str(paths[0]))
 

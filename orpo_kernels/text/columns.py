@@ -21,6 +21,7 @@ ALIASES = {
     "chat_template_kwargs": ("chat_template_kwargs",),
     "enable_thinking": ("enable_thinking",),
     "weight": ("weight", "sample_weight"),
+    "images": ("images", "image"),
 }
 # ms-swift's rows have the chosen answer at the end of `messages`, or as `response`.
 SWIFT_REJECTED, SWIFT_CHOSEN = ("rejected_response", "rejected_messages"), ("messages", "response")

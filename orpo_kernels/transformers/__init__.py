@@ -24,6 +24,7 @@ from .collator import PreferenceCollator, Refusal, TokenizedPair, UnusablePair, 
 from .encoder_decoder import ShiftRight
 from .encoder_decoder_collator import EncoderDecoderCollator
 from .lm_head import LMHead, resolve_lm_head
+from .media import freeze_vision
 from .packing import PackedPairs
 from .sharing import refuses_shared_prompt
 
@@ -49,6 +50,7 @@ __all__ = [
     "causal_lm_answers",
     "causal_lm_orpo_loss",
     "causal_lm_preference_loss",
+    "freeze_vision",
     "refuses_shared_prompt",
     "resolve_lm_head",
     "tokenize_pair",

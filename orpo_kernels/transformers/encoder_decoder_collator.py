@@ -65,7 +65,7 @@ class EncoderDecoderCollator(PreferenceCollator):
     def of(cls, collator: PreferenceCollator, model: nn.Module) -> EncoderDecoderCollator:
         """With the options of another collator."""
         options = {field.name: getattr(collator, field.name) for field in fields(collator)}
-        return cls(**options | {"shift": ShiftRight.of(model)})
+        return cls(**options | {"shift": ShiftRight.of(model), "processor": None})
 
     def tokenized(self, example: Mapping[str, Any]) -> Mapping[str, Any]:
         if isinstance(example, Mapping) and "chosen_input_ids" in example:

@@ -9,7 +9,6 @@ it before they are tokenised, so that everything else goes on as for text.
 from __future__ import annotations
 
 import copy
-import hashlib
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .rendering import IMAGES, Rendered, UnusablePair
+from ..text.pictures import content_of
+from .rendering import Rendered, UnusablePair
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -32,6 +32,11 @@ _OF_TEXT = ("input_ids", "attention_mask", "text_replacement_offsets", *_TYPES)
 def is_processor(tokenizer: Any) -> bool:
     """Whether this is a model's processor for pictures and text, and no tokenizer."""
     return hasattr(tokenizer, "image_processor") and hasattr(tokenizer, "tokenizer")
+
+
+def tokenizer_of(given: Any) -> Any:
+    """The tokenizer itself, or that of a processor."""
+    return given.tokenizer if is_processor(given) else given
 
 
 class Processor:
@@ -107,15 +112,6 @@ def _replaced(side: Rendered, mark: str, replacements: Sequence[str]) -> Rendere
 # --- where pictures come from ----------------------------------------------------------------------------------------
 
 
-def sources_of(example: Mapping[str, Any]) -> list[Any]:
-    """The pictures that an example names; [] for none. Raises `UnusablePair`."""
-    found: list[Any] = []
-    for name in IMAGES:
-        value = example.get(name)
-        found += list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
-    return found
-
-
 def read_images(sources: Sequence[Any], urls: bool = False) -> list[Image]:
     """The pictures in RGB. Raises `UnusablePair`, which names the one that is missing or broken."""
     return [_read(number, source, urls) for number, source in enumerate(sources, start=1)]
@@ -137,8 +133,7 @@ def _read(number: int, source: Any, urls: bool) -> Image:
 
 def _stream(number: int, source: Any, urls: bool) -> Any:
     """What PIL opens."""
-    if isinstance(source, Mapping):  # datasets.Image(decode=False), and files of it
-        source = source.get("bytes") or source.get("path")
+    source = content_of(source)
     if isinstance(source, bytes | bytearray):
         return io.BytesIO(source)
     if not isinstance(source, str | Path):
@@ -157,17 +152,6 @@ def _stream(number: int, source: Any, urls: bool) -> Any:
     if not Path(source).is_file():
         raise UnusablePair(f"its picture {number} is missing: there is no file {_shown(source)}")
     return Path(source)
-
-
-def fingerprint(source: Any) -> bytes:
-    """What tells one picture from another, without reading a file."""
-    if isinstance(source, Mapping):
-        source = source.get("bytes") or source.get("path")
-    if isinstance(source, str | Path) and Path(source).is_file():
-        stat = Path(source).stat()
-        return f"{source} {stat.st_size} {stat.st_mtime_ns}".encode()
-    content = source if isinstance(source, bytes | bytearray) else getattr(source, "tobytes", str(source).encode)()
-    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def _shown(source: Any) -> str:

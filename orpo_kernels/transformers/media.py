@@ -46,3 +46,36 @@ def media_inputs(inner: PreTrainedModel, options: dict[str, Any]) -> dict[str, T
         )
     media = {name: options.pop(name) for name in list(options) if name in takes}
     return {name: value for name, value in media.items() if value is not None}
+
+
+def vision_parts(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a model that sees pictures which are not language, by name: its towers, and what projects to it.
+
+    Those that hold neither the decoder nor the head nor the embeddings, as large as can be.
+    """
+    inner = unwrap(model)
+    language = [inner.get_decoder(), inner.get_input_embeddings(), inner.get_output_embeddings()]
+    spoken = {module for part in language if part is not None for module in part.modules()}
+
+    def apart(name: str, module: nn.Module) -> dict[str, nn.Module]:
+        if module in spoken:
+            return {}
+        if spoken.isdisjoint(module.modules()):
+            return {name: module}
+        parts = (apart(f"{name}.{child}" if name else child, below) for child, below in module.named_children())
+        return {name: part for found in parts for name, part in found.items()}
+
+    return {name: part for name, part in apart("", inner).items() if next(part.parameters(), None) is not None}
+
+
+def freeze_vision(model: nn.Module) -> list[str]:
+    """Take the gradient from all of the model but its language, and return the names of those modules.
+
+    Raises `ValueError` for a model that sees no pictures.
+    """
+    parts = vision_parts(model)
+    if not parts:
+        raise ValueError(f"{type(unwrap(model)).__name__} has no tower for pictures that could be frozen.")
+    for part in parts.values():
+        part.requires_grad_(False)
+    return list(parts)

@@ -21,9 +21,9 @@ from torch.utils.data import Dataset, IterableDataset
 from tqdm.auto import tqdm
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from ..text.pictures import sources_of
 from .collator import IGNORE_INDEX, PreferenceCollator, Refusal, UnusablePair, padding_id
 from .fitting import Extent
-from .images import sources_of
 
 NAMED = 5  # unusable pairs that a warning names
 COLUMNS = tuple(f"{side}_{part}" for side in ("chosen", "rejected") for part in ("input_ids", "labels"))

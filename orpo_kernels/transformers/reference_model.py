@@ -24,11 +24,11 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from ..devices import moved, statistics_dtype
+from ..text.pictures import fingerprint
 from .batches import batch_on
 from .body import unwrap
 from .causal_lm import causal_lm_answers
 from .collator import REFERENCE, PreferenceCollator, UnusablePair
-from .images import fingerprint
 from .probe import undisturbed
 
 
@@ -135,7 +135,7 @@ def _read_through(pairs: Sequence[Any], collator: PreferenceCollator) -> tuple[s
         sides = [list(pair[f"{side}_{part}"]) for side in ("chosen", "rejected") for part in ("input_ids", "labels")]
         digest.update(json.dumps(sides).encode())
         for picture in pair.get("images", ()):
-            digest.update(fingerprint(picture))
+            digest.update(fingerprint(picture).encode())
         lengths.append(len(sides[0]) + len(sides[2]))
     return digest.hexdigest(), lengths
 

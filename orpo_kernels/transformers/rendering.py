@@ -39,6 +39,7 @@ from ..text.messages import (
     says_something,
     strings,
 )
+from ..text.pictures import IMAGES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,7 +49,6 @@ PROBES = ("Apple pie", "Zebra cub")
 # What a pair may hold beside prompt, chosen and rejected.
 TOOLS, TEMPLATE_OPTIONS, WEIGHT = "tools", "chat_template_kwargs", "weight"
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")  # TRL's names for a pair's columns
-IMAGES = ("images", "image")
 KNOWN = {"prompt", *SIDES, TOOLS, TEMPLATE_OPTIONS, WEIGHT, *REFERENCE, *IMAGES}
 # Other names of these, as files of data have them.
 _SAMPLE_WEIGHT, _THINKING = "sample_weight", "enable_thinking"

@@ -32,7 +32,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, get_args
 
-from .images import Processor, is_processor, read_images, sources_of
+from ..text.pictures import sources_of
+from .images import Processor, is_processor, read_images
 from .packing import IGNORE_INDEX
 from .rendering import REFERENCE, WEIGHT, Rendered, UnusablePair, as_pair, render_pair
 

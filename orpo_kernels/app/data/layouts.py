@@ -18,8 +18,8 @@ An answer may have several messages (the assistant's, a tool's, the assistant's 
 answer; a list of strings, or of lists of messages, is several**. Several rejected answers are a pair each, with the one
 chosen answer, and several chosen ones with the one rejected.
 
-`tools`, `chat_template_kwargs`, `enable_thinking` and `weight` go into the pair. What else a row holds is looked at by
-`columns.Fields.ignored`.
+`tools`, `chat_template_kwargs`, `enable_thinking`, `weight` and `images` go into the pair. What else a row holds is
+looked at by `columns.Fields.ignored`.
 """
 
 from __future__ import annotations
@@ -148,16 +148,17 @@ def _chat(fields: Fields, chosen: Any, rejected: Any) -> tuple[Messages, Message
     if isinstance(prompt, str):
         messages = [*_history(fields), {"role": "user", "content": prompt}]
     else:
-        messages = normalised("prompt", prompt)
+        messages = normalised("prompt", prompt, images=fields.has("images"))
     return messages, _answer("chosen", chosen), _answer("rejected", rejected)
 
 
-def _answer(name: str, answer: Any) -> Messages:
-    return normalised(name, {"role": "assistant", "content": answer} if isinstance(answer, str) else answer)
+def _answer(name: str, answer: Any, images: bool = False) -> Messages:
+    return normalised(name, {"role": "assistant", "content": answer} if isinstance(answer, str) else answer, images)
 
 
 def _conversation(fields: Fields, chosen: Any, rejected: Any) -> tuple[Messages, Messages, Messages]:
-    sides = _answer("chosen", chosen), _answer("rejected", rejected)
+    images = fields.has("images")
+    sides = _answer("chosen", chosen, images), _answer("rejected", rejected, images)
     whole = [_has_question(side) for side in (chosen, rejected)]
     if not any(whole):
         raise BadRow("neither its chosen nor its rejected is a conversation with a question")
@@ -240,8 +241,11 @@ def _is_exchange(value: Any) -> bool:
 
 
 def _options(fields: Fields) -> dict[str, Any]:
-    """What a row says about its pairs: tools, options of the template, weight."""
+    """What a row says about its pairs: pictures, tools, options of the template, weight."""
     options: dict[str, Any] = {}
+    if fields.has("images"):
+        images = fields.get("images")
+        options["images"] = list(images) if isinstance(images, list | tuple) else [images]
     if fields.has("weight"):
         options["weight"] = _weight(fields.get("weight"))
     if fields.as_text:

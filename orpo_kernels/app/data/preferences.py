@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ...text.columns import ALIASES, BadRow, UnreadColumns
 from ...text.messages import BadMessages
+from ...text.pictures import beside
 from ..errors import UserError
 from .layouts import Layout, read_row
 from .reading import Row, Unreadable, read_rows
@@ -41,7 +43,8 @@ class Preferences:
     Attributes:
         source: the file, or the name of the data set.
         pairs: prompt, chosen and rejected of each, text or chat messages, as `PreferenceCollator` takes them; and
-            tools, chat_template_kwargs and weight, where the row has them.
+            tools, chat_template_kwargs, weight and images, where the row has them. The paths of images are relative to
+            the file.
         rows: the number of the row that each came from. A row with several answers has several pairs.
         problems: the rows that could not be used.
         layouts: how each was written.
@@ -138,6 +141,8 @@ def _collect(source: str, rows: Iterable[Row], layout: Layout | None, columns: M
         ignored |= reading.ignored
         for found, pair in reading.pairs:
             preferences.layouts.append(found)
+            if "images" in pair and Path(source).is_file():
+                pair["images"] = [beside(image, Path(source).parent) for image in pair["images"]]
             preferences.pairs.append(pair)
             preferences.rows.append(number)
     preferences.ignored = sorted(ignored)

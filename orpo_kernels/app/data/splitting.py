@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 
+from ...text.pictures import fingerprint, sources_of
+
 
 def split_pairs(pairs: Sequence[Mapping[str, Any]], held_out: float, seed: int) -> tuple[list[int], list[int]]:
     """Indices of the pairs (to train on, held out), both in the order of the pairs.
@@ -35,10 +37,14 @@ def split_pairs(pairs: Sequence[Mapping[str, Any]], held_out: float, seed: int) 
 
 
 def prompt_key(pair: Mapping[str, Any]) -> str:
-    """A hash of the prompt with its tools, as hexadecimal. A prompt that is a string counts as a user's message."""
+    """A hash of the prompt with its tools and its pictures, as hexadecimal.
+
+    A prompt that is a string counts as a user's message.
+    """
     prompt = pair["prompt"]
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    text = json.dumps([messages, pair.get("tools") or []], sort_keys=True, default=str)
+    pictures = [[fingerprint(source) for source in sources]] if (sources := sources_of(pair)) else []
+    text = json.dumps([messages, pair.get("tools") or [], *pictures], sort_keys=True, default=str)
     return blake2b(text.encode(), digest_size=16).hexdigest()
 
 

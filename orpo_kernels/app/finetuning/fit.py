@@ -19,7 +19,7 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback, is_tensorboard_available
 
 from ...methods import method_named
-from ...transformers import PreferenceCollator, TokenizedPair
+from ...transformers import PreferenceCollator, TokenizedPair, freeze_vision
 from ...transformers.body import unwrap
 from ...transformers.lm_head import resolve_lm_head
 from ...transformers.probe import verify_lm_head
@@ -280,8 +280,9 @@ def _trainer(
     if settings.sparse_eps is not None:
         loss_options["sparse_eps"] = settings.sparse_eps
     try:
+        frozen = freeze_vision(model) if settings.freeze_vision else []
         trainer = PreferenceTrainer(
-            with_adapters(model, settings.lora_rank) if settings.lora else model,
+            with_adapters(model, settings.lora_rank, without=frozen) if settings.lora else model,
             _arguments(settings, folder, len(training), bool(held_out)),
             data_collator=PreferenceCollator(tokenizer, max_length=settings.max_length, packing=settings.packing),
             train_dataset=training,

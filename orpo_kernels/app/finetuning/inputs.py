@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Sequence
 from typing import Any
 
+from ...text.pictures import fingerprint
 from ...transformers import TokenizedPair
 from ..errors import UserError
 from .folder import RunFolder, noted
@@ -84,4 +85,6 @@ def _pairs(pairs: Sequence[TokenizedPair]) -> list:
             ids = array("q", pair[column])  # type: ignore[literal-required]
             found.update(len(ids).to_bytes(8, "little") + ids.tobytes())
         found.update(repr(pair.get("weight")).encode())
+        for picture in pair.get("images", ()):
+            found.update(fingerprint(picture).encode())
     return [len(pairs), found.hexdigest()]

@@ -13,6 +13,7 @@ import numpy as np
 from rich.console import Console
 
 from ...transformers import TokenizedPair, UnusablePair
+from ...transformers.images import tokenizer_of
 from ...transformers.packing import IGNORE_INDEX
 from ..data import Preferences
 from ..errors import UserError
@@ -74,7 +75,7 @@ def inspection(settings: InspectSettings, console: Console) -> Inspection:
         "lengths": {name: _figures(values) for name, values in lengths.items()},
         "files": [str(problems), str(plot)],
     }
-    return Inspection(record, pairs, lengths, shown, tokenizer)
+    return Inspection(record, pairs, lengths, shown, tokenizer_of(tokenizer))
 
 
 def _to_show(settings: InspectSettings, preferences: Preferences) -> list[int]:

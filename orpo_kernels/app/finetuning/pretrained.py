@@ -7,6 +7,7 @@ random, one too many is left out, NaN is loaded like any number. All of that is 
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 import struct
@@ -22,17 +23,23 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
+    AutoProcessor,
     AutoTokenizer,
     GenerationConfig,
 )
 from transformers.utils import cached_file
 
 from ...transformers.fitting import positions_of
+from ...transformers.images import Processor
 from ..errors import UserError
 from .manifest import Manifest, manifest
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
 POINTER = b"version https://git-lfs.github.com/spec/"
@@ -65,10 +72,29 @@ def compute_dtype(name: str) -> torch.dtype:
 
 
 def load_tokenizer(name: str) -> Any:
+    """The tokenizer; of a model that sees pictures, the processor, if it can be loaded and served."""
     folder = model_folder(name)
     _check_files(name, Path(folder))
+    if sees_pictures(name):
+        try:
+            processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trusts_code())
+            Processor(processor)
+        except Exception as error:  # of any library: a model of text may be all that is wanted
+            reason = str(error).strip().partition("\n")[0]
+            logger.warning("%s has no processor for pictures, so that only text is served: %.300s", name, reason)
+        else:
+            return processor
     with _loading(name, "a tokenizer"):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trusts_code())
+
+
+def sees_pictures(name: str) -> bool:
+    """Whether the model, or the base of adapters, takes pictures beside text."""
+    with _loading(name, "a model"):
+        folder = model_folder(base_of(name) or name)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trusts_code())
+    has_tower = config.get_text_config(decoder=True) is not config and not config.is_encoder_decoder
+    return has_tower and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 
 def load_model(name: str, dtype: torch.dtype, console: Console | None = None) -> Any:
@@ -91,12 +117,21 @@ def load_model(name: str, dtype: torch.dtype, console: Console | None = None) ->
     return model.eval()
 
 
-def with_adapters(model: Any, rank: int) -> Any:
-    """LoRA on every linear layer of the body (Hu et al. 2021, arXiv 2106.09685), scaled by 2."""
+def with_adapters(model: Any, rank: int, without: Iterable[str] = ()) -> Any:
+    """LoRA on every linear layer of the body (Hu et al. 2021, arXiv 2106.09685), scaled by 2.
+
+    without: modules that get none, by name.
+    """
     from peft import LoraConfig, get_peft_model
 
-    task = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=task)
+    left_out = [rf"{re.escape(name)}(\..*)?" for name in without]
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules="all-linear",
+        exclude_modules="|".join(left_out) or None,
+        task_type="SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
+    )
     return get_peft_model(model, config)
 
 
@@ -145,6 +180,7 @@ def _load_whole(name: str, folder: str, dtype: torch.dtype, console: Console | N
         options["trust_remote_code"] = trusts_code()
         config = AutoConfig.from_pretrained(folder, **options)
         model_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model_class = AutoModelForImageTextToText if sees_pictures(name) else model_class
         model, found = model_class.from_pretrained(
             folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )

@@ -74,7 +74,8 @@ def score(
     Raises `Diverged` where a value is not finite.
     """
     model.eval()
-    packing, _ = automatic_packing(model, model.device)
+    has_images = any("images" in pair for pair in pairs)
+    packing, _ = automatic_packing(model, model.device, has_images)
     collate = PreferenceCollator(tokenizer, packing=packing)
     if model.config.is_encoder_decoder:
         collate = EncoderDecoderCollator.of(collate, model)

@@ -156,6 +156,7 @@ class TrainSettings(DataSettings):
     )
     lora: bool = setting(False, "Train low-rank adapters of the linear layers, not the weights.")
     lora_rank: int = setting(16, "Rank of the adapters.")
+    freeze_vision: bool = setting(False, "Of a model that sees pictures, train the language alone.")
     merge: bool = setting(False, "With --lora: save the model with the adapters merged as well.")
     gradient_checkpointing: bool = setting(False, "Hold few activations, compute them twice.")
     packing: Packing = setting("auto", "Whether both answers share one prompt. auto: if the model allows it.")

@@ -12,6 +12,7 @@ from rich.progress import track
 
 from ...transformers import TokenizedPair, UnusablePair, tokenize_pair
 from ...transformers.encoder_decoder_collator import tokenize_in_two_parts
+from ...transformers.images import tokenizer_of
 from ..data import Preferences, load_preferences, split_pairs
 from ..errors import UserError
 from .held_out import Record, held_out_prompts, keys, record_of
@@ -49,6 +50,7 @@ def load_pairs(settings: DataSettings, tokenizer: Any, console: Console, source:
         columns=settings.column_names(),
         ignore_columns=settings.ignored_columns(),
     )
+    given, tokenizer = tokenizer, tokenizer_of(tokenizer)
     rows, positions = rows_and_positions(tokenizer.name_or_path)
     max_length = min(settings.max_length, positions or settings.max_length)
     options: Any = {"max_length": max_length, "too_long": "cut" if settings.too_long == "cut" else "refuse"}
@@ -57,7 +59,7 @@ def load_pairs(settings: DataSettings, tokenizer: Any, console: Console, source:
     shown = track(preferences.pairs, "Tokenising", console=console, transient=True, disable=not console.is_terminal)
     for index, pair in enumerate(shown):
         try:
-            tokenized.append(tokenize(pair, tokenizer, **options))
+            tokenized.append(tokenize(pair, given, **options))
         except UnusablePair as unusable:
             refused[index] = str(unusable)
         except (ValueError, TypeError) as error:  # of the tokenizer: no offsets, no EOS, no template
@@ -82,7 +84,7 @@ def load_pairs(settings: DataSettings, tokenizer: Any, console: Console, source:
             markup=False,
             soft_wrap=True,
         )
-    if "text" in preferences.layouts and tokenizer.chat_template:
+    if "text" in preferences.layouts and (tokenizer.chat_template or getattr(given, "chat_template", None)):
         console.print("Plain text for a model with a chat template: --layout chat would make messages of it.")
     return pairs
 
