@@ -26,8 +26,9 @@ import math
 import os.path
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from accelerate import PartialState
@@ -38,11 +39,20 @@ from .methods import ORPO
 from .transformers.averages import Part
 from .transformers.batches import RowsCollator, with_rows
 from .transformers.body import unwrap
-from .transformers.collator import IGNORE_INDEX, End, Packing, Refusal, end_turn, pair_weights
+from .transformers.collator import (
+    IGNORE_INDEX,
+    End,
+    Packing,
+    PreferenceCollator,
+    Refusal,
+    end_turn,
+    pair_weights,
+)
 from .transformers.fitting import Extent, check_fits
+from .transformers.images import is_processor
 from .transformers.lm_head import resolve_lm_head
 from .transformers.packing import PackedPairs, pack_pairs
-from .transformers.pairs import warn_of_unusable
+from .transformers.pairs import UsablePairs, warn_of_unusable
 from .transformers.rendering import WEIGHT, Rendered, UnusablePair, render_pair
 from .transformers.sharing import automatic_packing, refuses_shared_prompt
 from .transformers.tokenization import numbers_of
@@ -92,6 +102,10 @@ class ORPOTrainer(PreferenceLossMixin, TRLORPOTrainer):
         sparse_eps: None (default): exact gradients; else as in `orpo_loss`, and what it leaves out is logged as
             `sparse/active_share` and `sparse/dropped_mass`.
 
+    With a model's processor (`AutoProcessor`) as `processing_class`, rows may have pictures (`images`, as for TRL's
+    other trainers; `tokenize_pair` has the forms): this package's `PreferenceCollator` tokenises them, as `end` says, and
+    makes the batches. TRL's own trainer serves text alone.
+
     `unusable_pairs` has, by the name of the set ("train", "eval"), the `Refusal`s (index and reason) of the rows that
     were left out. Rendering is tried on every row where the processing_class is given.
 
@@ -111,6 +125,7 @@ class ORPOTrainer(PreferenceLossMixin, TRLORPOTrainer):
 
     eval_dataset: Any
     _logs_all_metrics = True  # whatever compute_metrics is
+    _makes_batches = False  # or TRL, or a collator of the caller's
 
     def __init__(
         self,
@@ -128,6 +143,7 @@ class ORPOTrainer(PreferenceLossMixin, TRLORPOTrainer):
         self.end = end
         given = inspect.signature(TRLORPOTrainer.__init__).bind_partial(self, *args, **options).arguments
         given.pop("self")
+        pictured = _take_pictures(given, end) if is_processor(given.get("processing_class")) else None
         for name in ("train_dataset", "eval_dataset"):
             given[name] = _rendered(given.get(name), given.get("processing_class"), given.get("args"))
         super().__init__(**given)
@@ -138,9 +154,38 @@ class ORPOTrainer(PreferenceLossMixin, TRLORPOTrainer):
         self.method = ORPO(beta=self.beta)
         self.loss_options = {"sparse_eps": sparse_eps}
         self._check_setup()
-        if self._shares_prompts(packing):
+        if pictured is not None:
+            self._serve_pictures(pictured, packing)
+        elif self._shares_prompts(packing):
             packed = partial(_packed, padding_id=self.padding_value or 0, aligned=self.aligns_widths)
             self.data_collator = RowsCollator(packed, self.method, device=self.args.device)
+
+    def _serve_pictures(self, pictured: _Pictured, packing: Packing) -> None:
+        """Rows and batches as `PreferenceTrainer` makes them. Raises `ValueError` where prompts cannot be shared."""
+        if self.generate_during_eval:
+            raise ValueError("generate_during_eval=True takes the prompts out of TRL's batches; leave it out.")
+        if packing == "shared" and (reason := refuses_shared_prompt(self.model, images=True)):
+            raise ValueError(f'{reason} Use packing="padded".')
+        if packing == "auto":
+            packing, _ = automatic_packing(self.model, self.args.device, images=True)
+        collator = replace(pictured.collator, packing=packing, aligned=self.aligns_widths)
+        self._makes_batches = True
+        self.data_collator = RowsCollator(
+            collator, self.method, device=self.args.device, media_tokens=self.media_tokens
+        )
+        self.processing_class = pictured.processor  # which is saved beside the model
+        self.train_dataset = self._looked_through(pictured.rows["train_dataset"], "train", collator)
+        self.eval_dataset = self._looked_through(pictured.rows["eval_dataset"], "eval", collator)
+
+    def _looked_through(self, rows: Any, name: str, collator: PreferenceCollator) -> Any:
+        if rows is None:
+            return None
+        if isinstance(rows, dict):
+            return {key: self._looked_through(part, f"{name}_{key}", collator) for key, part in rows.items()}
+        pairs = UsablePairs(rows.map(maybe_extract_prompt) if "prompt" not in rows.column_names else rows, collator)
+        self.unusable_pairs[name] = pairs.unusable
+        warn_of_unusable(pairs.unusable, len(rows), name, say=self.is_world_process_zero())
+        return pairs
 
     def _shares_prompts(self, packing: Packing) -> bool:
         """Whether batches are packed. Raises `ValueError` where they are to be and cannot."""
@@ -195,6 +240,9 @@ class ORPOTrainer(PreferenceLossMixin, TRLORPOTrainer):
         inputs: dict[str, Any] = {}
         if "pair_weights" in weighted:
             inputs["pair_weights"] = moved(weighted["pair_weights"], rows_device(device), torch.float64)
+        if self._makes_batches:
+            own = {name: value for name, value in batch.items() if name != _STEP_COUNTS}
+            return with_rows(own | inputs, self.method, media_tokens=self.media_tokens)
         if "packed" in batch:
             inputs |= {name: batch[name] for name in ("input_ids", "packed", "rows") if name in batch}
         else:
@@ -290,6 +338,32 @@ def _extent(*sequences: Sequence[int]) -> dict[str, int]:
     extent = Extent()
     extent.add(*sequences)
     return {_LARGEST: extent.largest_id, _LONGEST: extent.longest}
+
+
+class _Pictured(NamedTuple):
+    """What TRL is not given: the rows with pictures, and how they become batches."""
+
+    processor: Any
+    collator: PreferenceCollator
+    rows: dict[str, Any]
+
+
+def _take_pictures(given: dict[str, Any], end: End) -> _Pictured:
+    """Leave TRL no row to tokenise, a tokenizer, and a collator that makes its batches."""
+    processor, args = given["processing_class"], given.get("args")
+    if args is None or given.get("data_collator") is not None:
+        raise ValueError("With a processor, give args (ORPOConfig), and no data_collator: batches are made here.")
+    collator = PreferenceCollator(processor, max_length=args.max_length, end=end)
+    rows = {name: given.get(name) for name in ("train_dataset", "eval_dataset")}
+    for name, part in rows.items():
+        for one in part.values() if isinstance(part, dict) else [part]:
+            if one is not None and not hasattr(one, "select"):
+                raise TypeError(f"{name} is a {type(one).__name__}; with pictures it has to be a datasets.Dataset.")
+    args.remove_unused_columns = False
+    given["train_dataset"] = None if rows["train_dataset"] is None else rows["train_dataset"].select([])
+    given["eval_dataset"] = None
+    given["processing_class"], given["data_collator"] = collator.tokenizer, collator
+    return _Pictured(processor, collator, rows)
 
 
 def _packed(rows: Sequence[Mapping[str, Any]], padding_id: int, aligned: bool = False) -> dict[str, Any]:

@@ -106,6 +106,26 @@ def test_references_of_pairs_that_differ_in_their_pictures_are_their_own(tmp_pat
     assert logps(pairs[::-1]) == pytest.approx([second, first])  # and not what was kept of the others
 
 
+@pytest.mark.parametrize("packing", ["auto", "padded"])
+def test_the_drop_in_for_trl_takes_a_processor(packing, tmp_path):
+    trl = pytest.importorskip("orpo_kernels.trl")
+    from datasets import Dataset, Image
+
+    pairs = make_pairs(9, seed=1)
+    rows = Dataset.from_list(pairs).cast_column("images", [Image()])
+    broken = Dataset.from_list([{**pairs[0], "images": ["gone.png"]}])
+    arguments = trl.ORPOConfig(**settings(tmp_path, max_steps=3), max_length=64, beta=0.1)
+    options = {"processing_class": make_processor(), "packing": packing, "end": "single"}
+    trainer = trl.ORPOTrainer(make_model(), arguments, train_dataset=rows, eval_dataset=rows, **options)
+    trainer.train()
+    expected = trainer_of(tmp_path, make_model())
+    expected.train()
+    assert losses(trainer) == pytest.approx(losses(expected), rel=1e-4)
+    assert "eval_rewards/accuracies" in trainer.evaluate()
+    with pytest.raises(ValueError, match="its picture 1 is missing"):
+        trl.ORPOTrainer(make_model(), arguments, train_dataset=broken, **options)
+
+
 # --- freezing --------------------------------------------------------------------------------------------------------
 
 

@@ -21,6 +21,7 @@ from transformers.integrations import TensorBoardCallback, is_tensorboard_availa
 from ...methods import method_named
 from ...transformers import PreferenceCollator, TokenizedPair, freeze_vision
 from ...transformers.body import unwrap
+from ...transformers.images import tokenizer_of
 from ...transformers.lm_head import resolve_lm_head
 from ...transformers.probe import verify_lm_head
 from ...transformers.trainer import PreferenceTrainer
@@ -284,7 +285,11 @@ def _trainer(
         trainer = PreferenceTrainer(
             with_adapters(model, settings.lora_rank, without=frozen) if settings.lora else model,
             _arguments(settings, folder, len(training), bool(held_out)),
-            data_collator=PreferenceCollator(tokenizer, max_length=settings.max_length, packing=settings.packing),
+            data_collator=PreferenceCollator(
+                tokenizer if any("images" in pair for pair in (*training, *held_out)) else tokenizer_of(tokenizer),
+                max_length=settings.max_length,
+                packing=settings.packing,
+            ),
             train_dataset=training,
             eval_dataset=held_out or None,
             method=settings.method,

@@ -91,7 +91,7 @@ def load_pairs(settings: DataSettings, tokenizer: Any, console: Console, source:
 
 def tokenization_of(tokenizer: Any) -> Callable[..., TokenizedPair]:
     """How pairs become tokens of the model that the tokenizer came with: in one sequence, or in two parts."""
-    return tokenize_in_two_parts if has_two_parts(tokenizer.name_or_path) else tokenize_pair
+    return tokenize_in_two_parts if has_two_parts(tokenizer_of(tokenizer).name_or_path) else tokenize_pair
 
 
 def _check_ids(pairs: list[TokenizedPair], tokenizer: Any, rows: int | None) -> None:
