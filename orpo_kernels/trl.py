@@ -103,8 +103,8 @@ class ORPOTrainer(PreferenceLossMixin, TRLORPOTrainer):
             `sparse/active_share` and `sparse/dropped_mass`.
 
     With a model's processor (`AutoProcessor`) as `processing_class`, rows may have pictures (`images`, as for TRL's
-    other trainers; `tokenize_pair` has the forms): this package's `PreferenceCollator` tokenises them, as `end` says, and
-    makes the batches. TRL's own trainer serves text alone.
+    other trainers; `tokenize_pair` has the forms). This package's `PreferenceCollator` tokenises them, as `end` says,
+    and makes the batches. TRL's own trainer serves text alone.
 
     `unusable_pairs` has, by the name of the set ("train", "eval"), the `Refusal`s (index and reason) of the rows that
     were left out. Rendering is tried on every row where the processing_class is given.
