@@ -152,6 +152,7 @@ def test_a_picture_comes_in_many_ways(kind, tmp_path, processor):
     assert collator([pair(images=[sources[kind]])])["pixel_values"].equal(expected)
 
 
+TRUNCATED = encoded(Image.effect_noise((64, 64), 80))[:900]
 GIF = encoded(picture(), "GIF", save_all=True, append_images=[picture(colour="blue")])
 GOOD = {
     "CMYK": encoded(picture(mode="CMYK", colour=(0, 9, 9, 0)), "JPEG"),
@@ -166,11 +167,13 @@ GOOD = {
 }
 BROKEN = {
     "missing": ("no/such/file.png", "its picture 1 is missing: there is no file no/such/file.png"),
-    "truncated": (encoded(Image.effect_noise((64, 64), 80))[:900], r"its picture 1 \(bytes\) cannot be read"),
+    "truncated": (TRUNCATED, r"its picture 1 \(bytes\) cannot be read"),
     "empty": (b"", "its picture 1 .* cannot be read"),
     "no picture": (b"hello" * 100, "its picture 1 .* cannot be read"),
     "animated": (GIF, r"its picture 1 \(bytes\) is animated"),
     "a number": (7, "its picture 1 is a int"),
+    "a long name": ("x" * 5000, "its picture 1 .* cannot be read"),
+    "no name": ("a\0b", "its picture 1 is missing"),
     "a folder": ("/", "its picture 1 is missing"),
     "on the net": ("https://example.org/a.png", "is on the net; download it, or allow image_urls"),
     "nothing": ({"bytes": None, "path": None}, "its picture 1 is a NoneType"),
@@ -284,6 +287,8 @@ def test_pictures_tell_pairs_apart(tmp_path):
     sources = [*map(str, paths), picture(), picture(colour="blue"), "gone.png", {"bytes": b"x", "path": "a"}]
     assert len(set(map(fingerprint, sources))) == len(sources)
     assert fingerprint(str(paths[0])) == fingerprint(encoded(picture()))
+    for odd in ("x" * 5000, "a\0b", str(tmp_path), 7, None, Image.open(io.BytesIO(TRUNCATED))):
+        assert fingerprint(odd)
     assert fingerprint(picture()) == fingerprint(picture())
     assert fingerprint(Path(paths[0])) == fingerprint(str(paths[0]))
 

@@ -8,14 +8,22 @@ import torch
 pytest.importorskip("transformers", minversion="5.23")
 
 from orpo_kernels.methods import ORPO
-from orpo_kernels.transformers import batch_rows, causal_lm_answers, causal_lm_orpo_loss, refuses_shared_prompt
+from orpo_kernels.transformers import (
+    PreferenceCollator,
+    batch_rows,
+    causal_lm_answers,
+    causal_lm_orpo_loss,
+    refuses_shared_prompt,
+)
 from orpo_kernels.transformers.batches import with_rows
 from orpo_kernels.transformers.media import media_tokens
 from orpo_kernels.transformers.packing import pack_pairs
 from orpo_kernels.transformers.sharing import _SHARES_IMAGES
 
+from .models import assert_same
 from .models import build as build_text
 from .models import make_batch as text_batch
+from .processors import PROCESSORS, picture
 from .vision_models import IMAGE, MODELS, PAGE, build, make_pairs, padded_batch, pictures, row
 
 LINES = [line for line in PAGE.read_text().splitlines() if line.startswith("| ")]
@@ -40,6 +48,7 @@ def test_the_table_holds_no_other_model():
     assert len(LINES) == 1 + len(MODELS)
 
 
+@pytest.mark.slow
 def test_what_may_share_pictures_has_been_tried():
     exact = [line.split(" | ")[0].removeprefix("| ") for line in LINES if "| exact |" in line]
     assert {build(name).config.model_type for name in exact} == set(_SHARES_IMAGES)
@@ -109,6 +118,20 @@ def test_a_shared_picture_passes_the_tower_once(monkeypatch):
     causal_lm_orpo_loss(model, **padded_batch("Llava", model))
     causal_lm_orpo_loss(model, **shared)
     assert seen == [2 * len(pairs), len(pairs)]
+
+
+@pytest.mark.parametrize("name", ["LLaVA-NeXT", "Idefics3"])
+def test_sharing_is_exact_for_any_number_of_pictures(name):
+    processor, shown = PROCESSORS[name](), [picture(20, 12), picture(12, 30, "blue"), picture(9, 9, "green")]
+    model = build(name, vocab_size=len(processor.tokenizer), image=processor.image_token_id)
+    pairs = []
+    for length, images in ((1, shown[:1]), (9, shown[1:]), (3, []), (5, shown[2:])):
+        content = [{"type": "image"}] * len(images) + [{"type": "text", "text": "what " * length}]
+        pair = {"prompt": [{"role": "user", "content": content}], "chosen": "It is red", "rejected": "no " * length}
+        pairs.append(pair | ({"images": images} if images else {}))
+    padded, shared = (PreferenceCollator(processor, packing=packing)(pairs) for packing in ("padded", "shared"))
+    assert shared["packed"].order() != [0, 1, 2, 3]
+    assert_same(causal_lm_orpo_loss(model, **shared), causal_lm_orpo_loss(model, **padded), model)
 
 
 @pytest.mark.parametrize(

@@ -81,8 +81,8 @@ PUBLIC = {
     "orpo_kernels.reference": "orpo_loss",
     "orpo_kernels.transformers": """CausalLMORPOOutput CausalLMPreferenceOutput EncoderDecoderCollator LMHead
         ORPOTrainer PackedPairs PreferenceCollator PreferenceTrainer Refusal ShiftRight TokenizedPair
-        UnusablePair causal_lm_answers causal_lm_orpo_loss
-        causal_lm_preference_loss refuses_shared_prompt resolve_lm_head tokenize_pair tokenize_pairs""",
+        UnusablePair causal_lm_answers causal_lm_orpo_loss causal_lm_preference_loss freeze_vision
+        refuses_shared_prompt resolve_lm_head tokenize_pair tokenize_pairs""",
     "orpo_kernels.transformers.trainer": "ORPOTrainer PreferenceLossMixin PreferenceTrainer",
     "orpo_kernels.trl": "ORPOConfig ORPOTrainer",
     "orpo_kernels.compat.liger": "LigerFusedLinearORPOLoss",

@@ -369,10 +369,12 @@ MODELS: dict[str, Vision] = {
 }
 
 
-def build(name: str) -> nn.Module:
+def build(name: str, vocab_size: int = VOCAB, image: int = IMAGE) -> nn.Module:
+    """A random model; `image`: the token that stands for a piece of a picture."""
     vision = MODELS[name]
+    rest = {key: image if value == IMAGE else value for key, value in vision.rest.items()}
     config = getattr(transformers, f"{vision.architecture}Config")(
-        vision_config=dict(vision.tower), text_config={**TEXT, **vision.text}, **vision.rest
+        vision_config=dict(vision.tower), text_config={**TEXT, "vocab_size": vocab_size, **vision.text}, **rest
     )
     torch.manual_seed(1)
     return transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)

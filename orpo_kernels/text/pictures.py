@@ -34,13 +34,18 @@ def beside(source: Any, folder: Path) -> Any:
 
 
 def fingerprint(source: Any) -> str:
-    """A hash of what a picture holds, as hexadecimal; of one that is missing, of its name."""
+    """A hash of what a picture holds, as hexadecimal; of one that cannot be read, of its name."""
     source = content_of(source)
-    if isinstance(source, str | Path):
-        path = Path(source)
-        content = path.read_bytes() if path.is_file() else str(source).encode()
-    elif isinstance(source, bytes | bytearray):
-        content = bytes(source)
-    else:
-        content = source.tobytes() if hasattr(source, "tobytes") else repr(source).encode()
+    try:
+        content = _bytes_of(source)
+    except Exception:  # of the file system, or of PIL, which reads some pictures only now
+        content = repr(source).encode()
     return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def _bytes_of(source: Any) -> bytes:
+    if isinstance(source, bytes | bytearray):
+        return bytes(source)
+    if isinstance(source, str | Path):
+        return Path(source).read_bytes()
+    return source.tobytes()

@@ -41,6 +41,7 @@ _SOFTCAPS = (
     "logits_soft_cap",
     "output_logit_soft_cap",
 )  # Gemma 2 to 4; RecurrentGemma; xLSTM
+_LEAVES_OUT = ("aya_vision", "cohere2_vision")  # the logit_scale of their text model, in their own forward
 _MULTIPLIES_BY_DIVISOR = ("hyperclovax",)  # the same field as Granite, the other way round
 
 
@@ -195,6 +196,7 @@ def resolve_lm_head(model: nn.Module) -> LMHead:
     inner = unwrap(model)
     module, lora, tokens = head_layers(inner)
     scale, softcap = logit_transform(inner.config.get_text_config(decoder=True))
+    scale = 1.0 if inner.config.model_type in _LEAVES_OUT else scale
     bias: Tensor | None = module.bias
     if is_encoder_decoder(inner):
         scale, bias = scale * width_scale(inner), logits_bias(inner, bias, module.weight.dtype)

@@ -33,20 +33,9 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 3e-2, torc
 _ALIBI = ("bloom", "mpt")
 # Models whose pictures are tokens among others, found exact by `tests/test_images.py`.
 _SHARES_IMAGES = (
-    *(
-        "aria",
-        "deepseek_vl",
-        "exaone4_5",
-        "got_ocr2",
-        "idefics2",
-        "idefics3",
-        "internvl",
-        "janus",
-        "lighton_ocr",
-        "llava",
-    ),
-    *("llava_next", "llava_next_video", "llava_onevision", "mistral3", "qianfan_ocr", "smolvlm", "video_llama_3"),
-    "vipllava",
+    *("aria", "aya_vision", "cohere2_vision", "deepseek_vl", "exaone4_5", "got_ocr2", "idefics2", "idefics3"),
+    *("internvl", "janus", "lighton_ocr", "llava", "llava_next", "llava_next_video", "llava_onevision", "mistral3"),
+    *("qianfan_ocr", "smolvlm", "video_llama_3", "vipllava"),
 )
 
 _tried: weakref.WeakKeyDictionary[nn.Module, tuple] = weakref.WeakKeyDictionary()
