@@ -319,7 +319,7 @@ def test_an_aligned_batch_has_the_same_tokens(data):
 )
 def test_prompts_are_shared_where_that_is_fast(device, attention, expected, monkeypatch):
     model = build("Llama")
-    monkeypatch.setattr(sharing, "refuses_shared_prompt", lambda model: None)
+    monkeypatch.setattr(sharing, "refuses_shared_prompt", lambda model, images: None)
     monkeypatch.setattr(model.config, "_attn_implementation", attention)
     chosen, why = sharing.automatic_packing(model, torch.device(device))
     assert chosen == expected
