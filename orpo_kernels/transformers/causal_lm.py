@@ -242,9 +242,7 @@ def causal_lm_answers(
     def at_the_head(aux_loss: Tensor | None, head: dict[str, Any]) -> tuple[Tensor, None]:
         return row_logps(rows=rows, **head, **options), None
 
-    logps, _ = _run_to_the_head(
-        model, input_ids, attention_mask, packed, decoder_input_ids, media, at_the_head
-    )
+    logps, _ = _run_to_the_head(model, input_ids, attention_mask, packed, decoder_input_ids, media, at_the_head)
     return Answers.of(logps, rows)
 
 
