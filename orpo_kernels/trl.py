@@ -185,6 +185,7 @@ class ORPOTrainer(PreferenceLossMixin, TRLORPOTrainer):
         pairs = UsablePairs(rows.map(maybe_extract_prompt) if "prompt" not in rows.column_names else rows, collator)
         self.unusable_pairs[name] = pairs.unusable
         warn_of_unusable(pairs.unusable, len(rows), name, say=self.is_world_process_zero())
+        check_fits(self.model, pairs.extent, name, say=self.is_world_process_zero())
         return pairs
 
     def _shares_prompts(self, packing: Packing) -> bool:
