@@ -36,7 +36,6 @@ from torch import Tensor, nn
 
 from .devices import moved, rows_device
 from .methods import ORPO
-from .transformers.averages import Part
 from .transformers.batches import RowsCollator, with_rows
 from .transformers.body import unwrap
 from .transformers.collator import (
@@ -51,12 +50,13 @@ from .transformers.collator import (
 from .transformers.fitting import Extent, check_fits
 from .transformers.images import is_processor
 from .transformers.lm_head import resolve_lm_head
+from .transformers.metrics import PAIR_METRICS, Part, pair_metrics
 from .transformers.packing import PackedPairs, pack_pairs
 from .transformers.pairs import UsablePairs, warn_of_unusable
 from .transformers.rendering import WEIGHT, Rendered, UnusablePair, render_pair
 from .transformers.sharing import automatic_packing, refuses_shared_prompt
 from .transformers.tokenization import numbers_of
-from .transformers.trainer import PAIR_METRICS, PreferenceLossMixin, pair_metrics
+from .transformers.trainer import PreferenceLossMixin
 from .transformers.versions import body_of, check_trl, loss_takes_counts
 
 check_trl()

@@ -19,8 +19,8 @@ from datasets import Dataset
 from transformers import TrainingArguments
 
 from orpo_kernels.methods import METHODS
-from orpo_kernels.transformers import PreferenceCollator, causal_lm_preference_loss
-from orpo_kernels.transformers.trainer import PAIR_METRICS, PreferenceTrainer, pair_metrics
+from orpo_kernels.transformers import PreferenceCollator, PreferenceTrainer, causal_lm_preference_loss
+from orpo_kernels.transformers.metrics import PAIR_METRICS, pair_metrics
 
 from . import runs
 from .test_trainer import LAUNCHER, python

@@ -19,9 +19,15 @@ from datasets import Dataset
 from transformers import TrainingArguments
 
 from orpo_kernels.methods import METHODS
-from orpo_kernels.transformers import PreferenceCollator, causal_lm_answers, causal_lm_preference_loss
+from orpo_kernels.transformers import (
+    ORPOTrainer,
+    PreferenceCollator,
+    PreferenceTrainer,
+    causal_lm_answers,
+    causal_lm_preference_loss,
+)
 from orpo_kernels.transformers import reference_model as reference_module
-from orpo_kernels.transformers.trainer import METRICS, ORPOTrainer, PreferenceTrainer
+from orpo_kernels.transformers.metrics import METRICS
 
 from .training import assert_same_logs, chat_examples, losses, settings, tiny, tokenizer
 from .versions import keeps_the_order

@@ -12,7 +12,7 @@ from typing import Any
 from orpo_kernels.integrations.collated import OPTIONS, CollatedPairsMixin
 from orpo_kernels.methods import ORPO
 from orpo_kernels.transformers.causal_lm import CausalLMOutput
-from orpo_kernels.transformers.trainer import PAIR_METRICS, pair_metrics
+from orpo_kernels.transformers.metrics import PAIR_METRICS, pair_metrics
 
 TRAINER = "orpo_kernels.integrations.ms_swift.ORPOTrainer"
 

@@ -29,22 +29,19 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate.data_loader import DataLoaderDispatcher
 from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
-from transformers import EvalPrediction, Trainer
+from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from .. import PreferenceOutput, Rows
+from .. import Rows
 from ..devices import moved, statistics_dtype
 from ..engine.objective import counts_of
 from ..methods import Method, all_options, method_named
 from ..sparsity import Sparsity, measured_sparsity
-from .averages import Averages, Part
 from .batches import RowsCollator, with_rows
 from .body import router_loss_coef, unwrap, wants_router_loss
 from .causal_lm import CausalLMOutput, causal_lm_preference_loss
@@ -55,6 +52,7 @@ from .engines import run_inside
 from .fitting import check_fits
 from .lm_head import resolve_lm_head
 from .media import media_tokens
+from .metrics import Averages, Part, averaged_metrics, pair_metrics, preference_metrics
 from .pairs import COLUMNS, NAMED, GroupedByLength, UsablePairs, UsableStream, is_stream, lengths_of, warn_of_unusable
 from .reference_model import ReferencedPairs, has_reference, reference_logps
 from .rendering import KNOWN
@@ -64,6 +62,7 @@ from .versions import body_of, compilation_by_environment, groups_by_length, los
 logger = logging.getLogger(__name__)
 
 _COLLATORS = (PreferenceCollator, EncoderDecoderCollator)  # that read of an example what we know
+_PAIR_LOSS, _ROUTER_LOSS = "pair_loss", "router_loss"  # the parts of a loss beside its NLL
 _FROM_THE_STEP = ("nll_denominator", "pair_denominator")
 _OF_THE_ANSWERS = ("schedule", "memory_budget", "backend", "ignore_index")  # options without gradient as well
 
@@ -567,54 +566,3 @@ def _method_and_options(name: str, beta: float | None, options: Mapping[str, Any
 
 
 # --- metrics -------------------------------------------------------------------------------------------------------
-
-PAIR_METRICS = (
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/accuracies",
-    "rewards/margins",
-    "logps/rejected",
-    "logps/chosen",
-    "log_odds_ratio",
-    "log_odds_chosen",
-)
-METRICS = (*PAIR_METRICS, "nll_loss")
-
-
-_PAIR_LOSS, _ROUTER_LOSS = "pair_loss", "router_loss"  # the parts of a loss beside its NLL
-
-
-def averaged_metrics(out: PreferenceOutput, valid: Tensor, nll_count: Tensor) -> dict[str, Part]:
-    """What a batch adds to `METRICS`: the pairs that are `valid` (B,) bool, and its NLL, a mean over `nll_count`."""
-    device = nll_count.device
-    valid = valid.to(device)
-    sums = moved(pair_metrics(out), device, torch.float64).masked_fill(~valid[:, None], 0).sum(0)
-    pairs = valid.sum()
-    parts = {name: Part(total, pairs) for name, total in zip(PAIR_METRICS, sums, strict=True)}
-    return parts | {"nll_loss": Part(out.nll_loss.to(device) * nll_count, nll_count)}
-
-
-def pair_metrics(out: PreferenceOutput) -> Tensor:
-    """(B, 8) fp32: `PAIR_METRICS` of every pair, as TRL defines them; NaN for a pair with an empty answer."""
-    chosen, rejected = out.chosen_rewards, out.rejected_rewards
-    values = {
-        "rewards/chosen": chosen,
-        "rewards/rejected": rejected,
-        "rewards/accuracies": out.preferred.to(chosen.dtype),
-        "rewards/margins": chosen - rejected,
-        "logps/rejected": out.rejected_logps,
-        "logps/chosen": out.chosen_logps,
-        "log_odds_ratio": F.logsigmoid(out.log_odds),
-        "log_odds_chosen": out.log_odds,
-    }
-    metrics = torch.stack([values[name].detach().float() for name in PAIR_METRICS], 1)
-    return metrics.masked_fill(~out.valid_pairs[:, None], torch.nan)
-
-
-def preference_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """The means of `METRICS` over the valid pairs, for `compute_metrics`. (For nll_loss the trainer puts the set's.)"""
-    values = prediction.predictions
-    values = np.concatenate(values) if isinstance(values, list) else np.asarray(values)
-    valid = ~np.isnan(values)
-    sums, counts = np.where(valid, values, 0).sum(0, dtype=np.float64), valid.sum(0)
-    return {name: float(s / n) for name, s, n in zip(METRICS, sums, counts, strict=True) if n}
