@@ -393,8 +393,10 @@ def test_the_words_to_go_on_say_all_that_was_set():
 
 def test_an_interrupt_ends_the_run_in_its_own_process_too(tmp_path):
     """It is passed on where it came to this process alone, and the child can say its own."""
+    heed = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background has none
     child = f"""
-import pathlib, time
+import pathlib, signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 folder = pathlib.Path({str(tmp_path)!r})
 try:
     (folder / "ready").touch()
@@ -413,6 +415,7 @@ except KeyboardInterrupt:
     with pytest.raises(KeyboardInterrupt):
         children.run_child([sys.executable, "-c", child])
     sender.join()
+    signal.signal(signal.SIGINT, heed)
     assert (tmp_path / "interrupted").exists()
 
 
