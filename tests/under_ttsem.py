@@ -64,13 +64,12 @@ def tiles(request, monkeypatch) -> None:
 
 each_shape = pytest.mark.parametrize(("rows", "vocab", "size"), SHAPES)
 each_dtype = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+# Where a kernel reads and writes depends on the sizes and on what is there at all; values are checked elsewhere.
 each_head = pytest.mark.parametrize(
     ("dtype", "scale", "softcap", "has_bias"),
     [
         (torch.float32, 1.0, None, False),
-        (torch.float32, 1.7, 5.0, True),
         (torch.bfloat16, 1.7, 5.0, True),
-        (torch.float16, 1.0, None, True),
     ],
     ids=str,
 )
