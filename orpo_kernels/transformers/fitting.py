@@ -9,7 +9,15 @@ from typing import Any
 
 POSITIONS = ("max_position_embeddings", "max_seq_len")  # names in a config; the second is MPT's
 # Models that count positions from the padding token's id on, so that the first ones of their table go unused.
-FROM_PADDING = "roberta xlm-roberta xlm-roberta-xl roberta-prelayernorm camembert data2vec-text xmod".split()
+FROM_PADDING = [
+    "roberta",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "roberta-prelayernorm",
+    "camembert",
+    "data2vec-text",
+    "xmod",
+]
 
 logger = logging.getLogger(__name__)
 
