@@ -34,6 +34,7 @@ from orpo_kernels.transformers import PreferenceCollator, causal_lm_orpo_loss
 from orpo_kernels.transformers.batches import batch_on
 from orpo_kernels.transformers.trainer import PreferenceTrainer
 
+from . import encoder_decoder
 from .batches import Batch, plain_loss, random_labels, relative_error
 from .narrow_device import NARROW, narrow_device
 from .training import assert_same_logs, chat_examples, settings, tiny, tokenizer
@@ -200,6 +201,17 @@ def test_labels_on_the_device_and_batches_of_a_collator():
     out.loss.backward()
     torch.testing.assert_close(out.loss.cpu(), expected, rtol=1e-5, atol=0)
     assert all(parameter.grad.device == NARROW for parameter in model.parameters() if parameter.grad is not None)
+
+
+@pytest.mark.parametrize("name", ["T5: tied, scaled", "BART: bias"])
+def test_an_encoder_decoder_model(name):
+    """Labels of the host or of the device; the shift to what the decoder reads is the model's own."""
+    batch = encoder_decoder.make_batch()
+    expected = causal_lm_orpo_loss(encoder_decoder.build(name).eval(), **batch).loss
+    model = encoder_decoder.build(name).eval().to(NARROW)
+    out = causal_lm_orpo_loss(model, **{key: tensor.to(NARROW) for key, tensor in batch.items()})
+    out.loss.backward()
+    torch.testing.assert_close(out.loss.cpu(), expected, rtol=1e-5, atol=0)
 
 
 def train(
