@@ -47,6 +47,7 @@ from .transformers.collator import (
     end_turn,
     pair_weights,
 )
+from .transformers.engines import whole
 from .transformers.fitting import Extent, check_fits
 from .transformers.images import is_processor
 from .transformers.lm_head import resolve_lm_head
@@ -54,7 +55,7 @@ from .transformers.metrics import PAIR_METRICS, Part, pair_metrics
 from .transformers.packing import PackedPairs, pack_pairs
 from .transformers.pairs import UsablePairs, warn_of_unusable
 from .transformers.rendering import WEIGHT, Rendered, UnusablePair, render_pair
-from .transformers.sharing import automatic_packing, refuses_shared_prompt
+from .transformers.sharing import automatic_packing, refuses_before_training
 from .transformers.tokenization import numbers_of
 from .transformers.trainer import PreferenceLossMixin
 from .transformers.versions import body_of, check_trl, loss_takes_counts
@@ -164,7 +165,7 @@ class ORPOTrainer(PreferenceLossMixin, TRLORPOTrainer):
         """Rows and batches as `PreferenceTrainer` makes them. Raises `ValueError` where prompts cannot be shared."""
         if self.generate_during_eval:
             raise ValueError("generate_during_eval=True takes the prompts out of TRL's batches; leave it out.")
-        if packing == "shared" and (reason := refuses_shared_prompt(self.model, images=True)):
+        if packing == "shared" and (reason := refuses_before_training(self.model, images=True)):
             raise ValueError(f'{reason} Use packing="padded".')
         if packing == "auto":
             packing, _ = automatic_packing(self.model, self.args.device, images=True)
@@ -205,7 +206,7 @@ class ORPOTrainer(PreferenceLossMixin, TRLORPOTrainer):
             return "The batches are made by a data_collator of yours."
         if self.generate_during_eval:
             return "generate_during_eval=True takes the prompts out of padded batches."
-        return refuses_shared_prompt(self.model)
+        return refuses_before_training(self.model)
 
     def _usable(self, rows: Any, name: str) -> Any:
         """The rows without those that could not be rendered or tokenised."""
@@ -470,4 +471,5 @@ def mean_logits(model: nn.Module, means: list[Tensor]) -> Tensor:
     head = resolve_lm_head(model)
     if not means:
         return torch.full((2,), torch.nan, device=head.weight.device)
-    return head.mean_logits(means[0])
+    with whole(unwrap(model).get_output_embeddings()):
+        return head.mean_logits(means[0])

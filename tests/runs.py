@@ -9,6 +9,7 @@ python -m torch.distributed.run --nproc-per-node 2 -m tests.runs smollm2 fsdp2 F
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -157,6 +158,61 @@ def zero(stage: int, kind: str, folder: Path) -> None:
     leave(trainer)
 
 
+ZERO3 = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
+EVALUATING = {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True}
+
+
+def zero3_model(case: str) -> Any:
+    """The model of a case of `zero3`, the same in one process."""
+    model = tiny(tie_word_embeddings=case == "tied")
+    if case != "lora":
+        return model
+    import peft
+
+    torch.manual_seed(3)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    return peft.get_peft_model(model, config)
+
+
+def zero3_trainer(kind: str, folder: Path, case: str) -> Any:
+    """A trainer that has its parameters in parts from its first step on; in the case "parts", before."""
+    from transformers import TrainingArguments
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()  # of the case before, under which models would be made in parts
+    changes = {
+        "train_sampling_strategy": "sequential",
+        "gradient_accumulation_steps": 2,
+        "deepspeed": {**DEEPSPEED, "zero_optimization": ZERO3},
+        **({"save_strategy": "steps", "save_steps": 2} if case == "whole" else {}),
+        **({} if kind == "trl" else EVALUATING),
+    }
+    model = zero3_model(case)
+    if case == "parts":
+        arguments = TrainingArguments(**settings(folder, deepspeed=changes["deepspeed"]))
+        model = type(model).from_pretrained(folder / "initial")  # while there are arguments
+        assert arguments.deepspeed
+        assert model.lm_head.weight.numel() == 0
+    trainer = make_trainer(kind, folder / case, model, **changes)
+    if case == "parts" and kind != "trl":
+        assert trainer.data_collator.packing == "padded"
+        trainer.data_collator = dataclasses.replace(trainer.data_collator, packing="shared")
+    return trainer
+
+
+def zero3(kind: str, folder: Path) -> None:
+    """As `zero`, with parameters in parts as well: one case behind the other; "resumed" goes on with "whole"."""
+    for case in ("whole", "resumed", "parts", "tied", "lora"):
+        trainer = zero3_trainer(kind, folder, case)
+        trainer.train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-2") if case == "resumed" else None)
+        assert all(parameter.numel() == 0 for parameter in trainer.model.parameters())
+        if case == "whole":
+            trainer.save_model(str(folder / "model"))
+        if trainer.is_world_process_zero():
+            (folder / f"{case}.json").write_text(json.dumps(trainer.state.log_history))
+    leave(trainer)
+
+
 def smollm2(engine: str, folder: Path) -> None:
     """Ten steps of SmolLM2 on LLMBar, two pairs each, by one process or two; SGD needs no memory of its own."""
     from transformers import TrainingArguments
@@ -199,7 +255,7 @@ def main() -> None:
         interrupted(kind, folder, [Kill()]).train()
     else:
         runs = {"together": together, "sharded": sharded, "evaluated": evaluated, "smollm2": smollm2}
-        runs |= {f"zero{stage}": functools.partial(zero, stage) for stage in (1, 2)}
+        runs |= {f"zero{stage}": functools.partial(zero, stage) for stage in (1, 2)} | {"zero3": zero3}
         runs[what](kind, Path(folder))
 
 

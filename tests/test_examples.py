@@ -97,13 +97,21 @@ def test_a_mesh_of_four_processes(model_folder, tmp_path):
     assert all(value.isfinite().all() for value in after.state_dict().values())
 
 
-@pytest.mark.parametrize(("name", "processes"), [("one_gpu", 1), ("two_gpus_ddp", 2), ("eight_gpus_fsdp2", 8)])
-def test_configurations_of_accelerate(name, processes):
+@pytest.mark.parametrize(
+    ("name", "processes", "kind"),
+    [
+        ("one_gpu", 1, "NO"),
+        ("two_gpus_ddp", 2, "MULTI_GPU"),
+        ("eight_gpus_fsdp2", 8, "FSDP"),
+        ("eight_gpus_zero3", 8, "DEEPSPEED"),
+    ],
+)
+def test_configurations_of_accelerate(name, processes, kind):
     from accelerate.commands.config.config_args import load_config_from_file
 
     config = load_config_from_file(str(ROOT / "examples" / "distributed" / f"{name}.yaml"))
     assert config.num_processes == processes
-    assert str(config.distributed_type.value) == {1: "NO", 2: "MULTI_GPU", 8: "FSDP"}[processes]
+    assert str(config.distributed_type.value) == kind
 
 
 def test_they_are_short():

@@ -134,20 +134,21 @@ def test_fsdp2_with_lora_on_a_frozen_sharded_base(ranks):
     check(ranks.run(with_fsdp, "layers", "padded", {}, True), alone(lora=True))
 
 
-def with_zero3(packing: str, tied: bool) -> list[tuple[Tensor, dict[str, Tensor]]]:
+def with_zero3(packing: str, tied: bool, lora: bool) -> list[tuple[Tensor, dict[str, Tensor]]]:
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
     from deepspeed.utils import safe_get_full_grad
 
     deepspeed.init_distributed(dist_backend="gloo")
     model = tiny(tie_word_embeddings=tied)
+    model = adapted(model) if lora else model
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 2,  # so that backward leaves the gradients where they are
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
         "zero_allow_untested_optimizer": True,
     }
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.0)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
 
     def loss_of(**batch: Any) -> Any:
@@ -155,18 +156,24 @@ def with_zero3(packing: str, tied: bool) -> list[tuple[Tensor, dict[str, Tensor]
 
     steps = []
     for _ in range(2):
-        assert model.lm_head.weight.numel() == 0  # the parameters lie in parts, on all ranks
+        assert all(parameter.numel() == 0 for parameter in model.parameters())  # in parts, on all ranks
         out = run_inside(engine, engine.module, loss_of, batch_of(mine(), packing))
         engine.backward(out.loss, scale_wrt_gas=False)
-        grads = {name: safe_get_full_grad(parameter) for name, parameter in engine.module.named_parameters()}
-        steps.append((out.loss.detach(), {name: grad.clone() for name, grad in grads.items() if grad is not None}))
+        trained = {name: weight for name, weight in engine.module.named_parameters() if weight.requires_grad}
+        steps.append(
+            (out.loss.detach(), {name: safe_get_full_grad(weight).clone() for name, weight in trained.items()})
+        )
         engine.optimizer.zero_grad()
     return steps
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
-def test_zero3(ranks, tied):
-    """DeepSpeed's ZeRO-3, where the package is installed."""
+@pytest.mark.parametrize(
+    ("packing", "tied", "lora"),
+    [("padded", False, False), ("shared", False, False), ("padded", True, False), ("padded", False, True)],
+    ids=["", "shared", "tied", "lora"],
+)
+def test_zero3(ranks, packing, tied, lora):
+    """DeepSpeed's ZeRO-3, where the package is installed; adapters in the layers and on the head."""
     pytest.importorskip("deepspeed")
-    check(ranks.run(with_zero3, "padded", tied), alone(tied=tied))
+    check(ranks.run(with_zero3, packing, tied, lora), alone(tied=tied, lora=lora))

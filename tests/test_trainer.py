@@ -27,7 +27,7 @@ from benchmarks.contest.workloads import have_real_data
 from orpo_kernels.transformers import PreferenceCollator, causal_lm_orpo_loss, tokenize_pairs
 from orpo_kernels.transformers.batches import batch_rows
 from orpo_kernels.transformers.metrics import METRICS, preference_metrics
-from orpo_kernels.transformers.trainer import ORPOTrainer, run_inside
+from orpo_kernels.transformers.trainer import ORPOTrainer, PreferenceTrainer, run_inside
 
 from . import runs
 from .training import assert_same_logs, chat_examples, grad_norms, losses, settings, tiny, tokenizer
@@ -302,12 +302,17 @@ def test_a_router_whose_loss_is_not_known_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "found"),
-    [("is_fsdp_enabled", "FSDP version 1"), ("deepspeed_plugin", "DeepSpeed's ZeRO-3"), ("n_gpu", "DataParallel")],
+    [
+        ("is_fsdp_enabled", "FSDP version 1 .*fsdp_config={'version': 2, .*fsdp_version: 2"),
+        ("parallelism_config", "sequence parallelism"),
+        ("n_gpu", "DataParallel"),
+    ],
 )
 def test_shards_and_replicas_are_refused(name, found, tmp_path, monkeypatch):
     trainer = trainer_of(tmp_path)
-    if name == "deepspeed_plugin":
-        monkeypatch.setattr(type(trainer.accelerator.state), name, SimpleNamespace(zero_stage=3))
+    if name == "parallelism_config":
+        enabled = SimpleNamespace(tp_enabled=False, cp_enabled=True, sp_enabled=False)
+        monkeypatch.setattr(type(trainer.accelerator), name, enabled)
     elif name == "n_gpu":
         trainer.args._n_gpu = 2
     else:
@@ -323,11 +328,43 @@ def test_fsdp2_is_let_through(tmp_path, monkeypatch):
     trainer._check_setup()
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
-def test_zero_1_and_2_are_let_through(stage, tmp_path, monkeypatch):
-    trainer = trainer_of(tmp_path)
+def at_stage(stage: int, trainer: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(type(trainer.accelerator.state), "deepspeed_plugin", SimpleNamespace(zero_stage=stage))
-    trainer._check_setup()
+    return trainer
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_stage_of_zero_is_let_through(stage, tmp_path, monkeypatch):
+    at_stage(stage, trainer_of(tmp_path), monkeypatch)._check_setup()
+
+
+def test_zero3_with_trained_tokens_is_refused(tmp_path, monkeypatch):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 2], task_type="CAUSAL_LM")
+    trainer = trainer_of(tmp_path, peft.get_peft_model(tiny(tie_word_embeddings=True), config))
+    at_stage(2, trainer, monkeypatch)._check_setup()
+    with pytest.raises(ValueError, match="trainable_token_indices"):
+        at_stage(3, trainer, monkeypatch)._check_setup()
+
+
+def test_zero3_does_not_train_what_it_has_evaluated(tmp_path):
+    trainer = trainer_of(tmp_path)
+    trainer.deepspeed = trainer.model  # as an evaluation leaves it
+    with pytest.raises(ValueError, match="eval_on_start"):
+        trainer.train()
+
+
+def test_a_model_in_parts_is_not_run_before_training(tmp_path):
+    """ZeRO-3 has its parameters in parts, each with an id, as soon as it is loaded."""
+    model = tiny()
+    for number, parameter in enumerate(model.parameters()):
+        parameter.ds_id, parameter.data = number, torch.empty(0)
+    trainer = trainer_of(tmp_path, model)
+    assert trainer.data_collator.packing == "padded"
+    with pytest.raises(ValueError, match="reference is in parts"):
+        PreferenceTrainer(
+            model, trainer.args, data_collator=trainer.data_collator, train_dataset=chat_examples(), method="dpo"
+        )
 
 
 def test_batches_that_the_main_process_slices_are_refused(tmp_path, monkeypatch):
@@ -423,6 +460,30 @@ def test_two_processes_are_one_large_batch(kind, engine, tmp_path):
         saved = type(alone.model).from_pretrained(tmp_path / "model").state_dict()
         for name, parameter in alone.model.state_dict().items():
             torch.testing.assert_close(saved[name], parameter, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@each_trainer
+def test_zero3_is_one_large_batch(kind, tmp_path):
+    """DeepSpeed ZeRO-3, where the head's weight lies in parts on both processes, a tied one too, and LoRA on it."""
+    pytest.importorskip("deepspeed")
+    tiny().save_pretrained(tmp_path / "initial")
+    run = python(*LAUNCHER, "-m", "tests.runs", "zero3", kind, tmp_path)
+    assert run.returncode == 0, run.stderr
+    changes = {"train_sampling_strategy": "sequential", "gradient_accumulation_steps": 2}
+    changes |= {"per_device_train_batch_size": 4, **({} if kind == "trl" else runs.EVALUATING)}
+    for case, others in {"whole": ("parts", "resumed"), "tied": (), "lora": ()}.items():
+        alone = runs.make_trainer(kind, tmp_path / "alone", runs.zero3_model(case), **changes)
+        alone.train()
+        for name in (case, *others):
+            logs = [json.loads((tmp_path / f"{name}.json").read_text()), alone.state.log_history]
+            if name == "resumed":  # which evaluates once more, and whose last record begins where it went on
+                logs = [[record for record in history if "loss" in record] for history in logs]
+            assert_same_logs(*map(_but_logits, logs))
+        if case == "whole":
+            saved = type(alone.model).from_pretrained(tmp_path / "model").state_dict()
+            for name, parameter in alone.model.state_dict().items():
+                torch.testing.assert_close(saved[name], parameter, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

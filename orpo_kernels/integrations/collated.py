@@ -13,7 +13,7 @@ from ..methods import Method
 from ..transformers.batches import RowsCollator, with_rows
 from ..transformers.causal_lm import CausalLMOutput
 from ..transformers.packing import SIDES, Packing, pack_pairs
-from ..transformers.sharing import automatic_packing, refuses_shared_prompt
+from ..transformers.sharing import automatic_packing, refuses_before_training
 from ..transformers.trainer import PreferenceLossMixin
 from ..transformers.versions import loss_takes_counts
 
@@ -42,7 +42,7 @@ class CollatedPairsMixin(PreferenceLossMixin):
         self.method = method
         self.loss_options = {"sparse_eps": sparse_eps}
         self._check_setup()
-        if packing == "shared" and (reason := refuses_shared_prompt(self.model)):
+        if packing == "shared" and (reason := refuses_before_training(self.model)):
             raise ValueError(f'{reason} Use packing="padded".')
         if packing == "auto":
             packing, _ = automatic_packing(self.model, self.args.device)

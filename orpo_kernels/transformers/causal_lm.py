@@ -16,7 +16,7 @@ from .batches import batch_rows
 from .body import BodyOutput, router_loss_coef, run_body, unwrap
 from .encoder_decoder import decoder_inputs
 from .engines import is_fsdp2, through
-from .lm_head import resolve_lm_head
+from .lm_head import LMHead, resolve_lm_head, through_head
 from .media import media_inputs, media_tokens
 from .packing import IGNORE_INDEX, PackedPairs
 from .probe import verify_lm_head
@@ -278,8 +278,7 @@ def _run_to_the_head(
     def forward() -> Tensor:
         hidden, aux_loss = _checked_body(model, inner, input_ids, attention_mask, packed, decoder_input_ids, media)
 
-        def head_forward(hidden: Tensor) -> Tensor:  # an engine that shards the head has its weight whole here
-            head = resolve_lm_head(inner)
+        def head_forward(head: LMHead, hidden: Tensor) -> Tensor:
             operands = head.operands(hidden)
             arguments = operands._asdict() | {"hidden": operands.hidden.flatten(0, 1)}
             arguments |= {"logit_scale": head.logit_scale, "logit_softcap": head.logit_softcap}
@@ -287,7 +286,7 @@ def _run_to_the_head(
             kept.append(rest)
             return value
 
-        return through(inner.get_output_embeddings(), head_forward, hidden)
+        return through_head(inner, head_forward, hidden)
 
     # FSDP2 gathers what belongs to no layer of its own in the forward of the whole model.
     value = through(model, forward) if is_fsdp2(model) else forward()

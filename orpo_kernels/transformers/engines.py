@@ -40,7 +40,29 @@ def through(module: nn.Module, function: Callable[..., Tensor], *inputs: Tensor)
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether the module's parameters are whole inside its forward alone: FSDP2's, or ZeRO-3's."""
-    return is_fsdp2(module) or any(hasattr(parameter, "ds_id") for parameter in module.parameters(recurse=False))
+    return is_fsdp2(module) or any(map(_is_zero3, module.parameters(recurse=False)))
+
+
+def is_in_parts(model: nn.Module) -> bool:
+    """Whether ZeRO-3 has spread the model over the processes: so is one that was loaded under its config."""
+    return any(map(_is_zero3, model.parameters()))
+
+
+@contextmanager
+def whole(module: nn.Module) -> Iterator[None]:
+    """Inside, what ZeRO-3 has spread of the module's parameters is whole, to be read; in all processes at once."""
+    parameters = list(filter(_is_zero3, module.parameters()))
+    if not parameters:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parameters):
+        yield
+
+
+def _is_zero3(parameter: Tensor) -> bool:
+    return hasattr(parameter, "ds_id")
 
 
 def is_fsdp2(module: nn.Module) -> bool:

@@ -20,8 +20,9 @@ the row of each token.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from .body import unwrap
 from .encoder_decoder import is_encoder_decoder, logits_bias, width_scale
-from .engines import class_of, hooks_of_engine
+from .engines import class_of, hooks_of_engine, through
 
 # The config fields by which the models of transformers 5.23 transform their logits, found by reading every
 # `logits = self.lm_head(...)` there. A field that is missing or None does nothing.
@@ -201,6 +202,21 @@ def resolve_lm_head(model: nn.Module) -> LMHead:
     if is_encoder_decoder(inner):
         scale, bias = scale * width_scale(inner), logits_bias(inner, bias, module.weight.dtype)
     return LMHead(module.weight, bias, scale, softcap, lora, tokens)
+
+
+def through_head(model: PreTrainedModel, function: Callable[[LMHead, Tensor], Tensor], hidden: Tensor) -> Tensor:
+    """`function(head, hidden)` where the head's parameters are whole: inside the forwards of their modules.
+
+    FSDP2 shards the head with what is around it; ZeRO-3 every layer by itself, an adapter's too.
+    """
+    linear, lora, _ = head_layers(model)
+
+    def run(hidden: Tensor) -> Tensor:
+        return function(resolve_lm_head(model), hidden)
+
+    for module in dict.fromkeys((linear, *(adapter.up for adapter in lora), model.get_output_embeddings())):
+        run = partial(through, module, run)
+    return run(hidden)
 
 
 class HeadLayers(NamedTuple):

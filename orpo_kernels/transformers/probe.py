@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 
 from .body import run_body, wants_router_loss
 from .encoder_decoder import probe_inputs
-from .engines import is_fsdp2, through
-from .lm_head import LMHead, head_layers, match_dtype, resolve_lm_head
+from .engines import is_fsdp2
+from .lm_head import LMHead, head_layers, match_dtype, through_head
 
 PROBE_TOKENS = 8
 # Both sides compute the same products in the same dtype. They differ by the roundings of the transform, which a model
@@ -85,12 +85,8 @@ def _compare(model: nn.Module, inner: PreTrainedModel, head: LMHead, inputs: dic
     if hidden.shape[-1] != size:
         raise _refusal(inner, head, f"the body gives {hidden.shape[-1]} features, the head takes {size}")
 
-    def through_head(function: Callable[[LMHead, Tensor], Tensor], hidden: Tensor) -> Tensor:
-        """With the head as it is inside its own forward, where it may be sharded elsewhere."""
-        return through(inner.get_output_embeddings(), lambda hidden: function(resolve_lm_head(inner), hidden), hidden)
-
-    gain = _gain(through_head(LMHead.logits, hidden))
-    ours = through_head(LMHead.logits, hidden * gain)
+    gain = _gain(through_head(inner, LMHead.logits, hidden))
+    ours = through_head(inner, LMHead.logits, hidden * gain)
     amplifier = inner.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0] * gain, *args[1:]))
     try:
         # Under FSDP2 this is inside the forward of the root already, which is not to be entered twice.
@@ -111,7 +107,9 @@ def _compare(model: nn.Module, inner: PreTrainedModel, head: LMHead, inputs: dic
     if ours.shape != theirs.shape:
         raise _refusal(inner, head, f"its logits have shape {tuple(theirs.shape)}, ours {tuple(ours.shape)}")
     difference = float((ours - theirs).abs().max() / theirs.abs().max())
-    product = through_head(lambda head, hidden: F.linear(match_dtype(hidden, head.weight), head.weight), hidden[:, :1])
+    product = through_head(
+        inner, lambda head, some: F.linear(match_dtype(some, head.weight), head.weight), hidden[:, :1]
+    )
     tolerance = _TOLERANCE[product.dtype]
     if not difference <= tolerance:  # NaN is a difference, too
         raise _refusal(inner, head, f"its logits differ by {difference:.2g} of the largest (allowed: {tolerance:.0e})")

@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .body import MASKS, layer_kinds, run_body, unwrap, wants_router_loss
 from .encoder_decoder import is_encoder_decoder
+from .engines import is_in_parts
 from .packing import IGNORE_INDEX, SIDES, Packing, pack_pairs
 from .probe import training_without_noise, undisturbed
 from .versions import body_of
@@ -65,6 +66,11 @@ def refuses_shared_prompt(model: nn.Module, images: bool = False) -> str | None:
     return obstacle and f"{type(inner).__name__} cannot share prompts: {obstacle}."
 
 
+def refuses_before_training(model: nn.Module, images: bool = False) -> str | None:
+    """As `refuses_shared_prompt`, but None for a model in parts, of which the loss finds it out in the first step."""
+    return None if is_in_parts(model) else refuses_shared_prompt(model, images)
+
+
 def automatic_packing(model: nn.Module, device: torch.device, images: bool = False) -> tuple[Packing, str]:
     """What packing="auto" means for `model` on `device`, and why: shared prompts where they are exact and fast.
 
@@ -73,6 +79,11 @@ def automatic_packing(model: nn.Module, device: torch.device, images: bool = Fal
     On a CPU they save what the prompts cost. On an H100 masked attention by sdpa made them 1.7 to 2.2 times slower than
     padded rows, and FlexAttention a little faster (docs/gpu.md).
     """
+    if is_in_parts(model):
+        return "padded", (
+            "ZeRO-3 has the weights in parts until training begins, so nothing can be tried before; "
+            'packing="shared" tries it in the first step'
+        )
     if reason := refuses_shared_prompt(model, images):
         return "padded", reason
     attention = unwrap(model).config.get_text_config(decoder=True)._attn_implementation

@@ -48,7 +48,7 @@ from .causal_lm import CausalLMOutput, causal_lm_preference_loss
 from .collator import IGNORE_INDEX, PreferenceCollator, Refusal
 from .encoder_decoder import is_encoder_decoder
 from .encoder_decoder_collator import EncoderDecoderCollator
-from .engines import run_inside
+from .engines import is_in_parts, run_inside
 from .fitting import check_fits
 from .lm_head import resolve_lm_head
 from .media import media_tokens
@@ -84,6 +84,7 @@ class PreferenceLossMixin:
     accelerator: Any
     train_dataset: Any
     model: Any
+    optimizer: Any
     current_gradient_accumulation_steps: int
     _compile_options: dict[str, Any] | None = None
     _sparsity: Sparsity | None = None
@@ -217,8 +218,14 @@ class PreferenceLossMixin:
         """As the Trainer's, but also several processes may evaluate before they train.
 
         An evaluation marks the model as prepared, though it is not for training: `train` would leave it as it is (in
-        transformers 5.23), and the gradients of the processes would never meet.
+        transformers 5.23), and the gradients of the processes would never meet. Of DeepSpeed's ZeRO-3 it makes an
+        engine without optimizer, which is refused.
         """
+        if getattr(self, "deepspeed", None) is not None and self.optimizer is None:
+            raise ValueError(
+                "The trainer has evaluated under ZeRO-3, for which the Trainer makes an engine that cannot train. Set "
+                "eval_on_start=True in place of evaluate() before train(), or make a new trainer of a new model."
+            )
         is_marked = self.model in self.accelerator._models
         if is_marked and self.accelerator.num_processes > 1 and not getattr(self, "is_fsdp_enabled", False):
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # autocast is put around it again
@@ -274,21 +281,26 @@ class PreferenceLossMixin:
                 "Start one process for each with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES."
             )
         fsdp = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if getattr(self, "is_fsdp_enabled", False) and getattr(fsdp, "fsdp_version", 1) != 2:
+            raise ValueError(
+                "FSDP version 1 is enabled, which this trainer does not support. Use version 2: fsdp=True, "
+                "fsdp_config={'version': 2, 'transformer_layer_cls_to_wrap': [the class of the model's layers]} among "
+                "the training arguments, or in an Accelerate config distributed_type: FSDP with fsdp_version: 2, "
+                "fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP and fsdp_reshard_after_forward: true."
+            )
         parallelism = getattr(self.accelerator, "parallelism_config", None)
-        reasons = {
-            "FSDP version 1": getattr(self, "is_fsdp_enabled", False) and getattr(fsdp, "fsdp_version", 1) != 2,
-            "DeepSpeed's ZeRO-3": zero_stage(self.accelerator) == 3,
-            "tensor, context or sequence parallelism": parallelism is not None
-            and (parallelism.tp_enabled or parallelism.cp_enabled or parallelism.sp_enabled),
-        }
-        for name, enabled in reasons.items():
-            if enabled:
-                raise ValueError(
-                    f"{name} is enabled, which this trainer does not support. Use one process, or several with "
-                    "DistributedDataParallel, FSDP2 (fsdp_version: 2) or ZeRO 1 or 2; in a loop of your own, orpo_loss "
-                    "takes data_group, vocab_group and sequence_group."
-                )
-        resolve_lm_head(self.model)
+        if parallelism is not None and (parallelism.tp_enabled or parallelism.cp_enabled or parallelism.sp_enabled):
+            raise ValueError(
+                "Tensor, context or sequence parallelism is enabled, which this trainer does not support. Use one "
+                "process, or several with DistributedDataParallel, FSDP2 (fsdp_version: 2) or DeepSpeed's ZeRO; in a "
+                "loop of your own, orpo_loss takes data_group, vocab_group and sequence_group."
+            )
+        head = resolve_lm_head(self.model)
+        if head.tokens and zero_stage(self.accelerator) == 3:
+            raise ValueError(
+                "The adapter trains tokens of the lm head (trainable_token_indices), which DeepSpeed's ZeRO-3 keeps in "
+                "parts outside of any layer's forward. Use ZeRO 2 or FSDP2, or leave trainable_token_indices out."
+            )
         self._take_over(compilation_by_environment(self.accelerator))
 
     def _build_accelerator_args(self, **options: Any) -> dict[str, Any]:
@@ -459,6 +471,12 @@ class PreferenceTrainer(PreferenceLossMixin, Trainer):
         if pairs is None or has_reference(pairs) or not isinstance(self.data_collator, PreferenceCollator):
             return pairs  # a batch without them is refused by the loss
         model = self.model if self.ref_model is None else self.ref_model.to(self.args.device)
+        if is_in_parts(model):
+            raise ValueError(
+                "DPO's reference is in parts: it was loaded under ZeRO-3's config, and can only be run whole. Give the "
+                "pairs ref_chosen_logps and ref_rejected_logps, a ref_model that was loaded before the training "
+                "arguments were made, or use ZeRO 2."
+            )
         if self.ref_model is None and self.state.global_step and not hasattr(model, "disable_adapter"):
             raise ValueError(
                 "The model has been trained, and with that DPO's reference is gone: its log-probabilities of these "
