@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -41,9 +43,9 @@ def inputs(tmp_path_factory) -> tuple[str, str]:
     return str(folder / "model"), str(folder / "pairs.jsonl")
 
 
-def start(launcher: tuple[str, ...], *arguments: Any) -> subprocess.Popen:
+def start(launcher: tuple[str, ...], *arguments: Any, **variables: str) -> subprocess.Popen:
     command = [*launcher, *map(str, arguments), "--json"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     root, pipe = Path(__file__).parents[1], subprocess.PIPE
     return subprocess.Popen(command, cwd=root, env=environment, stdout=pipe, stderr=pipe, text=True)
 
@@ -94,6 +96,44 @@ def test_two_killed_processes_go_on(inputs, tmp_path):
     assert "was started with 2 processes and would go on with 1" in said["error"]
     run(TWO, *arguments, "--output", folder, "--resume")
     assert_same_run(folder, tmp_path / "whole")
+
+
+def start_nodes(folders: tuple[Path, Path], *arguments: Any) -> list[subprocess.Popen]:
+    """A process on each of two nodes, which share nothing: each has an output folder of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
+    return [
+        start(ALONE, *arguments, "--output", folder, RANK=str(rank), LOCAL_RANK="0", **meeting)
+        for rank, folder in enumerate(folders)
+    ]
+
+
+@pytest.mark.slow
+def test_two_nodes_without_a_shared_file_system(inputs, tmp_path):
+    """Stopped when only one had its third checkpoint complete, both go on from the second."""
+    arguments = ("train", *inputs, *FAST, "--epochs", 2, "--batch-size", 2, "--save-every", 2)
+    run(TWO, *arguments, "--output", tmp_path / "whole")
+    folders = (tmp_path / "node0" / "run", tmp_path / "node1" / "run")
+    nodes = start_nodes(folders, *arguments)
+    while None in (codes := [node.poll() for node in nodes]) and not all(
+        (folder / "checkpoints" / "checkpoint-4" / COMPLETE).exists() for folder in folders
+    ):
+        time.sleep(0.01)
+    assert codes == [None, None], "they were finished before they could be killed"
+    for node in nodes:
+        kill(node)
+    later = [folder / "checkpoints" / "checkpoint-6" for folder in folders]
+    shutil.rmtree(later[1], ignore_errors=True)
+    if not (later[0] / COMPLETE).exists():
+        shutil.copytree(later[0].with_name("checkpoint-4"), later[0], dirs_exist_ok=True)
+    for node in start_nodes(folders, *arguments, "--resume"):
+        _, said = node.communicate(timeout=PATIENCE)
+        assert node.returncode == 0, said
+    for folder in folders:
+        assert_same_run(folder, tmp_path / "whole")
+        assert [path.name for path in folder.parent.iterdir()] == ["run"]
 
 
 @pytest.mark.slow

@@ -44,7 +44,7 @@ from .folder import (
 from .held_out import Record
 from .inputs import check_inputs, inputs_of
 from .pretrained import compute_dtype, load_model, load_tokenizer, not_finite, save_as_it_came, with_adapters
-from .processes import processes
+from .processes import of_all, processes, writes
 from .progress import ProgressBar, Recorder
 from .settings import TrainSettings
 from .setup import load_split
@@ -95,10 +95,12 @@ def fit(settings: TrainSettings, console: Console, keep: Callable[[Trained], Non
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     state = processes()
-    folder = RunFolder(settings.output)
     check_is_ours(settings)
     state.wait_for_everyone()  # until all have looked, before anybody writes
-    if (summary := folder.finished()) is not None:
+    folder = RunFolder(settings.output, writes(settings.output))
+    summary = folder.finished()
+    if all(of_all(summary is not None)):
+        assert summary is not None
         if noted(folder.path, "inputs") is not None:  # an earlier version kept no record of them
             _, training, held_out, _ = load_split(settings, load_tokenizer(settings.model), console)
             _inputs(folder, settings, training, held_out, console)
@@ -114,7 +116,7 @@ def fit(settings: TrainSettings, console: Console, keep: Callable[[Trained], Non
         pairs, training, held_out, record = load_split(settings, tokenizer, console)
         inputs = _inputs(folder, settings, training, held_out, console)
         claim(folder.path, "run")
-        if state.is_main_process:
+        if folder.is_written:
             _begin(folder, settings, inputs, pairs.preferences.problems, record)
         state.wait_for_everyone()
         recorder = Recorder(folder)
@@ -122,12 +124,12 @@ def fit(settings: TrainSettings, console: Console, keep: Callable[[Trained], Non
         with ProgressBar(console, recorder, trainer.args.max_steps) as bar:
             trainer.add_callback(bar)
             _run(trainer, folder, checkpoint)
-        if state.is_main_process:
+        if folder.is_written:
             keep(Trained(trainer.model, tokenizer, held_out, folder, settings))
             counts = {"pairs": len(training), "held_out": len(held_out), "problems": len(pairs.preferences.problems)}
             _end(folder, settings, counts, trainer.reference_seconds)
         state.wait_for_everyone()
-        if state.is_main_process:
+        if folder.is_written:
             folder.clean()
         summary = folder.finished()
         assert summary is not None
@@ -179,18 +181,34 @@ def _lasting(values: dict[str, Any]) -> dict[str, Any]:
 def _where_to_go_on(folder: RunFolder, console: Console) -> Path | None:
     """The latest sound checkpoint; what was logged behind it is forgotten."""
     state, began = processes(), bool(folder.results())
-    with state.main_process_first():
-        if state.is_main_process:
-            folder.remove_damaged_checkpoints(lambda text: console.print(text, markup=False, soft_wrap=True))
-        checkpoint = folder.latest_checkpoint()
-        if state.is_main_process:
-            folder.rewind(checkpoint)
+    if folder.is_written:
+        folder.remove_damaged_checkpoints(lambda text: console.print(text, markup=False, soft_wrap=True))
+    state.wait_for_everyone()
+    checkpoint = _latest_of_all(folder)
+    state.wait_for_everyone()  # until all have looked
+    if folder.is_written:
+        folder.remove_checkpoints_behind(0 if checkpoint is None else step_of(checkpoint))
+        folder.rewind(checkpoint)
+    state.wait_for_everyone()
     if checkpoint:
         _check_processes(folder, checkpoint)
         console.print(f"Going on behind step {step_of(checkpoint)}.")
     elif began:
         console.print("There is no checkpoint to go on from: the run begins anew.")
     return checkpoint
+
+
+def _latest_of_all(folder: RunFolder) -> Path | None:
+    """The latest checkpoint that every process finds: a node may have been stopped before it had written its own."""
+    found = {step_of(checkpoint): checkpoint for checkpoint in folder.complete_checkpoints()}
+    of_each = of_all(set(found))
+    common = set.intersection(*of_each)
+    if any(of_each) and not common:
+        raise UserError(
+            f"{folder.path} has checkpoints on some nodes alone, none of a step that all have: launch the nodes that "
+            "the run was started with, or choose another --output."
+        )
+    return found[max(common)] if common else None
 
 
 def _inputs(
@@ -339,6 +357,7 @@ def _arguments(settings: TrainSettings, folder: RunFolder, pairs: int, has_held_
         eval_steps=settings.eval_every or ceil(steps / EVALUATIONS),
         save_strategy="steps",
         save_steps=settings.save_every or ceil(steps / CHECKPOINTS),
+        save_on_each_node=folder.is_written and not processes().is_main_process,
         report_to="none",
         disable_tqdm=True,
         use_cpu=not torch.accelerator.is_available(),

@@ -36,7 +36,7 @@ import yaml
 from ...methods import METHODS
 from ..errors import UserError
 from .manifest import differing, manifest, sealed, unsealed
-from .processes import processes
+from .processes import processes, writes
 
 COMPLETE = "complete"
 MARK = ".orpo-kernels.json"
@@ -54,10 +54,10 @@ OF_THE_REFERENCE = ("*.npy", "*.jsonl", "*.partial")
 
 
 class RunFolder:
-    """Names and reads what is in a run folder."""
+    """Names and reads what is in a run folder; `is_written` by this process, or by another one, which it reads."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, is_written: bool = True) -> None:
+        self.path, self.is_written = path, is_written
         self.settings = path / "settings.yaml"
         self.problems = path / "problems.jsonl"
         self.metrics = JsonLines(path / "metrics.jsonl", OF_A_STEP)
@@ -123,13 +123,23 @@ class RunFolder:
 
     def latest_checkpoint(self) -> Path | None:
         """The latest complete one. Those that are not complete are removed."""
+        complete = self.complete_checkpoints()
+        return complete[-1] if complete else None
+
+    def complete_checkpoints(self) -> list[Path]:
+        """In their order. Those that are not complete are removed."""
         complete = []
         for folder in self._checkpoints():
             if (folder / COMPLETE).exists():
                 complete.append(folder)
             else:
                 _remove_checkpoint(folder)
-        return complete[-1] if complete else None
+        return complete
+
+    def remove_checkpoints_behind(self, step: int) -> None:
+        for checkpoint in self._checkpoints():
+            if step_of(checkpoint) > step:
+                _remove_checkpoint(checkpoint)
 
     def remove_damaged_checkpoints(self, tell: Callable[[str], None]) -> None:
         """Until the files of the latest one are as they were written."""
@@ -269,7 +279,7 @@ def claim(folder: Path, kind: str) -> None:
     check_claim(folder, kind)
     state = processes()
     state.wait_for_everyone()  # until all have looked, before anybody writes
-    if state.is_main_process and _record_of(folder).get("kind") != kind:
+    if writes(folder) and _record_of(folder).get("kind") != kind:
         with _told(folder):
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(folder / MARK, sealed({"kind": kind}))

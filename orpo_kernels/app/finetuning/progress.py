@@ -61,16 +61,16 @@ class Recorder(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         if "loss" in logs:
             self.latest = self._step(state, logs)
-            if state.is_world_process_zero:
+            if self.folder.is_written:
                 self.folder.metrics.append(self.latest)
         elif "eval_loss" in logs:
             _check_finite(f"on the held-out pairs behind step {state.global_step}", loss=logs["eval_loss"])
-            if state.is_world_process_zero:
+            if self.folder.is_written:
                 self.folder.evaluations.append({"step": state.global_step, **renamed(logs, "eval_")})
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         processes().wait_for_everyone()  # each writes the state of its random numbers
-        if state.is_world_process_zero:
+        if self.folder.is_written:
             checkpoint, logs = self.folder.checkpoints / f"checkpoint-{state.global_step}", self.folder.logs()
             mark_complete(checkpoint, processes().num_processes, logs)
             self.folder.remove_old_checkpoints()

@@ -23,7 +23,7 @@ from .fit import Trained, check_is_ours, fit
 from .folder import RunFolder, check_claim, claim, write_whole
 from .inputs import check_comparable, check_unchanged, inputs_of
 from .pretrained import compute_dtype, load_tokenizer
-from .processes import processes
+from .processes import processes, writes
 from .records import to_json
 from .scoring import Scores, intervals, score
 from .settings import SweepSettings, train_arguments
@@ -112,7 +112,7 @@ def sweep(settings: SweepSettings, console: Console) -> Sweep:
         gc.collect()  # the model, before the next one is loaded
         found.points = side_by_side(runs, settings.seed) if runs else []
         claim(settings.output, "sweep")
-        if processes().is_main_process:
+        if writes(settings.output):
             _write(found, settings.output)
     if not runs:
         raise UserError(f"No run came to its end. The first one: {found.failed[0].reason}")
