@@ -128,9 +128,9 @@ def test_two_nodes_without_a_shared_file_system(inputs, tmp_path):
     shutil.rmtree(later[1], ignore_errors=True)
     if not (later[0] / COMPLETE).exists():
         shutil.copytree(later[0].with_name("checkpoint-4"), later[0], dirs_exist_ok=True)
-    for node in start_nodes(folders, *arguments, "--resume"):
-        _, said = node.communicate(timeout=PATIENCE)
-        assert node.returncode == 0, said
+    nodes = start_nodes(folders, *arguments, "--resume")
+    said = [node.communicate(timeout=PATIENCE)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
     for folder in folders:
         assert_same_run(folder, tmp_path / "whole")
         assert [path.name for path in folder.parent.iterdir()] == ["run"]

@@ -65,6 +65,12 @@ def sampling(strategy: str) -> dict[str, Any]:
     return {"group_by_length": strategy == "group_by_length"}  # transformers < 5.2, which shuffles all else
 
 
+def save_where_asked(model: PreTrainedModel) -> None:
+    """Have the model saved by each process that is told to: the first one of every node."""
+    overridden: Any = model
+    overridden.should_save_on_this_rank = bool  # transformers 5.23, where the first of all alone writes weights
+
+
 def version_of(package: str) -> tuple[int, ...]:
     """The numbers of the version that is installed; () where none is."""
     try:

@@ -25,7 +25,7 @@ from ...transformers.images import tokenizer_of
 from ...transformers.lm_head import resolve_lm_head
 from ...transformers.probe import verify_lm_head
 from ...transformers.trainer import PreferenceTrainer
-from ...transformers.versions import sampling
+from ...transformers.versions import sampling, save_where_asked
 from ..data import Problem
 from ..errors import Diverged, UserError
 from . import plots
@@ -295,6 +295,8 @@ def _trainer(
     set_seed(settings.seed)
     # Weights that are trained stay float32, or steps as small as a fine-tune's would round to nothing.
     model = load_model(settings.model, dtype if settings.lora else torch.float32, console)
+    if folder.is_written:
+        save_where_asked(model)
     loss_options: dict[str, Any] = settings.method_options()
     if settings.sparse_eps is not None:
         loss_options["sparse_eps"] = settings.sparse_eps

@@ -20,7 +20,6 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from ..errors import UserError
 
-
 T = TypeVar("T")
 
 
