@@ -186,6 +186,21 @@ def test_claims(tmp_path):
         claim(tmp_path / "new", "comparison")
 
 
+def test_a_run_goes_on_from_what_all_nodes_have(tmp_path, monkeypatch):
+    for step in (2, 4):
+        checkpoint = tmp_path / "checkpoints" / f"checkpoint-{step}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "trainer_state.json").touch()
+        mark_complete(checkpoint)
+    for of_another, found in (({2, 4}, 4), ({2}, 2), ({2, 6}, 2)):
+        monkeypatch.setattr(fit, "of_all", lambda own, other=of_another: [own, other])
+        assert fit._latest_of_all(RunFolder(tmp_path)).name == f"checkpoint-{found}"
+    for of_another in (set(), {6}):
+        monkeypatch.setattr(fit, "of_all", lambda own, other=of_another: [own, other])
+        with pytest.raises(UserError, match="on some nodes alone"):
+            fit._latest_of_all(RunFolder(tmp_path))
+
+
 def test_folders_of_earlier_versions_are_ours(runs, tmp_path):
     """They have no mark."""
     for place, kind in (("run", "run"), ("sweep/beta-0.1_lr-1e-05", "sweep"), ("compare/orpo", "comparison")):
