@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
 import re
 import subprocess
 import sys
@@ -27,32 +25,15 @@ from orpo_kernels.transformers import PreferenceCollator, tokenize_pairs
 from orpo_kernels.transformers.collator import pad_pairs
 from orpo_kernels.transformers.trainer import ORPOTrainer
 
-from .training import chat_examples, losses, settings, tiny, tokenizer
+from .frameworks import FRAMEWORKS, axolotl, llamafactory, ms_swift, write_model
+from .training import assert_same_logs, chat_examples, losses, settings, tiny, tokenizer
 
-CHATML = (
-    "{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n'}}{% endfor %}"
-    "{% if add_generation_prompt %}{{'<|im_start|>assistant\n'}}{% endif %}"
-)
+SHARED = {"packing": "shared", "exact_accumulation": False}
 
 
 def need(framework: str) -> None:
     if importlib.util.find_spec(framework) is None:
         pytest.skip(f"{framework} is not installed")
-
-
-def logged(arguments: list[str], output: Path) -> list[dict[str, float]]:
-    """What a training in a Python of its own logs, step by step."""
-    run = subprocess.run(
-        [sys.executable, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "AXOLOTL_DO_NOT_TRACK": "1"},
-        cwd=Path(__file__).parents[1],
-    )
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-6000:]
-    state = max(output.rglob("trainer_state.json"), key=lambda path: path.stat().st_mtime)
-    return [logs for logs in json.loads(state.read_text())["log_history"] if "loss" in logs]
 
 
 def assert_same_losses(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> None:
@@ -63,89 +44,12 @@ def assert_same_losses(ours: list[dict[str, float]], theirs: list[dict[str, floa
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A saved model, and the pairs beside it in the forms of the frameworks."""
-    own = tokenizer()
-    own.chat_template = CHATML
-    own.save_pretrained(tmp_path / "tiny")
-    tiny().save_pretrained(tmp_path / "tiny")
-    pairs = [{name: turns[0]["content"] for name, turns in pair.items()} for pair in chat_examples(8)]
-
-    def write(name: str, rows: list[dict[str, Any]]) -> None:
-        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    write(
-        "sharegpt.jsonl",
-        [
-            {
-                "conversations": [{"from": "human", "value": pair["prompt"]}],
-                "chosen": {"from": "gpt", "value": pair["chosen"]},
-                "rejected": {"from": "gpt", "value": pair["rejected"]},
-            }
-            for pair in pairs
-        ],
-    )
-    columns = {"messages": "conversations", "chosen": "chosen", "rejected": "rejected"}
-    info = {"file_name": "sharegpt.jsonl", "formatting": "sharegpt", "ranking": True, "columns": columns}
-    (tmp_path / "dataset_info.json").write_text(json.dumps({"pairs": info}))
-    write(
-        "swift.jsonl",
-        [
-            {
-                "messages": [
-                    {"role": "user", "content": pair["prompt"]},
-                    {"role": "assistant", "content": pair["chosen"]},
-                ],
-                "rejected_response": pair["rejected"],
-            }
-            for pair in pairs
-        ],
-    )
-    write(
-        "argilla.jsonl",
-        [
-            {
-                side: [{"role": "user", "content": pair["prompt"]}, {"role": "assistant", "content": pair[side]}]
-                for side in ("chosen", "rejected")
-            }
-            for pair in pairs
-        ],
-    )
+    """The folder of a saved model, with the pairs beside it."""
+    write_model(tmp_path)
     return tmp_path
 
 
 # --- LLaMA-Factory -------------------------------------------------------------------------------------------------
-
-
-def llamafactory(folder: Path, name: str, own: dict[str, Any] | None = None, **changes: Any) -> list[dict[str, float]]:
-    output = folder / name
-    config = {
-        "model_name_or_path": str(folder / "tiny"),
-        "stage": "dpo",
-        "do_train": True,
-        "finetuning_type": "full",
-        "pref_loss": "orpo",
-        "pref_beta": 0.1,
-        "dataset": "pairs",
-        "dataset_dir": str(folder),
-        "template": "chatml",
-        "cutoff_len": 256,
-        "output_dir": str(output),
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-3,
-        "lr_scheduler_type": "constant",
-        "max_steps": 3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "overwrite_cache": True,
-        **changes,
-    }
-    config |= {} if own is None else {"orpo_kernels": own}
-    file = folder / f"{name}.yaml"
-    file.write_text(json.dumps(config))
-    stock = ["-c", "from llamafactory.train.tuner import run_exp; run_exp()", str(file)]
-    return logged(stock if own is None else ["-m", "orpo_kernels.integrations.llamafactory", str(file)], output)
 
 
 @pytest.mark.slow
@@ -187,64 +91,14 @@ def test_llamafactory_keeps_its_other_losses(model):
 # --- ms-swift ------------------------------------------------------------------------------------------------------
 
 
-def swift(folder: Path, name: str, plugin: str = "", accumulation: int = 1) -> list[dict[str, float]]:
-    output = folder / name
-    options = {
-        "rlhf_type": "orpo",
-        "model": folder / "tiny",
-        "model_type": "llama",
-        "template": "chatml",
-        "tuner_type": "full",
-        "dataset": folder / "swift.jsonl",
-        "torch_dtype": "float32",
-        "bf16": "false",
-        "fp16": "false",
-        "beta": 0.1,
-        "max_length": 256,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": accumulation,
-        "max_steps": 3,
-        "num_train_epochs": 1,
-        "learning_rate": 1e-3,
-        "lr_scheduler_type": "constant",
-        "warmup_ratio": 0,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "split_dataset_ratio": 0,
-        "gradient_checkpointing": "false",
-        "seed": 42,
-        "check_model": "false",
-        "use_hf": "true",
-        "output_dir": output,
-        **({"external_plugins": plugin} if plugin else {}),
-    }
-    arguments = [str(part) for key, value in options.items() for part in (f"--{key}", value)]
-    run = (
-        "import json, pathlib, sys; from swift import rlhf_main; from swift.rlhf_trainers import rlhf_mixin; "
-        "from transformers import Trainer; train = Trainer.train\n"
-        "def kept(trainer, *args, **options):\n"
-        "    result = train(trainer, *args, **options)\n"
-        f"    pathlib.Path({str(output)!r}).mkdir(exist_ok=True)\n"
-        f"    trainer.state.save_to_json({str(output / 'trainer_state.json')!r})\n"
-        "    return result\n"
-        "Trainer.train = kept; rlhf_main()"
-    )
-    return logged(["-c", run, *arguments], output)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_ms_swift_logs_its_own_losses(accumulation, model):
     need("swift")
-    theirs = swift(model, "theirs", accumulation=accumulation)
+    theirs = ms_swift(model, "theirs", gradient_accumulation_steps=accumulation)
     for packing in ("padded", "shared"):
-        plugin = model / f"{packing}.py"
-        plugin.write_text(
-            "from orpo_kernels.integrations.ms_swift import install\n"
-            f"install(packing={packing!r}, exact_accumulation=False)\n"
-        )
-        ours = swift(model, packing, str(plugin), accumulation)
+        own = {"packing": packing, "exact_accumulation": False}
+        ours = ms_swift(model, packing, own, gradient_accumulation_steps=accumulation)
         assert_same_losses(ours, theirs)
         for name in ("rewards/chosen", "logps/rejected", "log_odds_chosen", "nll_loss"):
             assert ours[0][name] == pytest.approx(theirs[0][name], rel=1e-4, abs=1e-6), name
@@ -256,47 +110,12 @@ def test_the_file_that_the_command_prints_is_a_plugin(model):
     need("swift")
     command = [sys.executable, "-m", "orpo_kernels.integrations.ms_swift"]
     plugin = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
-    ours = swift(model, "ours", plugin.stdout.strip())
-    assert_same_losses(ours, swift(model, "theirs"))
+    ours = ms_swift(model, "ours", external_plugins=plugin.stdout.strip())
+    assert_same_losses(ours, ms_swift(model, "theirs"))
     assert "logits/chosen" not in ours[0]
 
 
 # --- Axolotl -------------------------------------------------------------------------------------------------------
-
-
-def axolotl(folder: Path, name: str, own: dict[str, Any] | None = None, **changes: Any) -> list[dict[str, float]]:
-    output = folder / name
-    config = {
-        "base_model": str(folder / "tiny"),
-        "rl": "orpo",
-        "orpo_alpha": 0.1,
-        "chat_template": "tokenizer_default",
-        "datasets": [{"path": str(folder / "argilla.jsonl"), "ds_type": "json", "type": "chat_template.argilla"}],
-        "dataset_prepared_path": str(folder / "prepared"),
-        "output_dir": str(output),
-        "sequence_len": 256,
-        "micro_batch_size": 2,
-        "gradient_accumulation_steps": 1,
-        "max_steps": 3,
-        "num_epochs": 1,
-        "learning_rate": 0.001,
-        "lr_scheduler": "constant",
-        "optimizer": "adamw_torch",
-        "logging_steps": 1,
-        "save_strategy": "steps",
-        "save_steps": 3,
-        "bf16": False,
-        "fp16": False,
-        "tf32": False,
-        "attn_implementation": "sdpa",
-        "gradient_checkpointing": False,
-        **changes,
-    }
-    if own is not None:
-        config |= {"plugins": ["orpo_kernels.integrations.axolotl.OrpoKernelsPlugin"], "orpo_kernels": own}
-    file = folder / f"{name}.yaml"
-    file.write_text(json.dumps(config))
-    return logged(["-m", "axolotl.cli.train", str(file)], output)
 
 
 @pytest.mark.slow
@@ -308,6 +127,57 @@ def test_axolotl_logs_its_own_losses(accumulation, model):
         own = {"packing": packing, "exact_accumulation": False}
         ours = axolotl(model, packing, own, gradient_accumulation_steps=accumulation)
         assert_same_losses(ours, theirs)
+
+
+# --- all of them ---------------------------------------------------------------------------------------------------
+
+
+def lora(folder: Path) -> dict[str, dict[str, Any]]:
+    return {
+        "llamafactory": {"finetuning_type": "lora", "lora_rank": 4, "lora_target": "all"},
+        "swift": {"tuner_type": "lora", "lora_rank": 4, "target_modules": "all-linear"},
+        "axolotl": {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True},
+    }
+
+
+def evaluation(folder: Path) -> dict[str, dict[str, Any]]:
+    """All pairs in one batch: of several, the frameworks take the mean of means, and we the mean of the set."""
+    every = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 8}
+    argilla = {"path": str(folder / "argilla.jsonl"), "ds_type": "json", "split": "train"}
+    return {
+        "llamafactory": {"eval_dataset": "pairs", **every},
+        "swift": {"val_dataset": folder / "swift.jsonl", **every},
+        "axolotl": {
+            "test_datasets": [{**argilla, "type": "chat_template.argilla"}],
+            "eval_steps": 1,
+            "eval_batch_size": 8,
+        },
+    }
+
+
+def two_processes(folder: Path) -> dict[str, dict[str, Any]]:
+    return {framework: {"processes": 2} for framework in FRAMEWORKS}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("situation", [lora, evaluation, two_processes], ids=lambda situation: situation.__name__)
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_a_framework_logs_the_same(framework, situation, model):
+    """Losses and metrics of every step, and of every evaluation."""
+    need(framework)
+    train, changes = FRAMEWORKS[framework], situation(model)[framework]
+    ours, theirs = train(model, "ours", SHARED, **changes), train(model, "theirs", **changes)
+    evaluations = ["eval_loss" in logs for logs in theirs]
+    assert sum(evaluations) == (3 if situation is evaluation else 0)
+    assert ["eval_loss" in logs for logs in ours] == evaluations
+    assert_same_losses(*([logs for logs in run if "loss" in logs] for run in (ours, theirs)))
+    assert_same_logs(*map(without_logits, (ours, theirs)))
+    assert ours[0].get("logits/chosen") != theirs[0]["logits/chosen"]  # that is how one knows that it was ours
+
+
+def without_logits(history: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Their means take in those of the padding, and only Axolotl's trainer has any of ours."""
+    return [{name: value for name, value in logs.items() if "logits/" not in name} for logs in history]
 
 
 # --- TRL -----------------------------------------------------------------------------------------------------------

@@ -55,7 +55,8 @@ def trainer_class() -> type:
 
         def batch_metrics(self, out: CausalLMOutput) -> dict[str, float]:
             values = self.accelerator.gather_for_metrics(pair_metrics(out)).nanmean(0).tolist()
-            return dict(zip(PAIR_METRICS, values, strict=True)) | {"nll_loss": out.nll_loss.item()}
+            nll = self.accelerator.gather_for_metrics(out.nll_loss.detach()).mean().item()
+            return dict(zip(PAIR_METRICS, values, strict=True)) | {"nll_loss": nll}
 
     return ORPOTrainer
 
