@@ -168,7 +168,7 @@ def test_a_framework_logs_the_same(framework, situation, model):
     train, changes = FRAMEWORKS[framework], situation(model)[framework]
     ours, theirs = train(model, "ours", SHARED, **changes), train(model, "theirs", **changes)
     evaluations = ["eval_loss" in logs for logs in theirs]
-    assert sum(evaluations) == (3 if situation is evaluation else 0)
+    assert sum(evaluations) >= 3 if situation is evaluation else not any(evaluations)
     assert ["eval_loss" in logs for logs in ours] == evaluations
     assert_same_losses(*([logs for logs in run if "loss" in logs] for run in (ours, theirs)))
     assert_same_logs(*map(without_logits, (ours, theirs)))
