@@ -623,7 +623,9 @@ def smollm2() -> str:
 
 
 @needs_smollm2
-@pytest.mark.parametrize("source", ["facts.jsonl", LLMBAR, pytest.param(DPO_EN_DEMO, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "source", ["facts.jsonl", *(pytest.param(name, marks=pytest.mark.slow) for name in (LLMBAR, DPO_EN_DEMO))]
+)
 def test_every_command_on_a_real_model(source, run, smollm2, tmp_path):
     path = FACTS if source == "facts.jsonl" else data_folder() / source
     if not path.exists():

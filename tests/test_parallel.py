@@ -643,7 +643,9 @@ def order_of_events(batch: Batch) -> str:
 
 
 @pytest.mark.parametrize("train_weight", [False, True], ids=["frozen", "trained"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "backend", [pytest.param(name, marks=pytest.mark.slow if name == "triton" else ()) for name in BACKENDS]
+)
 def test_the_sparse_backward_pass_of_a_vocabulary_group(ranks, backend, train_weight):
     """As far from the exact gradient as one process is, and exact where nothing is left out."""
     batch = example(pairs=2, vocab=2048, size=16, train_weight=train_weight)
