@@ -122,10 +122,13 @@ class Rows:
 
         Raises `ValueError` or `TypeError` for tensors that cannot be of these rows.
         """
-        rows = replace(self)
-        object.__setattr__(rows, "known", replace(self.known, **known))
+        rows = replace(self)._with(replace(self.known, **known))
         rows._check_known()
         return rows
+
+    def _with(self, known: Known) -> Rows:
+        object.__setattr__(self, "known", known)  # of rows that nobody else has yet
+        return self
 
     def _check_known(self) -> None:
         expected = {"counts": ((2,), torch.float64), "offsets": ((2 * self.num_pairs + 1,), torch.int64)}
@@ -207,11 +210,11 @@ class Rows:
     def _moved(self, move: Callable[[Tensor], Tensor]) -> Rows:
         everything: dict[str, Any] = {name: move(getattr(self, name)) for name in DTYPES}
         weight = None if self.pair_weight is None else move(self.pair_weight)
-        return replace(self, **everything, pair_weight=weight).knowing(**vars(self.known.map(move)))
+        return replace(self, **everything, pair_weight=weight)._with(self.known.map(move))
 
     def _keeping(self, **changes: Any) -> Rows:
         """With changes that leave true what is known."""
-        return replace(self, **changes).knowing(**vars(self.known))
+        return replace(self, **changes)._with(self.known)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Rows:
         vectors: dict[str, Any] = {name: function(getattr(self, name)) for name in DTYPES}

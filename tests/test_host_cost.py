@@ -21,6 +21,7 @@ from orpo_kernels.ops import is_interpreted, why_not
 NO_WORK = (
     "view",
     "expand",
+    "as_strided",
     "slice",
     "select",
     "split",
