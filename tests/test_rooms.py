@@ -49,3 +49,18 @@ def test_the_engine_knows_neither_models_nor_trainers(path: Path) -> None:
 @pytest.mark.parametrize("path", [*files_of("engine/schedules", "ops"), PACKAGE / "engine/projection.py"], ids=names_of)
 def test_one_device_needs_no_ranks(path: Path) -> None:
     assert not {name for name in imported(path) if name.startswith("orpo_kernels.parallel")}
+
+
+# What one has in view at once. A longer function is two, and so is a kernel that does not fit.
+LONGEST = 45
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=names_of)
+def test_a_function_is_seen_whole(path: Path) -> None:
+    """Its lines beneath the docstring."""
+    lengths = {}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            first = node.body[1 if ast.get_docstring(node) and len(node.body) > 1 else 0]
+            lengths[node.name] = (node.end_lineno or first.lineno) - first.lineno + 1
+    assert not {name: lines for name, lines in lengths.items() if lines > LONGEST}
