@@ -38,11 +38,11 @@ test-versions: $(READY)  ## the trainers' and models' tests in older and newer T
 	$(BIN)/python -m tests.versions.run $(VERSIONS)
 
 test-native: $(READY)  ## the native kernels alone, in C++ and in Python
-	cmake --preset release && cmake --build --preset release && ctest --preset release
+	cmake --preset release && cmake --build --preset release --parallel 2 && ctest --preset release
 	$(BIN)/python -m pytest tests/test_native.py -k "not ctest"
 
 sanitize:  ## the native kernels' C++ tests with AddressSanitizer and UndefinedBehaviorSanitizer
-	cmake --preset sanitize && cmake --build --preset sanitize && ctest --preset sanitize
+	cmake --preset sanitize && cmake --build --preset sanitize --parallel 2 && ctest --preset sanitize
 
 lint: $(READY)  ## formatting, lint and types
 	$(BIN)/ruff format --check .

@@ -433,6 +433,7 @@ def test_tensors_without_data():
 HAS_TOOLS = shutil.which("cmake") is not None and any(map(shutil.which, ("c++", "g++", "clang++")))
 
 
+@pytest.mark.slow  # minutes of compilation; `make sanitize` and `make test-native` run them as well
 @pytest.mark.skipif(not HAS_TOOLS, reason="needs cmake and a C++ compiler")
 @pytest.mark.parametrize("preset", ["release", "sanitize"])
 def test_ctest(preset: str, tmp_path: Path):
