@@ -59,13 +59,15 @@ def run(row: str, environment: Path) -> Outcome:
 
 
 def install(row: str, environment: Path) -> None:
-    """torch first, by its exact version, as in the Makefile; then this checkout, within the row's constraints."""
+    """torch first, by the exact version of the row or the Makefile; then this checkout, within the constraints."""
     venv.create(environment, with_pip=True)
     extras = "cli" if row in OLDER_TRL else "cli,trl"
     trl = ["trl"] if row in OLDER_TRL else []
-    constraints = ["--constraint", str(HERE / f"{row}.txt")]
+    file = HERE / f"{row}.txt"
+    constraints = ["--constraint", str(file)]
+    of_torch = file if "torch==" in file.read_text() else ROOT / "constraints.txt"
     pip = [str(environment / "bin" / "python"), "-m", "pip", "install", "--quiet"]
-    subprocess.run([*pip, "--constraint", str(ROOT / "constraints.txt"), "torch"], check=True)
+    subprocess.run([*pip, "--constraint", str(of_torch), "torch"], check=True)
     tools = ("hypothesis", "pytest", *trl)
     subprocess.run([*pip, *constraints, "--editable", f"{ROOT}[{extras}]", *tools], check=True)
 
