@@ -7,6 +7,7 @@ where prompts are shared, or who refuses and why.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -264,7 +265,8 @@ def table() -> str:
 def row(name: str) -> str:
     """The model's line in the table, found out by trying."""
     model = build(name).train()
-    return f"| {' | '.join((name, type(model).__name__, head(model), own_logits(model), shared_prompt(model)))} |"
+    found = own_logits(model, make_batch(), by_logits), shared_prompt(model)
+    return f"| {' | '.join((name, type(model).__name__, head(model), *found))} |"
 
 
 def head(model: nn.Module) -> str:
@@ -278,8 +280,8 @@ def head(model: nn.Module) -> str:
     return ", ".join(filter(None, parts)) or "linear"
 
 
-def own_logits(model: nn.Module) -> str:
-    batch = make_batch()
+def own_logits(model: nn.Module, batch: dict[str, Tensor], by_logits: Callable[..., ORPOOutput]) -> str:
+    """Whether loss and gradients are those that the definition gives on the model's own logits, or who refuses."""
     try:
         ours = causal_lm_orpo_loss(model, **batch, beta=0.5)
     except ValueError as refusal:

@@ -58,9 +58,9 @@ LONGEST = 45
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=names_of)
 def test_a_function_is_seen_whole(path: Path) -> None:
     """Its lines beneath the docstring."""
-    lengths = {}
+    lengths = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef):
             first = node.body[1 if ast.get_docstring(node) and len(node.body) > 1 else 0]
-            lengths[node.name] = (node.end_lineno or first.lineno) - first.lineno + 1
-    assert not {name: lines for name, lines in lengths.items() if lines > LONGEST}
+            lengths.append((node.name, (node.end_lineno or first.lineno) - first.lineno + 1))
+    assert not [(name, lines) for name, lines in lengths if lines > LONGEST]

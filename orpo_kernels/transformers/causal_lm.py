@@ -168,7 +168,8 @@ def causal_lm_preference_loss(
     for one that compares with rejected answers where there are none.
     """
     method = method_named(method) if isinstance(method, str) else method
-    media = media_inputs(unwrap(model), options)
+    inner = unwrap(model)
+    media = media_inputs(inner, options)
     _check_options(options)
     for name in options:
         if name in _FROM_THE_METHOD:
@@ -179,7 +180,7 @@ def causal_lm_preference_loss(
         raise ValueError(
             f"The batch has chosen answers alone (chosen_only), and the method {method.name} compares two."
         )
-    decoder_input_ids = _decoder_inputs(model, labels, decoder_input_ids, packed, ignore_index)
+    decoder_input_ids = _decoder_inputs(inner, labels, decoder_input_ids, packed, ignore_index)
     rows = batch_rows(
         input_ids,
         attention_mask,
@@ -192,15 +193,15 @@ def causal_lm_preference_loss(
         nll_reduction=method.nll_reduction,
         chosen_only=chosen_only,
         ignore_index=ignore_index,
-        media_tokens=media_tokens(model),
+        media_tokens=media_tokens(inner),
     )
 
     def at_the_head(aux_loss: Tensor | None, head: dict[str, Any]) -> tuple[Tensor, tuple]:
         out = preference_loss_from_rows(rows=rows, method=method, reference_logps=reference_logps, **head, **options)
-        return _with_router_loss(out, aux_loss, unwrap(model), router_aux_loss_coef)
+        return _with_router_loss(out, aux_loss, inner, router_aux_loss_coef)
 
     loss, (out, aux_loss) = _run_to_the_head(
-        model, input_ids, attention_mask, packed, decoder_input_ids, media, at_the_head
+        model, inner, input_ids, attention_mask, packed, decoder_input_ids, media, at_the_head
     )
     return CausalLMOutput.of(out, aux_loss, loss=loss)
 
@@ -224,9 +225,10 @@ def causal_lm_answers(
     Arguments and errors as in `causal_lm_orpo_loss`; the options are schedule, memory_budget and backend, and what the
     model's forward takes beside text. The weights of the pairs, which a batch may hold, change nothing here.
     """
-    media = media_inputs(unwrap(model), options)
+    inner = unwrap(model)
+    media = media_inputs(inner, options)
     _check_options(options)
-    decoder_input_ids = _decoder_inputs(model, labels, decoder_input_ids, packed, ignore_index)
+    decoder_input_ids = _decoder_inputs(inner, labels, decoder_input_ids, packed, ignore_index)
     rows = batch_rows(
         input_ids,
         attention_mask,
@@ -236,18 +238,18 @@ def causal_lm_answers(
         rows=rows,
         prompt_nll=False,
         ignore_index=ignore_index,
-        media_tokens=media_tokens(model),
+        media_tokens=media_tokens(inner),
     )
 
     def at_the_head(aux_loss: Tensor | None, head: dict[str, Any]) -> tuple[Tensor, None]:
         return row_logps(rows=rows, **head, **options), None
 
-    logps, _ = _run_to_the_head(model, input_ids, attention_mask, packed, decoder_input_ids, media, at_the_head)
+    logps, _ = _run_to_the_head(model, inner, input_ids, attention_mask, packed, decoder_input_ids, media, at_the_head)
     return Answers.of(logps, rows)
 
 
 def _decoder_inputs(
-    model: nn.Module,
+    inner: PreTrainedModel,
     labels: Tensor | None,
     decoder_input_ids: Tensor | None,
     packed: PackedPairs | None,
@@ -256,11 +258,12 @@ def _decoder_inputs(
     """What the decoder of an encoder-decoder model reads. A packed batch, which it does not take, is refused later."""
     if packed is not None and decoder_input_ids is None:
         return None
-    return decoder_inputs(unwrap(model), labels, decoder_input_ids, ignore_index)
+    return decoder_inputs(inner, labels, decoder_input_ids, ignore_index)
 
 
 def _run_to_the_head(
     model: nn.Module,
+    inner: PreTrainedModel,
     input_ids: Tensor,
     attention_mask: Tensor | None,
     packed: PackedPairs | None,
@@ -272,7 +275,6 @@ def _run_to_the_head(
 
     An engine that shards the model sees the tensor that comes first of what this returns.
     """
-    inner = unwrap(model)
     kept: list[T] = []
 
     def forward() -> Tensor:

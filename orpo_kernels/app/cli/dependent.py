@@ -11,9 +11,8 @@ import sys
 import threading
 import time
 
+from ..finetuning.children import PATIENCE
 from . import INTERRUPTED, main
-
-PATIENCE = 10  # seconds to end as upon Ctrl-C
 
 
 def end_with_stdin() -> None:

@@ -34,6 +34,7 @@ from typing import Any, Literal
 from ...text.chats import PlainText, parsed
 from ...text.columns import OPTIONAL, BadRow, Columns, Fields
 from ...text.messages import BadMessages, filled, kind, normalised, role_of, says_something, strings, without_marks
+from ...text.pictures import sources_of
 
 Layout = Literal["text", "chat", "conversation", "transcript"]
 Messages = list[dict[str, Any]]
@@ -244,8 +245,7 @@ def _options(fields: Fields) -> dict[str, Any]:
     """What a row says about its pairs: pictures, tools, options of the template, weight."""
     options: dict[str, Any] = {}
     if fields.has("images"):
-        images = fields.get("images")
-        options["images"] = list(images) if isinstance(images, list | tuple) else [images]
+        options["images"] = sources_of({"images": fields.get("images")})
     if fields.has("weight"):
         options["weight"] = _weight(fields.get("weight"))
     if fields.as_text:

@@ -8,7 +8,7 @@ import subprocess
 from contextlib import suppress
 from typing import Any
 
-PATIENCE = 10  # seconds that one has to end by itself
+PATIENCE = 10  # seconds that one has to end by itself, as upon Ctrl-C
 
 
 def run_child(command: list[str]) -> tuple[int, str]:

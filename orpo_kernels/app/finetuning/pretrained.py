@@ -75,7 +75,7 @@ def load_tokenizer(name: str) -> Any:
     """The tokenizer; of a model that sees pictures, the processor, if it can be loaded and served."""
     folder = model_folder(name)
     _check_files(name, Path(folder))
-    if sees_pictures(name):
+    if _sees_pictures(config_of(name)):
         try:
             processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trusts_code())
             Processor(processor)
@@ -88,11 +88,14 @@ def load_tokenizer(name: str) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trusts_code())
 
 
-def sees_pictures(name: str) -> bool:
-    """Whether the model, or the base of adapters, takes pictures beside text."""
+def config_of(name: str) -> Any:
+    """The config of a model, or of the base of adapters."""
     with _loading(name, "a model"):
-        folder = model_folder(base_of(name) or name)
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trusts_code())
+        return AutoConfig.from_pretrained(model_folder(base_of(name) or name), trust_remote_code=trusts_code())
+
+
+def _sees_pictures(config: Any) -> bool:
+    """Whether the model takes pictures beside text."""
     has_tower = config.get_text_config(decoder=True) is not config and not config.is_encoder_decoder
     return has_tower and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
@@ -180,7 +183,7 @@ def _load_whole(name: str, folder: str, dtype: torch.dtype, console: Console | N
         options["trust_remote_code"] = trusts_code()
         config = AutoConfig.from_pretrained(folder, **options)
         model_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model_class = AutoModelForImageTextToText if sees_pictures(name) else model_class
+        model_class = AutoModelForImageTextToText if _sees_pictures(config) else model_class
         model, found = model_class.from_pretrained(
             folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
@@ -405,21 +408,10 @@ def stored_dtypes(name: str) -> dict[str, torch.dtype]:
 # --- what fits it --------------------------------------------------------------------------------------------------
 
 
-def has_two_parts(name: str) -> bool:
-    """Whether a model is an encoder-decoder model."""
-    with _loading(name, "a model"):
-        return bool(
-            AutoConfig.from_pretrained(
-                model_folder(base_of(name) or name), trust_remote_code=trusts_code()
-            ).is_encoder_decoder
-        )
-
-
 def rows_and_positions(name: str) -> tuple[int | None, int | None]:
     """How many tokens the embedding of a model has, and how many positions; None for what its config does not say."""
-    base = base_of(name)
+    config = config_of(name)
     with _loading(name, "a model"):
-        config = AutoConfig.from_pretrained(model_folder(base or name), trust_remote_code=trusts_code())
         vocabulary = getattr(config.get_text_config(decoder=True), "vocab_size", None)
-        rows = _rows_with_adapters(model_folder(name), config) if base else vocabulary
+        rows = _rows_with_adapters(model_folder(name), config) if base_of(name) else vocabulary
     return rows, positions_of(config)

@@ -16,7 +16,7 @@ from ...transformers.images import tokenizer_of
 from ..data import Preferences, load_preferences, split_pairs
 from ..errors import UserError
 from .held_out import Record, held_out_prompts, keys, record_of
-from .pretrained import has_two_parts, rows_and_positions
+from .pretrained import config_of, rows_and_positions
 from .settings import DataSettings, TrainSettings, held_out_number
 
 
@@ -91,7 +91,8 @@ def load_pairs(settings: DataSettings, tokenizer: Any, console: Console, source:
 
 def tokenization_of(tokenizer: Any) -> Callable[..., TokenizedPair]:
     """How pairs become tokens of the model that the tokenizer came with: in one sequence, or in two parts."""
-    return tokenize_in_two_parts if has_two_parts(tokenizer_of(tokenizer).name_or_path) else tokenize_pair
+    config = config_of(tokenizer_of(tokenizer).name_or_path)
+    return tokenize_in_two_parts if config.is_encoder_decoder else tokenize_pair
 
 
 def _check_ids(pairs: list[TokenizedPair], tokenizer: Any, rows: int | None) -> None:
