@@ -5,7 +5,7 @@ Config, data, callbacks, tokenisation and logged metrics are TRL's; the loss is 
 - A prompt that fills `max_length` leaves an empty answer. Its pair leaves the odds ratio and the metrics; the prompt's
   NLL stays. In TRL the loss is NaN from there on.
 - Answers of which the model is sure give finite losses and gradients.
-- Gradient accumulation and several processes are exact (see `orpo_kernels.transformers.trainer`).
+- Gradient accumulation and several processes are exact (see `orpo_kernels.transformers.mixin`).
 - Chosen and rejected answer share one pass over their prompt, where the model allows it (`packing`).
 - Metrics are read back from the device once in a step.
 - An evaluation's loss and metrics are those of its set, not means of batches: they do not depend on the batch size.
@@ -52,12 +52,12 @@ from .transformers.fitting import Extent, check_fits
 from .transformers.images import is_processor
 from .transformers.lm_head import resolve_lm_head
 from .transformers.metrics import PAIR_METRICS, Part, pair_metrics
+from .transformers.mixin import PreferenceLossMixin
 from .transformers.packing import PackedPairs, pack_pairs
 from .transformers.pairs import UsablePairs, warn_of_unusable
 from .transformers.rendering import WEIGHT, Rendered, UnusablePair, render_pair
 from .transformers.sharing import automatic_packing, refuses_before_training
 from .transformers.tokenization import numbers_of
-from .transformers.trainer import PreferenceLossMixin
 from .transformers.versions import body_of, check_trl, loss_takes_counts
 
 check_trl()

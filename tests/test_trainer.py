@@ -26,8 +26,9 @@ from transformers import EvalPrediction, TrainingArguments
 from benchmarks.contest.workloads import have_real_data
 from orpo_kernels.transformers import PreferenceCollator, causal_lm_orpo_loss, tokenize_pairs
 from orpo_kernels.transformers.batches import batch_rows
+from orpo_kernels.transformers.engines import run_inside
 from orpo_kernels.transformers.metrics import METRICS, preference_metrics
-from orpo_kernels.transformers.trainer import ORPOTrainer, PreferenceTrainer, run_inside
+from orpo_kernels.transformers.trainer import ORPOTrainer, PreferenceTrainer
 
 from . import runs
 from .training import assert_same_logs, chat_examples, grad_norms, losses, settings, tiny, tokenizer

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from ..methods import Method
 from ..transformers.batches import RowsCollator, with_rows
 from ..transformers.causal_lm import CausalLMOutput
+from ..transformers.mixin import PreferenceLossMixin
 from ..transformers.packing import SIDES, Packing, pack_pairs
 from ..transformers.sharing import automatic_packing, refuses_before_training
-from ..transformers.trainer import PreferenceLossMixin
 from ..transformers.versions import loss_takes_counts
 
 OPTIONS = ("packing", "sparse_eps", "exact_accumulation")
