@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
+
+from .thorough import EXAMPLES
 
 # Where there is no GPU, Triton emulates one: to be said before any kernel is imported.
 if not torch.cuda.is_available():
@@ -14,18 +19,46 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The tensors of most tests are tiny: threads would only wait for each other. Tests of the real model ask for theirs.
 torch.set_num_threads(1)
 # `make test` tries a few examples of each property, `make test-all` (--hypothesis-profile=thorough) many.
-for name, examples in (("default", 10), ("thorough", 200)):
+for name, examples in EXAMPLES.items():
     settings.register_profile(name, deadline=None, max_examples=examples, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("default")
 
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1":
-    from .interpreter import check_memory, check_overflow, correct_bf16
+    from .interpreter import check_memory, check_overflow, correct_bf16, patch_once
 
     correct_bf16()
     check_overflow()
     check_memory()
+    patch_once()
+
+
+HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: Accelerate collects garbage after each run, which would look through all of it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def _drawings(request, monkeypatch) -> None:
+    """Figures are drawn for tests that look at them, which are marked: it takes as long as to train a tiny model."""
+
+    def save(figure: Any, file: Any, **options: Any) -> None:
+        if hasattr(file, "write"):
+            file.write(b"not drawn")
+        else:
+            Path(file).write_bytes(b"not drawn")
+
+    if HAS_MATPLOTLIB and not request.node.get_closest_marker("draws"):
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", save)
 
 
 @pytest.fixture(params=["torch", "native", "triton"])

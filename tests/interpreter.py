@@ -3,6 +3,7 @@
     correct_bf16()      bfloat16 values instead of arithmetic on their bit patterns
     check_overflow()    integer arithmetic that wraps around raises
     check_memory()      a launch that leaves its tensors raises, and so does one whose programs share an address
+    patch_once()        half as long: the language is patched once a launch, not in each call of a device function
 
 All act on every interpreted launch of the process, from when they are called. `TRITON_INTERPRET` has to be set before a
 kernel's module is imported, and the checks see only what the interpreter runs: the values and addresses of the kernel's
@@ -239,6 +240,32 @@ def tensors_of(name: str, argument: Any) -> Iterator[tuple[str, Any]]:
         yield from tensors_of(name, argument.base)
     elif hasattr(argument, "data_ptr"):
         yield name, argument
+
+
+def patch_once() -> None:
+    """Within a launch `tl` stays as it was patched; the interpreter looks for every builtin in each call anew."""
+    original_call, original_patch = GridExecutor.__call__, interpreter._patch_lang
+    patched: set[int] = set()
+
+    @functools.cache
+    def languages(fn: Any) -> frozenset[int]:
+        return frozenset(id(value) for value in fn.__globals__.values() if value is tl or value is tl.core)
+
+    def patch(fn: Any) -> Any:
+        if languages(fn) <= patched:
+            return interpreter._LangPatchScope()
+        patched.update(languages(fn))
+        return original_patch(fn)
+
+    def call(self: GridExecutor, *args: Any, **kwargs: Any) -> None:
+        patched.clear()
+        try:
+            original_call(self, *args, **kwargs)
+        finally:
+            patched.clear()
+
+    if hasattr(interpreter, "_LangPatchScope"):  # Triton 3.5 and newer
+        GridExecutor.__call__, interpreter._patch_lang = call, patch
 
 
 def check_memory() -> None:

@@ -51,7 +51,9 @@ class Ranks:
         self.size, self.timeout = size, timeout
 
     def __enter__(self) -> Ranks:
-        context = mp.get_context("spawn")
+        # Processes are forked off one that has imported what takes seconds, and has no thread yet.
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["torch.distributed", "orpo_kernels.loss", "tests.batches", "tests.training"])
         self._folder = tempfile.TemporaryDirectory()
         self._pipes, self._processes = [], []
         for rank in range(self.size):

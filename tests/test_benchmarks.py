@@ -353,6 +353,7 @@ def run(folder: Path, *arguments: str) -> dict[str, dict[str, Any]]:
     return json.loads((folder / "results.json").read_text())["cases"]
 
 
+@pytest.mark.draws
 @pytest.mark.usefixtures("small")
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("--peer", "plain", "--dtype", "float32", "--model", PHI.name, GEMMA.name)

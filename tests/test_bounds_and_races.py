@@ -18,9 +18,10 @@ pytest.importorskip("ttsem", reason="ttsem is not installed; it asks for Python 
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="ttsem's faults need Python 3.11")
-def test_under_ttsem():
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_under_ttsem(which):
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/under_ttsem.py"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", which, "tests/under_ttsem.py"],
         cwd=Path(__file__).parents[1],
         env={**os.environ, "TRITON_INTERPRET": "0"},
         capture_output=True,

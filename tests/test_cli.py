@@ -89,6 +89,7 @@ def is_png(path: Path) -> bool:
 # --- train ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.draws
 def test_train_leaves_a_model_and_all_about_it(run, model, data, tmp_path):
     summary = run("train", model, data, "--output", tmp_path / "run", *FAST, "--max-steps", 6, "--beta", 0.5)
     folder = tmp_path / "run"
@@ -376,6 +377,7 @@ def test_the_latest_complete_checkpoint_counts(tmp_path):
 # --- evaluate ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.draws
 def test_evaluation_is_that_of_the_models_own_logits(run, model, data, tmp_path):
     record = run("evaluate", model, data, "--output", tmp_path, "--max-length", 64, "--batch-size", 3)
     lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
@@ -450,6 +452,7 @@ def test_the_interval_of_a_difference_is_that_of_the_same_pairs():
 # --- sweep ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.draws
 def test_sweep_finds_the_lambda(run, model, data, tmp_path, monkeypatch):
     fast = ("--batch-size", 2, "--eval-split", 4, "--max-length", 64, "--max-steps", 2)
     arguments = ("sweep", model, data, *fast, "--betas", "0,0.5", "--output", tmp_path / "sweep")

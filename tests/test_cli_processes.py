@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,8 +23,10 @@ pytest.importorskip("psutil")
 
 import psutil
 
+from orpo_kernels.app.finetuning import processes
 from orpo_kernels.app.finetuning.folder import COMPLETE
 
+from .commands import run_in
 from .test_cli import assert_same_run, records
 from .training import chat_examples, tiny, tokenizer
 
@@ -69,10 +72,12 @@ def run(launcher: tuple[str, ...], *arguments: Any, fails: bool = False) -> dict
     return json.loads(out)
 
 
-def test_two_processes_are_one_with_batches_twice_as_large(inputs, tmp_path):
+def test_two_processes_are_one_with_batches_twice_as_large(inputs, tmp_path, capsys):
     """Eight steps, each with the same loss and metrics and the same norm of the gradient."""
-    alone = run(ALONE, "train", *inputs, *FAST, "--epochs", 2, "--batch-size", 4, "--output", tmp_path / "alone")
-    two = run(TWO, "train", *inputs, *FAST, "--epochs", 2, "--batch-size", 2, "--output", tmp_path / "two")
+    in_this_process = run_in(capsys)
+    eight = (*FAST, "--epochs", 2)
+    alone = in_this_process("train", *inputs, *eight, "--batch-size", 4, "--output", tmp_path / "alone")
+    two = run(TWO, "train", *inputs, *eight, "--batch-size", 2, "--output", tmp_path / "two")
     assert (alone["processes"], two["processes"]) == (1, 2)
     assert alone["steps"] == two["steps"] == 8
     for name in ("accuracy", "log_odds"):
@@ -146,7 +151,8 @@ def test_a_sweep_by_two_processes(inputs, tmp_path):
     assert json.loads((tmp_path / "two" / "sweep.json").read_text())["points"] == two["points"]
 
 
-def test_what_runs_in_one_process_says_so(inputs, tmp_path):
-    for command in ("evaluate", "compare"):
-        said = run(TWO, command, *inputs, "--output", tmp_path, fails=True)
-        assert f"{command} runs in one process: start it without torchrun" in said["error"]
+@pytest.mark.parametrize("command", ["evaluate", "compare"])
+def test_what_runs_in_one_process_says_so(command, inputs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(processes, "processes", lambda: SimpleNamespace(num_processes=2))
+    said = run_in(capsys)(command, *inputs, "--output", tmp_path, status=2)
+    assert f"{command} runs in one process: start it without torchrun" in said["error"]

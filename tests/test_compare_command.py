@@ -99,6 +99,7 @@ def test_options_of_another_method_are_refused(run, model, data, tmp_path):
     assert "--methods has 'ppo', but the methods are orpo, sft" in said["error"]
 
 
+@pytest.mark.draws
 def test_compare_in_one_table_and_one_plot(run, model, data, tmp_path, monkeypatch, capsys):
     """All methods, in this process; then once more, when everything is there already."""
     trained: list[str] = []

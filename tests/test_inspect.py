@@ -52,6 +52,7 @@ def inspect(capsys: Any, *arguments: Any, status: int = 0) -> dict[str, Any]:
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.draws
 def test_what_there_is_in_a_file(capsys, model, data, tmp_path):
     found = inspect(capsys, data, "--model", model, "--max-length", 48, "--output", tmp_path / "out")
     kept = [tokenize_pair(example, tokenizer(), max_length=48) for example in chat_examples(8)]

@@ -14,9 +14,10 @@ pytest.importorskip("triton", reason="triton is not installed")
 from benchmarks.kernels.stub_gpu import stub_gpu
 
 
-def test_under_a_stub_gpu():
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_under_a_stub_gpu(which):
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/under_stub_gpu.py"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", which, "tests/under_stub_gpu.py"],
         cwd=Path(__file__).parents[1],
         env={**os.environ, "TRITON_INTERPRET": "0"},
         capture_output=True,

@@ -73,7 +73,7 @@ def test_peak_of_the_triton_kernels(schedule, trained, most, fake_gpu):
 
 
 @pytest.mark.parametrize("trained", [False, True])
-@pytest.mark.parametrize("share", [0.13, 0.5, 0.9])
+@pytest.mark.parametrize("share", [0.13, pytest.param(0.5, marks=pytest.mark.slow), 0.9])
 def test_the_sparse_schedule_stays_below_its_plan(share, trained, fake_gpu):
     """Few active columns, as many as a sparse chunk may have, dense. The host reads once a chunk: more would raise."""
     shape = EIGHT_THOUSAND_ROWS[1]

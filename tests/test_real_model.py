@@ -81,17 +81,17 @@ def in_order(steps: int) -> list[slice]:
     return [slice(PAIRS * step, PAIRS * (step + 1)) for step in range(steps)]
 
 
-def test_five_steps_are_those_of_trl():
+def test_two_steps_are_those_of_trl():
     examples = whole_examples()
     assert len(examples) == 285
-    steps = train(examples, in_order(5))
+    steps = train(examples, in_order(2))
     first = steps[0]
     assert first.loss == pytest.approx(3.565310, abs=1e-5)
     assert float(first.out.nll_loss) == pytest.approx(3.498843, abs=1e-5)
     assert float(first.out.log_odds.mean()) == pytest.approx(0.602014, abs=1e-4)
     assert first.grad_norm == pytest.approx(23.6239, rel=1e-3)
-    # TRL's own first five losses on another machine
-    assert [step.loss for step in steps] == pytest.approx([3.565310, 2.608880, 2.143660, 2.653427, 2.132558], rel=1e-2)
+    # TRL's own first two losses on another machine
+    assert [step.loss for step in steps] == pytest.approx([3.565310, 2.608880], rel=1e-2)
     assert all(step.out.valid_pairs.all() for step in steps)
 
 

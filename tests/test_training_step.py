@@ -32,6 +32,7 @@ def bench() -> Bench:
     return Bench(tiny(), tokenizer(), chat_examples(), CASE, "float32")
 
 
+@pytest.mark.draws
 def test_everyone_takes_the_same_steps(bench, tmp_path):
     weights = [parameter.clone() for parameter in bench.model.parameters()]
     with Progress(console=Console(file=io.StringIO())) as progress:

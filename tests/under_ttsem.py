@@ -33,6 +33,7 @@ TILES = {
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 # Rows, vocabulary, hidden size: one of each, below one tile, no multiple of a tile, multiples, one beyond.
 SHAPES = [(1, 2, 1), (5, 7, 5), (7, 100, 24), (33, 71, 40), (32, 64, 48), (17, 33, 17), (129, 130, 64)]
+FEW_SHAPES = [(1, 2, 1), (7, 100, 24), (32, 64, 48), (17, 33, 17)]
 
 
 def compile_to_ttir(record: harness.LaunchRecord, stage: str, target: object) -> str:
@@ -62,7 +63,10 @@ def tiles(request, monkeypatch) -> None:
         monkeypatch.setattr(module, "current_target", lambda: target)
 
 
-each_shape = pytest.mark.parametrize(("rows", "vocab", "size"), SHAPES)
+each_shape = pytest.mark.parametrize(
+    ("rows", "vocab", "size"),
+    [pytest.param(*shape, marks=() if shape in FEW_SHAPES else pytest.mark.slow) for shape in SHAPES],
+)
 each_dtype = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 # Where a kernel reads and writes depends on the sizes and on what is there at all; values are checked elsewhere.
 each_head = pytest.mark.parametrize(
