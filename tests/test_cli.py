@@ -34,7 +34,7 @@ from orpo_kernels.app.cli import main
 from orpo_kernels.app.finetuning.folder import COMPLETE, JsonLines, RunFolder, mark_complete, whole_folder, write_whole
 from orpo_kernels.app.finetuning.progress import Recorder
 from orpo_kernels.app.finetuning.scoring import SCORES, Scores, intervals
-from orpo_kernels.app.finetuning.search import side_by_side, winner
+from orpo_kernels.app.finetuning.sweep import side_by_side, winner
 from orpo_kernels.transformers import PreferenceCollator
 
 from .training import chat_examples, tiny, tokenizer

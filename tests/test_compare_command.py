@@ -16,9 +16,9 @@ pytest.importorskip("typer")
 pytest.importorskip("matplotlib")
 
 from orpo_kernels.app.cli import main
-from orpo_kernels.app.finetuning import comparison
-from orpo_kernels.app.finetuning.fit import fit
+from orpo_kernels.app.finetuning import compare
 from orpo_kernels.app.finetuning.settings import TrainSettings, train_arguments
+from orpo_kernels.app.finetuning.train import train
 from orpo_kernels.transformers import causal_lm_answers
 
 from .training import chat_examples, tiny, tokenizer
@@ -108,9 +108,9 @@ def test_compare_in_one_table_and_one_plot(run, model, data, tmp_path, monkeypat
         trained.append(settings.method)
         from rich.console import Console
 
-        return fit(settings, Console(stderr=True))
+        return train(settings, Console(stderr=True))
 
-    monkeypatch.setattr(comparison, "_train", here)
+    monkeypatch.setattr(compare, "_train", here)
     record = run("compare", model, data, "--output", tmp_path / "c", *FAST)
     outcomes = {outcome["method"]: outcome for outcome in record["outcomes"]}
     assert list(outcomes) == ["before", *ALL]

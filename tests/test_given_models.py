@@ -336,7 +336,7 @@ def test_what_the_last_step_made_useless_is_not_saved(model, data, tmp_path, mon
         torch.nn.init.constant_(lm.lm_head.weight, torch.nan)
         return not_finite(lm)
 
-    monkeypatch.setattr("orpo_kernels.app.finetuning.fit.not_finite", spoil)
+    monkeypatch.setattr("orpo_kernels.app.finetuning.train.not_finite", spoil)
     status, said, _ = command("train", model, data, *STEPS, "--output", tmp_path / "run")
     assert status == 2
     assert said["error"] == "The weight lm_head.weight is not finite behind step 2: give a smaller --lr."

@@ -17,8 +17,7 @@ from rich.console import Console
 
 from orpo_kernels.app.cli import main
 from orpo_kernels.app.data import split_pairs
-from orpo_kernels.app.finetuning import comparison, search
-from orpo_kernels.app.finetuning import fit as fitting
+from orpo_kernels.app.finetuning import compare, sweep, train
 from orpo_kernels.app.finetuning.folder import MARK
 from orpo_kernels.app.finetuning.manifest import sealed
 from orpo_kernels.app.finetuning.scoring import SCORES
@@ -49,7 +48,7 @@ def run(capsys) -> Run:
 def trained_on(monkeypatch) -> set[str]:
     """The chosen answers that the trainer is given, as runs go by."""
     seen: set[str] = set()
-    make = fitting.PreferenceTrainer
+    make = train.PreferenceTrainer
 
     def spy(*args: Any, train_dataset: Any, **options: Any) -> Any:
         for one in train_dataset:
@@ -61,7 +60,7 @@ def trained_on(monkeypatch) -> set[str]:
             seen.add(tokenizer().decode(answer, skip_special_tokens=True).strip())
         return make(*args, train_dataset=train_dataset, **options)
 
-    monkeypatch.setattr(fitting, "PreferenceTrainer", spy)
+    monkeypatch.setattr(train, "PreferenceTrainer", spy)
     return seen
 
 
@@ -244,7 +243,7 @@ OTHERS = [pair(number) for number in range(50, 90)]
 @pytest.fixture(params=SIDE_BY_SIDE)
 def several(request, run, model, data, tmp_path, monkeypatch) -> Run:
     """`sweep` or `compare` by so many values, all in this process."""
-    monkeypatch.setattr(comparison, "_train", lambda settings: fitting.fit(settings, Console(stderr=True)))
+    monkeypatch.setattr(compare, "_train", lambda settings: train.train(settings, Console(stderr=True)))
     flag, values = SIDE_BY_SIDE[request.param]
 
     def several(count: int, *more: Any, **options: Any) -> dict[str, Any]:
@@ -284,15 +283,15 @@ def test_runs_over_other_held_out_pairs_are_not_set_beside_each_other(begun, sev
 
 
 def test_data_that_change_between_two_runs(several, data, tmp_path, monkeypatch):
-    fit, begun = fitting.fit, []
+    train_once, begun = train.train, []
 
     def changing(settings: Any, *arguments: Any, **options: Any) -> Any:
         begun.append(settings.output)
         if len(begun) == 2:
             write_rows(Path(data), OTHERS)
-        return fit(settings, *arguments, **options)
+        return train_once(settings, *arguments, **options)
 
-    monkeypatch.setattr(fitting, "fit", changing)
-    monkeypatch.setattr(search, "fit", changing)
+    monkeypatch.setattr(train, "train", changing)
+    monkeypatch.setattr(sweep, "train", changing)
     said = several(2, status=2)["error"]
     assert f"changed before the run in {begun[1]} began, which cannot be compared" in said

@@ -29,10 +29,10 @@ pytest.importorskip("matplotlib")
 from orpo_kernels.app.cli import endings, main
 from orpo_kernels.app.cli.console import Console, table
 from orpo_kernels.app.errors import UserError
-from orpo_kernels.app.finetuning import children, comparison, rating, search
-from orpo_kernels.app.finetuning.fit import fit
+from orpo_kernels.app.finetuning import children, compare, evaluate, sweep
 from orpo_kernels.app.finetuning.records import to_json
 from orpo_kernels.app.finetuning.settings import CompareSettings, SweepSettings, TrainSettings, resuming_command
+from orpo_kernels.app.finetuning.train import train
 
 from .commands import Run, pair, run_in, save_tiny, write_rows
 
@@ -223,7 +223,7 @@ def test_what_the_machine_refuses_is_a_sentence(error, message, run, tmp_path, m
         raise error
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(rating, "rate", refuse)
+    monkeypatch.setattr(evaluate, "evaluate", refuse)
     assert message in run("evaluate", "m", "d", "--output", "o", status=2)["error"]
     assert not list(tmp_path.iterdir())  # no report
 
@@ -241,7 +241,7 @@ def test_the_unforeseen_is_a_sentence_and_a_report(folder, run, tmp_path, monkey
         raise ZeroDivisionError("division\nby zero")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(rating, "rate", fail)
+    monkeypatch.setattr(evaluate, "evaluate", fail)
     if folder:
         (tmp_path / folder).mkdir()
         if folder == "begun":
@@ -257,7 +257,7 @@ def test_the_unforeseen_is_a_sentence_and_a_report(folder, run, tmp_path, monkey
 
 
 def test_the_unforeseen_without_a_place_for_its_report(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(rating, "rate", lambda *_: 1 / 0)
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_: 1 / 0)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Path, "open", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "no")))
     assert "no report of it could be written" in run("evaluate", "m", "d", "--output", "o", status=70)["error"]
@@ -365,8 +365,8 @@ def interrupt(*_: Any, **__: Any) -> None:
 @pytest.mark.parametrize("machine", [False, True])
 @pytest.mark.parametrize("command", ["sweep", "compare"])
 def test_ctrl_c_says_how_to_go_on(command, machine, model, data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(search, "fit", interrupt)
-    monkeypatch.setattr(comparison, "_train", interrupt)
+    monkeypatch.setattr(sweep, "train", interrupt)
+    monkeypatch.setattr(compare, "_train", interrupt)
     output = tmp_path / "a folder"
     typed = [command, model, data, *FAST, "--output", str(output)]
     assert main([*typed, *(["--json"] if machine else [])]) == 130
@@ -501,12 +501,12 @@ def test_what_no_run_can_do_ends_a_sweep_at_once(run, data, tmp_path):
 
 def test_a_sweep_goes_on_behind_what_nobody_has_foreseen(run, model, data, tmp_path, monkeypatch):
     def fail_once(settings: TrainSettings, *args: Any, **options: Any) -> dict[str, Any]:
-        summary = fit(settings, *args, **options)
+        summary = train(settings, *args, **options)
         if settings.beta == 0:
             raise ZeroDivisionError("some\ncause")
         return summary
 
-    monkeypatch.setattr(search, "fit", fail_once)
+    monkeypatch.setattr(sweep, "train", fail_once)
     record = run("sweep", model, data, *FAST, "--betas", "0,1", "--output", tmp_path / "s")
     assert [point["beta"] for point in record["points"]] == [1]
     (failed,) = record["failed"]
@@ -518,12 +518,12 @@ def test_a_comparison_names_the_method_that_fails_and_goes_on(run, model, data, 
     def here(settings: TrainSettings) -> dict[str, Any]:
         from rich.console import Console
 
-        summary = fit(settings, Console(stderr=True))
+        summary = train(settings, Console(stderr=True))
         if settings.method == "dpo":
             raise UserError("It has failed.")
         return summary
 
-    monkeypatch.setattr(comparison, "_train", here)
+    monkeypatch.setattr(compare, "_train", here)
     arguments = ("compare", model, data, *FAST, "--methods", "dpo,orpo", "--output", tmp_path / "c")
     record = run(*arguments)
     assert [outcome["method"] for outcome in record["outcomes"]] == ["before", "orpo"]

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from orpo_kernels.app.cli import main
 from orpo_kernels.app.errors import UserError
-from orpo_kernels.app.finetuning import fit, plots
+from orpo_kernels.app.finetuning import plots, train
 from orpo_kernels.app.finetuning.folder import COMPLETE, MARK, RunFolder, claim, mark_complete, whole_folder
 from orpo_kernels.app.finetuning.manifest import differing, manifest, sealed, unsealed
 from orpo_kernels.app.finetuning.progress import Recorder
@@ -57,7 +57,7 @@ def quick():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         patch.setattr(plots, "curves", lambda steps, evaluations, path: path.write_bytes(b"curves"))
-        patch.setattr(fit, "_tensorboard", lambda folder: [])
+        patch.setattr(train, "_tensorboard", lambda folder: [])
         yield
 
 
@@ -193,12 +193,12 @@ def test_a_run_goes_on_from_what_all_nodes_have(tmp_path, monkeypatch):
         (checkpoint / "trainer_state.json").touch()
         mark_complete(checkpoint)
     for of_another, found in (({2, 4}, 4), ({2}, 2), ({2, 6}, 2)):
-        monkeypatch.setattr(fit, "of_all", lambda own, other=of_another: [own, other])
-        assert fit._latest_of_all(RunFolder(tmp_path)).name == f"checkpoint-{found}"
+        monkeypatch.setattr(train, "of_all", lambda own, other=of_another: [own, other])
+        assert train._latest_of_all(RunFolder(tmp_path)).name == f"checkpoint-{found}"
     for of_another in (set(), {6}):
-        monkeypatch.setattr(fit, "of_all", lambda own, other=of_another: [own, other])
+        monkeypatch.setattr(train, "of_all", lambda own, other=of_another: [own, other])
         with pytest.raises(UserError, match="on some nodes alone"):
-            fit._latest_of_all(RunFolder(tmp_path))
+            train._latest_of_all(RunFolder(tmp_path))
 
 
 def test_folders_of_earlier_versions_are_ours(runs, tmp_path):
@@ -267,7 +267,7 @@ def test_a_run_goes_on_with_what_it_was_started_with(which, change, named, input
     folder = tmp_path / "run"
     shutil.copytree(getattr(runs, which), folder)
     with pytest.MonkeyPatch.context() as patch:  # the same paths as when it was started, and others in them
-        patch.setattr(fit, "_plain", lambda settings: dict.fromkeys(["model", "data"], "there"))
+        patch.setattr(train, "_plain", lambda settings: dict.fromkeys(["model", "data"], "there"))
         mark = unsealed((folder / MARK).read_text())
         assert mark is not None
         same = {"model": "there", "data": "there"}
@@ -477,7 +477,7 @@ def test_a_full_disk_is_a_sentence_and_nothing_is_lost(where, inputs, runs, tmp_
         elif where == "the metrics":
             patch.setattr("orpo_kernels.app.finetuning.folder.JsonLines.append", full)
         else:
-            patch.setattr(fit, "save_as_it_came", full)
+            patch.setattr(train, "save_as_it_came", full)
         status, said, _ = resumed(inputs, folder)
     assert status == 2
     assert f"The disk that holds {folder} is full." in said["error"]

@@ -11,7 +11,7 @@ from .console import Output, interval
 from .flags import command
 
 if TYPE_CHECKING:
-    from ..finetuning.comparison import Comparison
+    from ..finetuning.compare import Comparison
 
 
 @command(CompareSettings)
@@ -25,7 +25,7 @@ def compare(settings: CompareSettings, output: Output) -> None:
     fail.
     """
     with output.waiting("Loading torch and transformers …"):
-        from ..finetuning.comparison import compare
+        from ..finetuning.compare import compare
     try:
         found = compare(settings, output.console)
     except KeyboardInterrupt:

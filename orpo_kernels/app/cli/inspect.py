@@ -11,7 +11,7 @@ from .flags import command
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..finetuning.inspection import Inspection
+    from ..finetuning.inspect import Inspection
 
 BINS, WIDTH = 12, 40  # of the histogram: lines, and characters of the longest bar
 
@@ -26,8 +26,8 @@ def inspect(settings: InspectSettings, output: Output) -> None:
     pairs token by token, with what is trained on in colours.
     """
     with output.waiting("Loading torch and transformers …"):
-        from ..finetuning.inspection import inspection
-    found = inspection(settings, output.console)
+        from ..finetuning.inspect import inspect
+    found = inspect(settings, output.console)
     output.result(found.record, *_pairs(found, settings.whole), *_told(found))
 
 
@@ -44,7 +44,7 @@ def _pairs(found: Inspection, whole: bool) -> list[Any]:
 
 
 def _told(found: Inspection) -> list[Any]:
-    from ..finetuning.inspection import LENGTHS
+    from ..finetuning.inspect import LENGTHS
 
     record = found.record
     figures = table("Lengths in tokens, before any cut", "", *next(iter(record["lengths"].values())))

@@ -10,7 +10,7 @@ from .console import Output, table
 from .flags import command
 
 if TYPE_CHECKING:
-    from ..finetuning.search import Point, Sweep
+    from ..finetuning.sweep import Point, Sweep
 
 SHOWN = {
     "accuracy": ("accuracy", "{:.1%}", "{:+.1%}"),
@@ -29,14 +29,14 @@ def sweep(settings: SweepSettings, output: Output) -> None:
     run that fails, as one that diverges, is named, and the others go on; exit status 2 if all fail.
     """
     with output.waiting("Loading torch and transformers …"):
-        from ..finetuning import search
         from ..finetuning.processes import leave
+        from ..finetuning.sweep import command_line, sweep, winner
     try:
-        found = search.sweep(settings, output.console)
+        found = sweep(settings, output.console)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"To go on: {shlex.join(resuming_command('sweep', settings))}") from None
-    best = search.winner(found.points)
-    again = shlex.join(search.command_line(settings, best))
+    best = winner(found.points)
+    again = shlex.join(command_line(settings, best))
     record = {**found.record(), "command": again, "plot": str(settings.output / "sweep.png")}
     output.result(record, _table(found, best), f"The winner's command line:\n{again}\nPlot: {record['plot']}")
     leave()

@@ -26,10 +26,10 @@ def train(settings: TrainSettings, output: Output) -> None:
         torchrun --nproc-per-node 4 -m orpo_kernels train MODEL DATA
     """
     with output.waiting("Loading torch and transformers …"):
-        from ..finetuning.fit import fit
         from ..finetuning.processes import leave
+        from ..finetuning.train import train
     try:
-        summary = fit(settings, output.console)
+        summary = train(settings, output.console)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_how_to_go_on(settings)) from None
     output.result(summary, *_told(summary))

@@ -19,7 +19,6 @@ from rich.console import Console
 
 from ..errors import Diverged, UserError, save_report
 from . import plots
-from .fit import Trained, check_is_ours, fit
 from .folder import RunFolder, check_claim, claim, write_whole
 from .inputs import check_comparable, check_unchanged, inputs_of
 from .pretrained import compute_dtype, load_tokenizer
@@ -28,6 +27,7 @@ from .records import to_json
 from .scoring import Scores, intervals, score
 from .settings import SweepSettings, train_arguments
 from .setup import load_split
+from .train import Trained, check_is_ours, train
 
 COMPARED = ("accuracy", "log_odds", "nll")
 
@@ -85,7 +85,7 @@ def sweep(settings: SweepSettings, console: Console) -> Sweep:
     A sweep that was stopped goes on with `resume`: finished runs are read, the one that was under way is resumed. A run
     that has begun and fails, as one that diverges, is named, and the others go on.
 
-    Raises `UserError` as `fit` does for what cannot begin, if runs there were started with other pairs or another
+    Raises `UserError` as `train` does for what cannot begin, if runs there were started with other pairs or another
     model, and if no run came to its end.
     """
     transformers.utils.logging.disable_progress_bar()
@@ -100,7 +100,7 @@ def sweep(settings: SweepSettings, console: Console) -> Sweep:
     for number, run in enumerate(grid, start=1):
         console.print(f"Run {number} of {len(grid)}: lambda {run.beta:g}, learning rate {run.lr:g}")
         try:
-            summary = fit(run, console, keep=_rate)
+            summary = train(run, console, keep=_keep_scores)
             runs.append((summary, _scores(RunFolder(run.output))))
         except Exception as error:
             if not _others_go_on(error, run):
@@ -149,7 +149,7 @@ def _failure(error: Exception, run: SweepSettings) -> Failure:
     return Failure(run.beta, run.peak_lr, " ".join(reason.split()), str(run.output))
 
 
-def _rate(trained: Trained) -> None:
+def _keep_scores(trained: Trained) -> None:
     """Keep how the model rates each held-out pair: runs are compared pair by pair."""
     dtype, device = compute_dtype(trained.settings.dtype), trained.model.device.type
     with torch.autocast(device, dtype, enabled=dtype is not torch.float32):

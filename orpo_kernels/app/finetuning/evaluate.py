@@ -25,7 +25,7 @@ from .settings import EvaluateSettings, held_out_number
 from .setup import Pairs, load_pairs
 
 
-def rate(settings: EvaluateSettings, console: Console) -> dict[str, Any]:
+def evaluate(settings: EvaluateSettings, console: Console) -> dict[str, Any]:
     """Evaluate as the settings say.
 
     Into `settings.output` go `evaluation.json` (what is returned), `pairs.jsonl` (row, and every model's values of each

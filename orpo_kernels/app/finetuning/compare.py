@@ -20,7 +20,6 @@ from ...transformers import TokenizedPair
 from ..errors import UserError
 from . import plots
 from .children import run_child
-from .fit import check_is_ours
 from .folder import RunFolder, check_claim, claim, write_whole
 from .inputs import check_comparable, check_unchanged, inputs_of
 from .pretrained import compute_dtype, load_model, load_tokenizer
@@ -29,6 +28,7 @@ from .records import to_json
 from .scoring import intervals, score
 from .settings import CompareSettings, TrainSettings, train_arguments
 from .setup import load_split
+from .train import check_is_ours
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def compare(settings: CompareSettings, console: Console) -> Comparison:
     is a process of its own, so that its memory is its own. A comparison that was stopped goes on with `resume`. A run
     that has begun and fails is named, and the others go on.
 
-    Raises `UserError` as `fit` does for what cannot begin, if runs there were started with other pairs or another
+    Raises `UserError` as `train` does for what cannot begin, if runs there were started with other pairs or another
     model, and if no run came to its end.
     """
     check_alone("compare")

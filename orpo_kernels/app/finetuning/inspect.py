@@ -51,7 +51,7 @@ class Inspection:
     tokenizer: Any
 
 
-def inspection(settings: InspectSettings, console: Console) -> Inspection:
+def inspect(settings: InspectSettings, console: Console) -> Inspection:
     """Read and tokenise the data as `train` would, and look at it.
 
     Into `settings.output` go `lengths.png` and `problems.jsonl`, every row that cannot be used with the reason.

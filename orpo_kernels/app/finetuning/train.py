@@ -80,7 +80,7 @@ def save_model(trained: Trained) -> None:
             save_as_it_came(model.merge_and_unload(), settings.model, scratch)
 
 
-def fit(settings: TrainSettings, console: Console, keep: Callable[[Trained], None] = save_model) -> dict[str, Any]:
+def train(settings: TrainSettings, console: Console, keep: Callable[[Trained], None] = save_model) -> dict[str, Any]:
     """Train as the settings say, into `settings.output`; with `resume`, from where a run there was stopped.
 
     The result does not depend on how often the run was stopped. What was recognised, and a bar, go to `console`. `keep`
