@@ -97,3 +97,22 @@ def test_no_public_name_is_lost(module):
         pytest.importorskip("transformers")
     found = importlib.import_module(module)
     assert not [name for name in PUBLIC[module].split() if not hasattr(found, name)]
+
+
+# What README, docs, examples and CHANGELOG have given in a place where it is no longer. All else that has moved was never
+# in them.
+MOVED = {
+    "orpo_kernels.data": ("load_preferences", "orpo_kernels.app.data"),
+    "orpo_kernels.transformers.trainer": ("run_inside", "orpo_kernels.transformers.engines"),
+}
+
+
+@pytest.mark.parametrize("module", MOVED)
+def test_what_has_moved_is_found_with_a_warning(module):
+    pytest.importorskip("accelerate")
+    name, place = MOVED[module]
+    with pytest.warns(DeprecationWarning, match=f"{module}.{name} has moved; import {name} from {place}") as seen:
+        exec(f"from {module} import {name}", found := {})
+    assert found[name] is getattr(importlib.import_module(place), name)
+    assert not hasattr(importlib.import_module(module), "no_such_name")
+    assert len(seen) == 1

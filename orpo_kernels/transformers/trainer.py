@@ -23,6 +23,7 @@ from accelerate.data_loader import DataLoaderDispatcher
 from torch import Tensor, nn
 from transformers import Trainer
 
+from .._moved import moved
 from ..methods import Method, all_options, method_named
 from .batches import RowsCollator, with_rows
 from .body import unwrap
@@ -44,6 +45,8 @@ logger = logging.getLogger(__name__)
 _COLLATORS = (PreferenceCollator, EncoderDecoderCollator)  # that read of an example what we know
 _FROM_THE_STEP = ("nll_denominator", "pair_denominator")
 _OF_THE_ANSWERS = ("schedule", "memory_budget", "backend", "ignore_index")  # options without gradient as well
+
+__getattr__ = moved(__name__, {"run_inside": "orpo_kernels.transformers.engines"})
 
 
 class PreferenceTrainer(PreferenceLossMixin, Trainer):
