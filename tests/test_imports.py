@@ -99,8 +99,8 @@ def test_no_public_name_is_lost(module):
     assert not [name for name in PUBLIC[module].split() if not hasattr(found, name)]
 
 
-# What README, docs, examples and CHANGELOG have given in a place where it is no longer. All else that has moved was never
-# in them.
+# What README, docs, examples and CHANGELOG once gave in a place that it has left. All else that has moved was never in
+# them.
 MOVED = {
     "orpo_kernels.data": ("load_preferences", "orpo_kernels.app.data"),
     "orpo_kernels.transformers.trainer": ("run_inside", "orpo_kernels.transformers.engines"),

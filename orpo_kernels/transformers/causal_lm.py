@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -168,9 +168,6 @@ def causal_lm_preference_loss(
     for one that compares with rejected answers where there are none.
     """
     method = method_named(method) if isinstance(method, str) else method
-    inner = unwrap(model)
-    media = media_inputs(inner, options)
-    _check_options(options)
     for name in options:
         if name in _FROM_THE_METHOD:
             raise TypeError(
@@ -180,29 +177,21 @@ def causal_lm_preference_loss(
         raise ValueError(
             f"The batch has chosen answers alone (chosen_only), and the method {method.name} compares two."
         )
-    decoder_input_ids = _decoder_inputs(inner, labels, decoder_input_ids, packed, ignore_index)
-    rows = batch_rows(
-        input_ids,
-        attention_mask,
-        labels,
-        decoder_input_ids=decoder_input_ids,
-        packed=packed,
+    inner = unwrap(model)
+    inputs, rows = _inputs_and_rows(
+        *(inner, options, input_ids, attention_mask, labels, decoder_input_ids, packed, ignore_index),
         rows=rows,
         pair_weights=pair_weights,
         prompt_nll=method.prompt_nll,
         nll_reduction=method.nll_reduction,
         chosen_only=chosen_only,
-        ignore_index=ignore_index,
-        media_tokens=media_tokens(inner),
     )
 
     def at_the_head(aux_loss: Tensor | None, head: dict[str, Any]) -> tuple[Tensor, tuple]:
         out = preference_loss_from_rows(rows=rows, method=method, reference_logps=reference_logps, **head, **options)
         return _with_router_loss(out, aux_loss, inner, router_aux_loss_coef)
 
-    loss, (out, aux_loss) = _run_to_the_head(
-        model, inner, input_ids, attention_mask, packed, decoder_input_ids, media, at_the_head
-    )
+    loss, (out, aux_loss) = _run_to_the_head(model, inner, inputs, at_the_head)
     return CausalLMOutput.of(out, aux_loss, loss=loss)
 
 
@@ -226,49 +215,60 @@ def causal_lm_answers(
     model's forward takes beside text. The weights of the pairs, which a batch may hold, change nothing here.
     """
     inner = unwrap(model)
-    media = media_inputs(inner, options)
-    _check_options(options)
-    decoder_input_ids = _decoder_inputs(inner, labels, decoder_input_ids, packed, ignore_index)
-    rows = batch_rows(
-        input_ids,
-        attention_mask,
-        labels,
-        decoder_input_ids=decoder_input_ids,
-        packed=packed,
+    inputs, rows = _inputs_and_rows(
+        *(inner, options, input_ids, attention_mask, labels, decoder_input_ids, packed, ignore_index),
         rows=rows,
         prompt_nll=False,
-        ignore_index=ignore_index,
-        media_tokens=media_tokens(inner),
     )
 
     def at_the_head(aux_loss: Tensor | None, head: dict[str, Any]) -> tuple[Tensor, None]:
         return row_logps(rows=rows, **head, **options), None
 
-    logps, _ = _run_to_the_head(model, inner, input_ids, attention_mask, packed, decoder_input_ids, media, at_the_head)
+    logps, _ = _run_to_the_head(model, inner, inputs, at_the_head)
     return Answers.of(logps, rows)
 
 
-def _decoder_inputs(
+class _Inputs(NamedTuple):
+    """What the body reads, as `run_body` takes it."""
+
+    input_ids: Tensor
+    attention_mask: Tensor | None
+    packed: PackedPairs | None
+    decoder_input_ids: Tensor | None
+    media: dict[str, Tensor]
+
+
+def _inputs_and_rows(
     inner: PreTrainedModel,
+    options: dict[str, Any],
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
     labels: Tensor | None,
     decoder_input_ids: Tensor | None,
     packed: PackedPairs | None,
     ignore_index: int,
-) -> Tensor | None:
-    """What the decoder of an encoder-decoder model reads. A packed batch, which it does not take, is refused later."""
-    if packed is not None and decoder_input_ids is None:
-        return None
-    return decoder_inputs(inner, labels, decoder_input_ids, ignore_index)
+    **of_the_rows: Any,
+) -> tuple[_Inputs, Rows]:
+    """What of a batch the body reads and what the loss runs over. Takes from `options` what is for the body."""
+    media = media_inputs(inner, options)
+    _check_options(options)
+    if packed is None or decoder_input_ids is not None:  # one that packs is refused with its reason, later
+        decoder_input_ids = decoder_inputs(inner, labels, decoder_input_ids, ignore_index)
+    rows = batch_rows(
+        *(input_ids, attention_mask, labels),
+        decoder_input_ids=decoder_input_ids,
+        packed=packed,
+        ignore_index=ignore_index,
+        media_tokens=media_tokens(inner),
+        **of_the_rows,
+    )
+    return _Inputs(input_ids, attention_mask, packed, decoder_input_ids, media), rows
 
 
 def _run_to_the_head(
     model: nn.Module,
     inner: PreTrainedModel,
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    packed: PackedPairs | None,
-    decoder_input_ids: Tensor | None,
-    media: dict[str, Tensor],
+    inputs: _Inputs,
     at_the_head: Callable[[Tensor | None, dict[str, Any]], tuple[Tensor, T]],
 ) -> tuple[Tensor, T]:
     """The model's body, and `at_the_head(router loss, arguments of the loss)` in place of its head.
@@ -278,7 +278,7 @@ def _run_to_the_head(
     kept: list[T] = []
 
     def forward() -> Tensor:
-        hidden, aux_loss = _checked_body(model, inner, input_ids, attention_mask, packed, decoder_input_ids, media)
+        hidden, aux_loss = _checked_body(model, inner, inputs)
 
         def head_forward(head: LMHead, hidden: Tensor) -> Tensor:
             operands = head.operands(hidden)
@@ -295,22 +295,15 @@ def _run_to_the_head(
     return value, kept[0]
 
 
-def _checked_body(
-    model: nn.Module,
-    inner: PreTrainedModel,
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    packed: PackedPairs | None,
-    decoder_input_ids: Tensor | None,
-    media: dict[str, Tensor],
-) -> BodyOutput:
+def _checked_body(model: nn.Module, inner: PreTrainedModel, inputs: _Inputs) -> BodyOutput:
     """The last hidden states, once it is known that body and head are all there is to the model."""
+    input_ids, attention_mask, packed, _, media = inputs
     if packed is not None:
-        packed = packed.to(input_ids.device)
+        inputs = inputs._replace(packed=packed.to(input_ids.device))
         if reason := refuses_shared_prompt(model, images=bool(media)):
             raise ValueError(f'{reason} Use PreferenceCollator(packing="padded").')
     verify_lm_head(model, inner, resolve_lm_head(inner), input_ids, attention_mask, media)
-    return run_body(inner, input_ids, attention_mask, packed, decoder_input_ids, media)
+    return run_body(inner, *inputs)
 
 
 def _with_router_loss(
