@@ -24,7 +24,7 @@ def compare(settings: CompareSettings, output: Output) -> None:
     --resume, and more methods can be added so. A run that fails is named, and the others go on; exit status 2 if all
     fail.
     """
-    with output.waiting("Loading torch and transformers …"):
+    with output.loading():
         from ..finetuning.compare import compare
     try:
         found = compare(settings, output.console)

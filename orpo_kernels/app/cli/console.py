@@ -74,9 +74,9 @@ class Output:
         self.is_first = int(os.environ.get("RANK", "0")) == 0
         self.console = Console(stderr=as_json, quiet=not self.is_first)
 
-    def waiting(self, for_what: str) -> Any:
-        """A spinner while the block runs."""
-        return self.console.status(for_what) if self.console.is_terminal else nullcontext()
+    def loading(self) -> Any:
+        """A spinner while the block imports what takes seconds."""
+        return self.console.status("Loading torch and transformers …") if self.console.is_terminal else nullcontext()
 
     def result(self, record: dict[str, Any], *renderables: Any) -> None:
         """The outcome: `record` as JSON, or else `renderables` (rich's, or text)."""

@@ -25,7 +25,7 @@ def evaluate(settings: EvaluateSettings, output: Output) -> None:
 
         orpo-kernels evaluate runs/first pairs.jsonl --eval-split 0.1 --against HuggingFaceTB/SmolLM2-135M-Instruct
     """
-    with output.waiting("Loading torch and transformers …"):
+    with output.loading():
         from ..finetuning.evaluate import evaluate
     record = evaluate(settings, output.console)
     output.result(record, _table(record), f"Written: {', '.join(record['files'])}")

@@ -25,7 +25,7 @@ def inspect(settings: InspectSettings, output: Output) -> None:
     What layout was recognised, which rows cannot be used and why, how long the pairs are and how many are cut, and some
     pairs token by token, with what is trained on in colours.
     """
-    with output.waiting("Loading torch and transformers …"):
+    with output.loading():
         from ..finetuning.inspect import inspect
     found = inspect(settings, output.console)
     output.result(found.record, *_pairs(found, settings.whole), *_told(found))

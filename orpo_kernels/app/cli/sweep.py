@@ -28,7 +28,7 @@ def sweep(settings: SweepSettings, output: Output) -> None:
     The flags are those of `train`. A sweep that was stopped goes on with --resume, and more lambdas can be added so. A
     run that fails, as one that diverges, is named, and the others go on; exit status 2 if all fail.
     """
-    with output.waiting("Loading torch and transformers …"):
+    with output.loading():
         from ..finetuning.processes import leave
         from ..finetuning.sweep import command_line, sweep, winner
     try:

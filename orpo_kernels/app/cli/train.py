@@ -12,7 +12,7 @@ from .flags import command
 
 @command(TrainSettings)
 def train(settings: TrainSettings, output: Output) -> None:
-    """Fine-tune a causal language model on preference data.
+    """Fine-tune a language model on preference data.
 
     MODEL is a folder or a name on the Hugging Face hub, DATA a JSON Lines, Parquet or CSV
     file or the name of a data set.
@@ -25,7 +25,7 @@ def train(settings: TrainSettings, output: Output) -> None:
 
         torchrun --nproc-per-node 4 -m orpo_kernels train MODEL DATA
     """
-    with output.waiting("Loading torch and transformers …"):
+    with output.loading():
         from ..finetuning.processes import leave
         from ..finetuning.train import train
     try:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -71,6 +72,10 @@ class Preferences:
         rest = len(self.problems) - SHOWN_PROBLEMS
         more = f"; and {rest} more" if rest > 0 else ""
         return f"{text} {_count(len(self.problems), 'row')} cannot be used: {shown}{more}."
+
+    def problem_lines(self) -> str:
+        """The problems as JSON Lines: row, reason and unread columns of each."""
+        return "".join(json.dumps(asdict(problem)) + "\n" for problem in self.problems)
 
     def without(self, refused: Mapping[int, str]) -> Preferences:
         """What is left when the pairs at some indices are refused, each for a reason."""

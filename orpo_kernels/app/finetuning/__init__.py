@@ -18,6 +18,7 @@ manifest.py   size and hash of files, by which a damaged one is found
 inputs.py     hashes of what a run trains on, by which a resumed run is the same one
 held_out.py   what a run was trained on and what it held out, by prompt
 progress.py   what a run writes and shows on the way
+remarks.py    what else is told to people
 scoring.py    how a model rates held-out pairs, with intervals
 plots.py      curves, margins, the sweep
 records.py    JSON that every reader takes

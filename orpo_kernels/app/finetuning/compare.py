@@ -11,8 +11,6 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-import torch
-import transformers
 from rich.console import Console
 
 from ...methods import METHODS
@@ -22,10 +20,11 @@ from . import plots
 from .children import run_child
 from .folder import RunFolder, check_claim, claim, write_whole
 from .inputs import check_comparable, check_unchanged, inputs_of
-from .pretrained import compute_dtype, load_model, load_tokenizer
+from .pretrained import load_tokenizer
 from .processes import check_alone
 from .records import to_json
-from .scoring import intervals, score
+from .remarks import say, silence_transformers
+from .scoring import intervals, score_model
 from .settings import CompareSettings, TrainSettings, train_arguments
 from .setup import load_split
 from .train import check_is_ours
@@ -89,8 +88,7 @@ def compare(settings: CompareSettings, console: Console) -> Comparison:
     model, and if no run came to its end.
     """
     check_alone("compare")
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
+    silence_transformers()
     check_claim(settings.output, "comparison")
     runs = [
         dataclasses.replace(settings, method=name, output=settings.output / name) for name in settings.method_names()
@@ -112,7 +110,7 @@ def compare(settings: CompareSettings, console: Console) -> Comparison:
             if not RunFolder(run.output).evaluations.read():  # what cannot begin would not elsewhere, either
                 raise
             found.failed.append(Failure(run.method, str(error), str(run.output)))
-            console.print(str(error), markup=False, soft_wrap=True)
+            say(console, str(error))
         else:
             check_unchanged(RunFolder(run.output), inputs)
         _write(found, settings.output)
@@ -165,11 +163,7 @@ def _costs(folder: Path) -> dict[str, Any]:
 def _evaluated(
     name: str, model: str, settings: CompareSettings, tokenizer: Any, held_out: list[TokenizedPair], **costs: Any
 ) -> Outcome:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = intervals(
-        score(load_model(model, compute_dtype(settings.dtype)).to(device), tokenizer, held_out, settings.batch_size),
-        seed=settings.seed,
-    )
+    found = intervals(score_model(model, tokenizer, held_out, settings), seed=settings.seed)
     gc.collect()
     return Outcome(method=name, accuracy=found["accuracy"], log_odds=found["log_odds"], nll=found["nll"], **costs)
 

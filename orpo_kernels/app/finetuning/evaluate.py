@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
-import transformers
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
@@ -17,10 +15,11 @@ from ..errors import UserError
 from . import plots
 from .folder import check_claim, claim, write_whole
 from .held_out import Record, check_number, held_out_prompts, keys, record_of
-from .pretrained import compute_dtype, load_model, load_tokenizer
+from .pretrained import load_tokenizer
 from .processes import check_alone
 from .records import to_json
-from .scoring import Scores, intervals, score
+from .remarks import say, silence_transformers
+from .scoring import Scores, intervals, score_model
 from .settings import EvaluateSettings, held_out_number
 from .setup import Pairs, load_pairs
 
@@ -40,8 +39,7 @@ def evaluate(settings: EvaluateSettings, console: Console) -> dict[str, Any]:
     Raises `UserError` for what cannot be evaluated.
     """
     check_alone("evaluate")
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
+    silence_transformers()
     check_claim(settings.output, "evaluation")
     names = list(filter(None, (settings.model, settings.against)))
     tokenizers = {name: load_tokenizer(name) for name in names}  # each model rates the pairs in its own tokens
@@ -86,7 +84,7 @@ def _asked(
     trained = frozenset[str]().union(*(record.trained for record in records.values()))
     trained_on = sum(prompt in trained for prompt in prompts)
     if trained_on:
-        _say(console, f"{trained_on} pairs are left out: {' or '.join(records)} was trained on their prompts.")
+        say(console, f"{trained_on} pairs are left out: {' or '.join(records)} was trained on their prompts.")
     which = [i for i in everything if prompts[i] in held_out and prompts[i] not in trained]
     if not which:
         by = f" by {' or '.join(records)}" if records else ""
@@ -108,7 +106,7 @@ def _held_out(
         return held_out_prompts(offered.pairs, number, settings.seed, settings.data)
     prompts = frozenset[str]().union(*(record.held_out for record in records.values()))
     found = sum(prompt in prompts for prompt in keys(offered.pairs))
-    _say(console, f"{found} of {len(offered.pairs)} pairs are held out by {' or '.join(records)}, whatever the number.")
+    say(console, f"{found} of {len(offered.pairs)} pairs are held out by {' or '.join(records)}, whatever the number.")
     return prompts
 
 
@@ -119,12 +117,12 @@ def _say_what_was_trained_on(offered: Preferences, names: Sequence[str], console
         try:
             record = record_of(name)
         except UserError as unknown:
-            _say(console, str(unknown))
+            say(console, str(unknown))
         else:
             trained |= record.trained if record else set()
     count = sum(prompt in trained for prompt in keys(offered.pairs))
     if count:
-        _say(console, f"{count} of {len(offered.pairs)} pairs were trained on; --eval-split takes the held-out ones.")
+        say(console, f"{count} of {len(offered.pairs)} pairs were trained on; --eval-split takes the held-out ones.")
     return count
 
 
@@ -137,7 +135,7 @@ def _taken_by_all(asked: Sequence[int], pairs: dict[str, Pairs], console: Consol
         raise UserError(f"There is no pair that {' and '.join(pairs)} can take.")
     if len(which) < len(asked):
         told = ", ".join(f"{count} that {name} cannot take" for name, count in left_out.items() if count)
-        _say(console, f"{len(which)} of {len(asked)} pairs are evaluated; left out are {told}.")
+        say(console, f"{len(which)} of {len(asked)} pairs are evaluated; left out are {told}.")
     return which, left_out
 
 
@@ -147,20 +145,14 @@ def _at(which: Sequence[int], pairs: Pairs) -> list:
     return [pairs.tokenized[place[i]] for i in which]
 
 
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, soft_wrap=True)
-
-
 # --- what they say -------------------------------------------------------------------------------------------------
 
 
 def _score(name: str, tokenizer: Any, pairs: list, settings: EvaluateSettings, console: Console) -> Scores:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_model(name, compute_dtype(settings.dtype)).to(device)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(escape(f"Rating by {name}"), total=len(pairs))
         try:
-            return score(model, tokenizer, pairs, settings.batch_size, lambda count: progress.advance(task, count))
+            return score_model(name, tokenizer, pairs, settings, lambda count: progress.advance(task, count))
         except (TypeError, ValueError) as error:
             raise UserError(f"{name} cannot be evaluated. {error}") from error
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -65,8 +64,7 @@ def inspect(settings: InspectSettings, console: Console) -> Inspection:
     plot, problems = settings.output / "lengths.png", settings.output / "problems.jsonl"
     lengths = _lengths(_uncut(pairs, tokenizer))
     plots.lengths({LENGTHS[name]: values for name, values in lengths.items()}, settings.max_length, plot)
-    lines = (json.dumps(dataclasses.asdict(problem)) + "\n" for problem in pairs.preferences.problems)
-    write_whole(problems, "".join(lines))
+    write_whole(problems, pairs.preferences.problem_lines())
     record = {
         "data": settings.data,
         "model": settings.model,

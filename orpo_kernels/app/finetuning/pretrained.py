@@ -38,6 +38,7 @@ from ...transformers.fitting import positions_of
 from ...transformers.images import Processor
 from ..errors import UserError
 from .manifest import Manifest, manifest
+from .remarks import say
 
 logger = logging.getLogger(__name__)
 
@@ -179,7 +180,7 @@ def _loading(name: str, what: str) -> Iterator[None]:
 
 
 def _load_whole(name: str, folder: str, dtype: torch.dtype, console: Console | None, **options: Any) -> Any:
-    with _loading(name, "a causal language model"):
+    with _loading(name, "a language model"):
         options["trust_remote_code"] = trusts_code()
         config = AutoConfig.from_pretrained(folder, **options)
         model_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
@@ -198,7 +199,7 @@ def _check_complete(name: str, model: nn.Module, found: Mapping[str, Any], conso
     if missing:
         raise UserError(
             f"{name} is incomplete: of a {type(model).__name__} it lacks {_some(missing)}, which would be random."
-            f"{beside} Take a complete causal language model."
+            f"{beside} Take a complete one."
         )
     if mismatched := sorted(found["mismatched_keys"], key=str):
         weight, stored, wanted = mismatched[0]
@@ -213,8 +214,7 @@ def _check_complete(name: str, model: nn.Module, found: Mapping[str, Any], conso
             "(num_hidden_layers)."
         )
     if unexpected and console is not None:
-        told = f"{name} has more than a {type(model).__name__}: {_some(unexpected)}."
-        console.print(told, markup=False, soft_wrap=True)
+        say(console, f"{name} has more than a {type(model).__name__}: {_some(unexpected)}.")
 
 
 def _numberless(key: str) -> str:

@@ -14,6 +14,9 @@ from ...transformers.batches import batch_on
 from ...transformers.packing import IGNORE_INDEX
 from ...transformers.sharing import automatic_packing
 from ..errors import Diverged
+from .pretrained import compute_dtype, load_model
+from .settings import EvaluateSettings, TrainSettings
+from .setup import has_images
 
 RESAMPLES = 2000
 COVERED = 0.95
@@ -61,6 +64,19 @@ def _nll(logps: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     return -(logps * tokens).sum(-1) / tokens.sum(-1)
 
 
+def score_model(
+    name: str,
+    tokenizer: Any,
+    pairs: Sequence[TokenizedPair],
+    settings: EvaluateSettings | TrainSettings,
+    on_batch: Callable[[int], None] = lambda pairs: None,
+) -> Scores:
+    """`score`, by the model of that name, loaded as the settings say onto the GPU where there is one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_model(name, compute_dtype(settings.dtype)).to(device)
+    return score(model, tokenizer, pairs, settings.batch_size, on_batch)
+
+
 @torch.no_grad()
 def score(
     model: Any,
@@ -74,8 +90,7 @@ def score(
     Raises `Diverged` where a value is not finite.
     """
     model.eval()
-    has_images = any("images" in pair for pair in pairs)
-    packing, _ = automatic_packing(model, model.device, has_images)
+    packing, _ = automatic_packing(model, model.device, has_images(pairs))
     collate = PreferenceCollator(tokenizer, packing=packing)
     if model.config.is_encoder_decoder:
         collate = EncoderDecoderCollator.of(collate, model)

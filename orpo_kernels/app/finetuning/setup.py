@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from ..data import Preferences, load_preferences, split_pairs
 from ..errors import UserError
 from .held_out import Record, held_out_prompts, keys, record_of
 from .pretrained import config_of, rows_and_positions
+from .remarks import say
 from .settings import DataSettings, TrainSettings, held_out_number
 
 
@@ -66,7 +67,7 @@ def load_pairs(settings: DataSettings, tokenizer: Any, console: Console, source:
             raise UserError(f"{settings.model} has no tokenizer for these pairs. {error}") from error
     taken = [index for index in range(len(preferences.pairs)) if index not in refused]
     pairs = Pairs(preferences.without(refused), tokenized, preferences, taken)
-    console.print(pairs.preferences.describe(), markup=False, soft_wrap=True)
+    say(console, pairs.preferences.describe())
     if not tokenized:
         first = pairs.preferences.problems[0]
         raise UserError(
@@ -78,15 +79,18 @@ def load_pairs(settings: DataSettings, tokenizer: Any, console: Console, source:
         more = "--max-length takes more of them"
         if max_length < settings.max_length:
             more = f"{tokenizer.name_or_path} has {positions} positions, fewer than --max-length {settings.max_length}"
-        console.print(
+        say(
+            console,
             f"{len(cut)} of {len(tokenized)} pairs have more than {max_length} tokens and were cut, by {sum(cut)} in "
             f"all: --too-long leave-out does without them, {more}.",
-            markup=False,
-            soft_wrap=True,
         )
     if "text" in preferences.layouts and (tokenizer.chat_template or getattr(given, "chat_template", None)):
-        console.print("Plain text for a model with a chat template: --layout chat would make messages of it.")
+        say(console, "Plain text for a model with a chat template: --layout chat would make messages of it.")
     return pairs
+
+
+def has_images(pairs: Iterable[TokenizedPair]) -> bool:
+    return any("images" in pair for pair in pairs)
 
 
 def tokenization_of(tokenizer: Any) -> Callable[..., TokenizedPair]:
@@ -146,11 +150,11 @@ def load_split(settings: TrainSettings, tokenizer: Any, console: Console) -> Spl
     trained = before.union(key for key, _ in training)
     fresh = [(key, pair) for key, pair in held_out if key not in trained]
     if old := sum(key in before for key, _ in held_out):
-        remark = f"{old} held-out pairs are left out: {settings.model} was trained on their prompts."
-        console.print(remark, markup=False, soft_wrap=True)
+        say(console, f"{old} held-out pairs are left out: {settings.model} was trained on their prompts.")
     if both := len(held_out) - len(fresh) - old:
-        remark = f"{both} held-out pairs are left out: {settings.data} has their prompts too, which are trained on."
-        console.print(remark, markup=False, soft_wrap=True)
+        say(
+            console, f"{both} held-out pairs are left out: {settings.data} has their prompts too, which are trained on."
+        )
     if asked and not fresh:
         raise UserError(
             f"All {len(asked)} pairs that --eval-split {settings.eval_split} holds out were refused or left out, so "
@@ -172,7 +176,7 @@ def _trained_before(model: str, console: Console) -> frozenset[str]:
     try:
         record = record_of(model)
     except UserError as unknown:
-        console.print(str(unknown), markup=False, soft_wrap=True)
+        say(console, str(unknown))
         return frozenset()
     return record.trained if record else frozenset()
 

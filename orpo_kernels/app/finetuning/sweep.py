@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from rich.console import Console
 
 from ..errors import Diverged, UserError, save_report
@@ -24,6 +23,7 @@ from .inputs import check_comparable, check_unchanged, inputs_of
 from .pretrained import compute_dtype, load_tokenizer
 from .processes import processes, writes
 from .records import to_json
+from .remarks import say, silence_transformers
 from .scoring import Scores, intervals, score
 from .settings import SweepSettings, train_arguments
 from .setup import load_split
@@ -88,8 +88,7 @@ def sweep(settings: SweepSettings, console: Console) -> Sweep:
     Raises `UserError` as `train` does for what cannot begin, if runs there were started with other pairs or another
     model, and if no run came to its end.
     """
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
+    silence_transformers()
     check_claim(settings.output, "sweep")
     grid = [_run(settings, *values) for values in itertools.product(settings.beta_values(), settings.lr_values())]
     for run in grid:
@@ -106,7 +105,7 @@ def sweep(settings: SweepSettings, console: Console) -> Sweep:
             if not _others_go_on(error, run):
                 raise
             found.failed.append(_failure(error, run))
-            console.print(f"This run failed: {found.failed[-1].reason}", markup=False, soft_wrap=True)
+            say(console, f"This run failed: {found.failed[-1].reason}")
         else:
             check_unchanged(RunFolder(run.output), inputs)
         gc.collect()  # the model, before the next one is loaded

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 import yaml
 from rich.console import Console
 from transformers import PrinterCallback, TrainingArguments, set_seed
@@ -26,7 +25,7 @@ from ...transformers.lm_head import resolve_lm_head
 from ...transformers.probe import verify_lm_head
 from ...transformers.trainer import PreferenceTrainer
 from ...transformers.versions import sampling, save_where_asked
-from ..data import Problem
+from ..data import Preferences
 from ..errors import Diverged, UserError
 from . import plots
 from .folder import (
@@ -46,8 +45,9 @@ from .inputs import check_inputs, inputs_of
 from .pretrained import compute_dtype, load_model, load_tokenizer, not_finite, save_as_it_came, with_adapters
 from .processes import of_all, processes, writes
 from .progress import ProgressBar, Recorder
+from .remarks import say, silence_transformers
 from .settings import TrainSettings
-from .setup import load_split
+from .setup import has_images, load_split
 
 EVALUATIONS, CHECKPOINTS = 4, 10  # in a run, by default
 WARMUP = 0.1  # of the steps; the learning rate rises and then falls to 0, both linearly
@@ -92,8 +92,7 @@ def train(settings: TrainSettings, console: Console, keep: Callable[[Trained], N
 
     Raises `UserError` for what cannot be trained, and for a folder that holds another run.
     """
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
+    silence_transformers()
     state = processes()
     check_is_ours(settings)
     state.wait_for_everyone()  # until all have looked, before anybody writes
@@ -104,9 +103,9 @@ def train(settings: TrainSettings, console: Console, keep: Callable[[Trained], N
         if noted(folder.path, "inputs") is not None:  # an earlier version kept no record of them
             _, training, held_out, _ = load_split(settings, load_tokenizer(settings.model), console)
             _inputs(folder, settings, training, held_out, console)
-        console.print(f"The run in {settings.output} is finished already.", markup=False)
+        say(console, f"The run in {settings.output} is finished already.")
         for name in folder.changed_results():
-            console.print(f"{name} there is no longer what the run wrote.", markup=False)
+            say(console, f"{name} there is no longer what the run wrote.")
         folder.clean()
         return summary
 
@@ -117,7 +116,7 @@ def train(settings: TrainSettings, console: Console, keep: Callable[[Trained], N
         inputs = _inputs(folder, settings, training, held_out, console)
         claim(folder.path, "run")
         if folder.is_written:
-            _begin(folder, settings, inputs, pairs.preferences.problems, record)
+            _begin(folder, settings, inputs, pairs.preferences, record)
         state.wait_for_everyone()
         recorder = Recorder(folder)
         trainer = _trainer(settings, folder, tokenizer, training, held_out, [recorder, *_tensorboard(folder)], console)
@@ -182,7 +181,7 @@ def _where_to_go_on(folder: RunFolder, console: Console) -> Path | None:
     """The latest sound checkpoint; what was logged behind it is forgotten."""
     state, began = processes(), bool(folder.results())
     if folder.is_written:
-        folder.remove_damaged_checkpoints(lambda text: console.print(text, markup=False, soft_wrap=True))
+        folder.remove_damaged_checkpoints(partial(say, console))
     state.wait_for_everyone()
     checkpoint = _latest_of_all(folder)
     state.wait_for_everyone()  # until all have looked
@@ -231,14 +230,13 @@ def _check_processes(folder: RunFolder, checkpoint: Path) -> None:
 
 
 def _begin(
-    folder: RunFolder, settings: TrainSettings, inputs: dict[str, Any], problems: Sequence[Problem], record: Record
+    folder: RunFolder, settings: TrainSettings, inputs: dict[str, Any], preferences: Preferences, record: Record
 ) -> None:
     """From here on the folder holds a run. (Until it has got somewhere, it is not in the way of the next try.)"""
     values = _plain(settings)
     note(folder.path, inputs=inputs, settings=_lasting(values))
     write_whole(folder.settings, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
-    lines = (json.dumps(dataclasses.asdict(problem)) + "\n" for problem in problems)
-    write_whole(folder.problems, "".join(lines))
+    write_whole(folder.problems, preferences.problem_lines())
     record.write(folder.path)
 
 
@@ -306,7 +304,7 @@ def _trainer(
             with_adapters(model, settings.lora_rank, without=frozen) if settings.lora else model,
             _arguments(settings, folder, len(training), bool(held_out)),
             data_collator=PreferenceCollator(
-                tokenizer if any("images" in pair for pair in (*training, *held_out)) else tokenizer_of(tokenizer),
+                tokenizer if has_images((*training, *held_out)) else tokenizer_of(tokenizer),
                 max_length=settings.max_length,
                 packing=settings.packing,
             ),
