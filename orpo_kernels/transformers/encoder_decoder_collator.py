@@ -21,7 +21,7 @@ from .collator import PreferenceCollator, pad_rows, padding_id
 from .encoder_decoder import ShiftRight
 from .packing import IGNORE_INDEX, aligned_width
 from .rendering import SIDES, Rendered, UnusablePair, as_pair, render_pair
-from .tokenization import End, TokenizedPair, TooLong, check_length_and_choices, numbers_of
+from .tokenization import End, Side, TokenizedPair, TooLong, check_length_and_choices, pair_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -149,16 +149,8 @@ def tokenize_in_two_parts(
         raise UnusablePair(f"its chosen and rejected responses are the same ids when cut to {max_length} tokens")
     if not prompt:
         raise UnusablePair("its prompt has no token for the encoder to read")
-    pair: TokenizedPair = {
-        "chosen_input_ids": prompt + answers[0],
-        "chosen_labels": [IGNORE_INDEX] * len(prompt) + answers[0],
-        "rejected_input_ids": prompt + answers[1],
-        "rejected_labels": [IGNORE_INDEX] * len(prompt) + answers[1],
-    }
-    if surplus:
-        pair["cut_tokens"] = surplus
-    pair.update(numbers_of(example))
-    return pair
+    chosen_side, rejected_side = (Side(prompt, answer, labels=answer) for answer in answers)
+    return pair_of(chosen_side, rejected_side, surplus, example)
 
 
 def _prompt(side: Rendered, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> tuple[list[int], int]:

@@ -249,9 +249,7 @@ def _active_tokens(wrapper: Any) -> tuple[TrainedTokens, ...]:
     layer = wrapper.token_adapter
     _check_hooks(wrapper)
     _check_hooks(layer)
-    if layer.merged and layer.disable_adapters:
-        raise ValueError("The lm head has merged adapters that are disabled; call unmerge_adapter() on the model.")
-    if layer.merged or layer.disable_adapters:
+    if not _adds_to_its_base(layer):
         return ()
     active = [name for name in wrapper.active_adapters if name in layer.trainable_tokens_delta]
     weight = layer.base_layer.weight
@@ -263,11 +261,16 @@ def _active_tokens(wrapper: Any) -> tuple[TrainedTokens, ...]:
 def _active_lora(layer: Any) -> tuple[LoRA, ...]:
     """What the forward of `peft`'s LoRA layer would add to that of its base layer."""
     _check_hooks(layer)
-    if layer.merged and layer.disable_adapters:
-        raise ValueError("The lm head has merged adapters that are disabled; call unmerge_adapter() on the model.")
-    if layer.merged or layer.disable_adapters:
+    if not _adds_to_its_base(layer):
         return ()
     return tuple(_lora(layer, name) for name in layer.active_adapters if name in layer.lora_A)
+
+
+def _adds_to_its_base(layer: Any) -> bool:
+    """Whether a layer of `peft`'s computes more than its base layer. Raises `ValueError` where it computes less."""
+    if layer.merged and layer.disable_adapters:
+        raise ValueError("The lm head has merged adapters that are disabled; call unmerge_adapter() on the model.")
+    return not (layer.merged or layer.disable_adapters)
 
 
 def _lora(layer: Any, name: str) -> LoRA:

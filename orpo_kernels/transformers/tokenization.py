@@ -76,7 +76,7 @@ class Refusal:
     reason: str
 
 
-class _Side(NamedTuple):
+class Side(NamedTuple):
     """Prompt and one of the two responses, as ids; the response's labels."""
 
     prompt: list[int]
@@ -160,16 +160,22 @@ def tokenize_pair(
         if images and processor is not None:
             _check_pictures_whole(whole.chosen, chosen, processor, max_length)
     _check_sides(chosen, rejected, max_length)
+    pair = pair_of(chosen, rejected, sum(map(len, whole)) - len(chosen) - len(rejected), example)
+    if images:
+        pair["images"] = images
+    return pair
+
+
+def pair_of(chosen: Side, rejected: Side, cut_tokens: int, example: Mapping[str, Any]) -> TokenizedPair:
+    """Both sides and the numbers of their example as one pair, which has lost so many tokens."""
     pair: TokenizedPair = {
         "chosen_input_ids": chosen.prompt + chosen.response,
         "chosen_labels": [IGNORE_INDEX] * len(chosen.prompt) + chosen.labels,
         "rejected_input_ids": rejected.prompt + rejected.response,
         "rejected_labels": [IGNORE_INDEX] * len(rejected.prompt) + rejected.labels,
     }
-    if cut := sum(map(len, whole)) - len(chosen) - len(rejected):
-        pair["cut_tokens"] = cut
-    if images:
-        pair["images"] = images
+    if cut_tokens:
+        pair["cut_tokens"] = cut_tokens
     pair.update(numbers_of(example))
     return pair
 
@@ -256,7 +262,7 @@ def _true_stop(token: int, offsets: tuple[int, int], text: str, tokenizer: PreTr
 # --- beginning and end ---------------------------------------------------------------------------------------------
 
 
-def _finish(tokens: _Tokens, side: Rendered, tokenizer: PreTrainedTokenizerBase, end: End) -> _Side:
+def _finish(tokens: _Tokens, side: Rendered, tokenizer: PreTrainedTokenizerBase, end: End) -> Side:
     """Give the sequence its beginning (a BOS, once) and every turn of the answer its end."""
     ids, bos, eos = tokens.ids, tokenizer.bos_token_id, tokenizer.eos_token_id
     opener = _opener(ids, tokenizer)
@@ -274,7 +280,7 @@ def _finish(tokens: _Tokens, side: Rendered, tokenizer: PreTrainedTokenizerBase,
     prompt = ids[:first]
     if bos is not None and prompt[:1] != [bos] and (end == "trl" or (not side.is_chat and _adds_bos(tokenizer))):
         prompt = [bos, *prompt]
-    return _Side(prompt, response, labels)
+    return Side(prompt, response, labels)
 
 
 def _turn_end(
@@ -335,8 +341,8 @@ def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 class _Sides(NamedTuple):
-    chosen: _Side
-    rejected: _Side
+    chosen: Side
+    rejected: Side
 
     @property
     def longest(self) -> int:
@@ -350,14 +356,14 @@ def _truncate(sides: _Sides, max_length: int, bos: int | None) -> _Sides:
     return _Sides(*(_shortened(side, surplus, max_length, bos) for side in sides))
 
 
-def _shortened(side: _Side, surplus: int, max_length: int, bos: int | None) -> _Side:
+def _shortened(side: Side, surplus: int, max_length: int, bos: int | None) -> Side:
     has_bos = side.prompt[:1] == [bos] and side.prompt.count(side.prompt[0]) == 1  # ChatML's "BOS" opens each turn
     prompt = side.prompt[:has_bos] + side.prompt[has_bos + surplus :]
     room = max_length - len(prompt)
-    return _Side(prompt, side.response[:room], side.labels[:room])
+    return Side(prompt, side.response[:room], side.labels[:room])
 
 
-def _check_pictures_whole(whole: _Side, cut: _Side, processor: Processor, max_length: int) -> None:
+def _check_pictures_whole(whole: Side, cut: Side, processor: Processor, max_length: int) -> None:
     """Refuse to cut a picture, or the special tokens that open it."""
     pictures = [place for place, token in enumerate(whole.prompt) if token in processor.media_tokens]
     first = pictures[0]
@@ -368,7 +374,7 @@ def _check_pictures_whole(whole: _Side, cut: _Side, processor: Processor, max_le
         raise UnusablePair(f"max_length={max_length} would cut its pictures, which take {len(pictures)} tokens")
 
 
-def _check_sides(chosen: _Side, rejected: _Side, max_length: int | None) -> None:
+def _check_sides(chosen: Side, rejected: Side, max_length: int | None) -> None:
     if not chosen.prompt or not rejected.prompt:
         raise UnusablePair("no token of its prompt precedes the response, whose first token then has no prediction")
     if chosen.response == rejected.response and chosen.labels == rejected.labels:
