@@ -22,17 +22,18 @@ class PlanSettings:
     """What is to be trained where."""
 
     model: str = setting(
-        help="A folder, a config.json, a name on the Hugging Face hub, or a bare head HxV as in 4096x128256.",
+        help="The model: a folder, a config.json, a name on the hub, or a bare head HxV as in 4096x128256.",
         argument=True,
     )
     batch: int = setting(8, "Pairs in a micro-batch.")
-    length: int = setting(1024, "Tokens of a sequence, prompt and answer.")
+    length: int = setting(1024, "Tokens of a sequence: prompt and answer together.")
     share: float = setting(
-        1.0, "Share of the 2 x batch x length positions that matter: no padding, no prompts of rejected answers."
+        1.0,
+        "Share of the 2 x batch x length positions in the loss: neither padding nor prompts of rejected answers.",
     )
-    gpu: str = setting("H100", "A100 80GB, H100, H200, B200, MI300X, or the size of a memory as in 24GB.")
-    lora: bool = setting(False, "Adapters are trained and the head is frozen; else all weights are trained.")
-    dtype: Literal["bfloat16", "float16", "float32"] = setting("bfloat16", "Of weights and hidden states.")
+    gpu: str = setting("H100", "The GPU: A100 80GB, H100, H200, B200, MI300X, or the size of its memory as in 24GB.")
+    lora: bool = setting(False, "Plan for adapters on a frozen head; otherwise all weights are trained.")
+    dtype: Literal["bfloat16", "float16", "float32"] = setting("bfloat16", "The dtype of weights and hidden states.")
 
     def __post_init__(self) -> None:
         check_counts(self, 1, "batch", "length")

@@ -33,12 +33,16 @@ class DataSettings:
     Raises `UserError` for values that cannot work.
     """
 
-    model: str = setting(help="A folder (of a model, an adapter or a run), or a name on the hub.", argument=True)
-    data: str = setting(help="A .jsonl, .json, .parquet or .csv file, or the name of a data set.", argument=True)
+    model: str = setting(
+        help="The model: a folder (of a model, an adapter or a run), or a name on the hub.", argument=True
+    )
+    data: str = setting(
+        help="The pairs: a .jsonl, .json, .parquet or .csv file, or the name of a data set.", argument=True
+    )
     split: str = setting("train", "Which split of a data set to take.", rich_help_panel="Data")
     layout: DataLayout = setting(
         "auto",
-        "How the rows write a pair. auto: recognised, row by row. chat: makes a message of a prompt that is a string.",
+        "How a row holds its pair. auto: recognised row by row. chat: a prompt that is a string becomes a message.",
         rich_help_panel="Data",
     )
     columns: str = setting(
@@ -49,16 +53,18 @@ class DataSettings:
     )
     ignore_columns: str = setting(
         "",
-        "Columns of text to leave unread. A row with others that are in no part of its pair is refused.",
+        "Text columns to ignore. A row with other text that is no part of its pair is refused.",
         metavar="COLUMN,...",
         rich_help_panel="Data",
     )
-    max_length: int = setting(1024, "Tokens of prompt and answer, at the most.", rich_help_panel="Data")
+    max_length: int = setting(
+        1024, "The most tokens that a prompt and an answer may have together.", rich_help_panel="Data"
+    )
     too_long: TooLong = setting(
-        "cut", "Whether pairs of more tokens are cut, or left out (and named as problems).", rich_help_panel="Data"
+        "cut", "What becomes of pairs with more tokens: cut, or left out and named as problems.", rich_help_panel="Data"
     )
     dtype: DType = setting(
-        "auto", "The dtype that the model computes in. auto: bfloat16 on a GPU that has it, else float32."
+        "auto", "The dtype the model computes in. auto: bfloat16 on a GPU that has it, else float32."
     )
 
     def __post_init__(self) -> None:
@@ -94,14 +100,18 @@ class DataSettings:
 class InspectSettings(DataSettings):
     """Which data to look at, and with whose tokenizer."""
 
-    model: str = setting(help="Whose tokenizer: a folder (of a model, an adapter or a run), or a name on the hub.")
+    model: str = setting(
+        help="The model whose tokenizer is used: a folder (of a model, an adapter or a run), or a name on the hub."
+    )
     dtype: DType = "auto"  # nothing is computed, so it is no flag
     show: int = setting(2, "How many pairs to show token by token.")
     rows: str = setting(
-        "", "Which rows to show, by their numbers with commas. By default the first.", metavar="NUMBERS"
+        "", "Numbers of the rows to show, with commas. By default the first rows that are pairs.", metavar="NUMBERS"
     )
-    whole: bool = setting(False, "Show long prompts whole.")
-    output: Path = setting(Path("runs/inspect"), "Where problems and the plot of lengths go.", metavar="FOLDER")
+    whole: bool = setting(False, "Show long prompts in full.")
+    output: Path = setting(
+        Path("runs/inspect"), "The folder for the problems and the plot of lengths.", metavar="FOLDER"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -122,7 +132,7 @@ class TrainSettings(DataSettings):
 
     output: Path = setting(Path("runs/train"), "The run folder.", metavar="FOLDER")
     resume: bool = setting(False, "Go on with the run in the run folder, if there is one.")
-    method: MethodName = setting("orpo", "The loss.", rich_help_panel="Loss")
+    method: MethodName = setting("orpo", "The method, which decides the loss.", rich_help_panel="Loss")
     beta: float | None = setting(
         None,
         "Strength of the preference (ORPO's lambda). By default the method's own: 0.1, of simpo 2.",
@@ -138,7 +148,7 @@ class TrainSettings(DataSettings):
     )
     sparse_eps: float | None = setting(
         None,
-        "Leave out probabilities below this in the backward pass, which is an approximation.",
+        "Approximate the backward pass: leave out probabilities below this.",
         metavar="FLOAT",
         rich_help_panel="Loss",
     )
@@ -150,18 +160,28 @@ class TrainSettings(DataSettings):
     eval_split: str = setting(
         "0.1", "What to hold out: a share, a number of pairs (0: none), another split of the data set, or a file."
     )
-    eval_every: int | None = setting(None, "Evaluate every so many steps. By default four times.", metavar="INTEGER")
-    save_every: int | None = setting(
-        None, "Write a checkpoint every so many steps. By default ten times.", metavar="INTEGER"
+    eval_every: int | None = setting(
+        None, "Steps between two evaluations. By default a quarter of the run.", metavar="INTEGER"
     )
-    lora: bool = setting(False, "Train low-rank adapters of the linear layers, not the weights.")
+    save_every: int | None = setting(
+        None, "Steps between two checkpoints. By default a tenth of the run.", metavar="INTEGER"
+    )
+    lora: bool = setting(False, "Train low-rank adapters (LoRA) of the linear layers in place of the weights.")
     lora_rank: int = setting(16, "Rank of the adapters.")
-    freeze_vision: bool = setting(False, "Of a model that sees pictures, train the language alone.")
-    merge: bool = setting(False, "With --lora: save the model with the adapters merged as well.")
-    gradient_checkpointing: bool = setting(False, "Hold few activations, compute them twice.")
-    packing: Packing = setting("auto", "Whether both answers share one prompt. auto: if the model allows it.")
-    group_by_length: bool = setting(False, "Put pairs of similar length into one batch: less padding, less chance.")
-    seed: int = setting(0, "Of the split, the order of the pairs, and the adapters.")
+    freeze_vision: bool = setting(False, "For a model that sees pictures: train its language part alone.")
+    merge: bool = setting(False, "With --lora: also save the model with the adapters merged into it.")
+    gradient_checkpointing: bool = setting(
+        False, "Take less memory and more time: keep few activations, compute the others again."
+    )
+    packing: Packing = setting(
+        "auto",
+        "Whether both answers share one prompt (shared) or each has its own (padded). auto: shared where that is exact "
+        "and fast.",
+    )
+    group_by_length: bool = setting(
+        False, "Put pairs of similar length into one batch: less padding, but an order that is less random."
+    )
+    seed: int = setting(0, "The seed of the split, of the order of the pairs, and of the adapters.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -212,16 +232,16 @@ class TrainSettings(DataSettings):
 class EvaluateSettings(DataSettings):
     """What to evaluate."""
 
-    against: str = setting("", "Another model, such as the one before training, to be compared with.", metavar="MODEL")
+    against: str = setting("", "Another model to compare with, such as the one before training.", metavar="MODEL")
     eval_split: str = setting(
         "",
-        "Only held-out pairs: of a run, those that it has held out; else those that `train` would hold out with this "
-        "--eval-split and --seed. By default, all.",
+        "Evaluate held-out pairs alone: those that the model's run has held out; without a run, those that `train` "
+        "would hold out with this --eval-split and --seed. By default all pairs are evaluated.",
         metavar="SHARE|NUMBER",
     )
-    seed: int = setting(0, "Of the split, and of the intervals.")
+    seed: int = setting(0, "The seed of the split and of the intervals.")
     batch_size: int = setting(8, "Pairs in a batch.")
-    output: Path = setting(Path("runs/evaluate"), "Where figures, values and histogram go.", metavar="FOLDER")
+    output: Path = setting(Path("runs/evaluate"), "The folder for figures, values and histogram.", metavar="FOLDER")
 
     def __post_init__(self) -> None:
         super().__post_init__()
