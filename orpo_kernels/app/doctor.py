@@ -1,4 +1,4 @@
-"""What runs here and why not something else, and whether it computes what it should: `orpo-kernels doctor`."""
+"""Which kernels run here, why the others do not, and whether they compute what they should: `orpo-kernels doctor`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GPUs by their makers' data sheets: what estimates are made of."""
+"""The makers' data sheets of GPUs, from which estimates are computed."""
 
 from __future__ import annotations
 

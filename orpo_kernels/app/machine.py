@@ -1,4 +1,4 @@
-"""Which machine and which versions a number belongs to."""
+"""The machine and the package versions that a measurement was made with."""
 
 from __future__ import annotations
 

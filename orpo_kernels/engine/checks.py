@@ -1,4 +1,4 @@
-"""What every public function asks of its tensors. Errors name both sides and say what to do."""
+"""The checks of tensors that the public functions make. Errors name both sides and say what to do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `plan` is asked: the sizes of a call, what requires grad, and the limits of what exists at one time."""
+"""What `plan` decides by: the sizes of a call, what requires grad, and the limits of what may exist at one time."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Encoder-decoder models (T5, BART, ...): the encoder runs once over a prompt, for both answers of its pair.
 
-Such a model reads the prompt in its encoder and the answer in its decoder, whose hidden state at position t predicts
-label t: what the decoder reads is shifted, not what it predicts. Packing answers behind a shared prompt has nothing to
-add here; the one pass of the encoder is the sharing.
+Such a model reads the prompt in its encoder and the answer in its decoder. The decoder's hidden state at position t
+predicts label t, because what it reads is shifted (a causal model's labels are shifted instead). Answers are not packed
+behind a shared prompt: the encoder reads each prompt once anyway.
 """
 
 from __future__ import annotations

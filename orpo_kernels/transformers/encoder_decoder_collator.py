@@ -1,9 +1,9 @@
 """Preference pairs for an encoder-decoder model: the prompt goes to its encoder, the answers to its decoder.
 
-Prompt and answers are texts of their own here, each with the special tokens that the tokenizer puts around a text (the
-answers those of a target: mBART's, NLLB's and Marian's tokenizers have others for them). An answer ends in an end token
-also where the tokenizer gives it none (T5Gemma's); with `end="trl"` it does not, and the ids are those of TRL's
-`ORPOTrainer`, but for what is cut and for targets of a form of their own.
+Prompt and answers are separate texts here. Each has the special tokens that the tokenizer puts around a text; the
+answers have those of a target, which are others for mBART, NLLB and Marian. An answer always ends in an end token, also
+where the tokenizer puts none (T5Gemma's). With `end="trl"` nothing is added, and the ids are those of TRL's
+`ORPOTrainer`, except in what is cut and where targets have special tokens of their own.
 
 A tokenised pair has the columns of every `TokenizedPair`: the prompt's tokens stand in front of both answers, with
 labels -100.

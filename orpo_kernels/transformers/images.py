@@ -1,4 +1,4 @@
-"""The pictures of a pair: read, put into its text by the model's own processor, and made tensors of.
+"""The pictures of a pair: they are read, put into its text by the model's own processor, and made into tensors.
 
 A pair names its pictures in `images` (or `image`): paths, bytes, PIL images, or what a `datasets.Image` column gives.
 They belong to the prompt, where `<image>` (or a part `{"type": "image"}`) stands for each in turn; all in front of the

@@ -1,8 +1,8 @@
-"""Pictures in a batch: one more thing that the body takes.
+"""Pictures in a batch, which the model's body takes beside the tokens.
 
 What a model's forward takes beside text (`pixel_values`, `image_grid_thw`, `image_sizes`, `mm_token_type_ids`, ...) is
-handed to its body under the same names. The loss only has to know which tokens stand for a picture: nobody predicts
-them, so they are no targets.
+handed to its body under the same names. The loss only has to know which tokens stand for a picture, because those are
+no targets.
 """
 
 from __future__ import annotations

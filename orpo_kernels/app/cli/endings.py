@@ -1,8 +1,8 @@
-"""How a command ends that does not come to its end: what is said, and the exit status.
+"""How a command ends that cannot finish: what it says, and its exit status.
 
-What a user can mend is a sentence: `UserError`, a flag, and what the machine refuses (a folder that may not be written,
-a full disk, a full memory). All else is a sentence, too, and a report in a file, so that no list of causes has to be
-complete.
+What a user can mend is told in a sentence: a `UserError`, a wrong flag, and what the machine refuses (a folder that may
+not be written, a full disk, a full memory). Any other error is told in a sentence as well, and a report of it is
+written to a file; so the list of causes does not have to be complete.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which pairs are held out: decided for each prompt by a hash, so that it does not depend on the other rows."""
+"""Which pairs are held out: a hash of its prompt decides for each, so that the other rows do not matter."""
 
 from __future__ import annotations
 

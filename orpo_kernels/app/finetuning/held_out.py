@@ -1,7 +1,7 @@
 """What a run has trained on and what it has held out: held out means never trained on.
 
-The sides are decided by the prompts of all pairs of the data, before any tokenizer or length refuses some of them, and
-kept in the run's folder as `split.json`, which stands above any rule when the run is evaluated.
+The prompts of all pairs of the data decide which side a pair is on, before a tokenizer or a length refuses some of
+them. The run's folder keeps the two sides as `split.json`; an evaluation of the run goes by this file, not by the rule.
 """
 
 from __future__ import annotations

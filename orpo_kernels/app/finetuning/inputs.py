@@ -1,7 +1,7 @@
-"""What a run trains on, as hashes, to tell when it goes on whether it is the same still.
+"""Hashes of what a run trains on: they tell whether a run that goes on still has the same pairs and the same model.
 
-The pairs are hashed as tokens, which also tells of a tokenizer that has changed; the model by its files, before they
-are loaded.
+The pairs are hashed as tokens, so that a changed tokenizer is seen as well; the model is hashed by its files, before
+they are loaded.
 """
 
 from __future__ import annotations

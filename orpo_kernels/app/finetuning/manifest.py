@@ -1,4 +1,4 @@
-"""What files were when they were written: size and hash of each, to tell later whether one has changed.
+"""Size and hash of files when they were written, which tell later whether one of them has changed.
 
 The hash is of all the content, so that no change goes unseen, and costs about a second a gigabyte: less than reading
 the file did, or writing it.

@@ -1,4 +1,4 @@
-"""What is looked at rather than read."""
+"""The pictures of runs, sweeps, comparisons, evaluations and inspections."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a backward pass makes."""
+"""The gradients that a backward pass makes."""
 
 from __future__ import annotations
 
