@@ -182,7 +182,7 @@ class Case:
             return peak_bytes(run, [hidden, weight], self.host_reads)
 
 
-def peer_case(name: str, trained: bool, gradient: bool = True) -> Case:
+def peer_case(name: str, trained: bool) -> Case:
     """A peer on padded labels. It projects every position, so only the shape of the labels matters to its memory."""
 
     def loss(hidden: Tensor, weight: Tensor, shape: Shape) -> Tensor:
@@ -190,7 +190,7 @@ def peer_case(name: str, trained: bool, gradient: bool = True) -> Case:
         return peers.PEERS[name](hidden, weight, labels, labels[: shape.sequences // 2], 0.1)
 
     # Liger's backward asks on the host whether the upstream gradient differs from 1: it does not.
-    return Case(name, loss, trained, gradient, host_reads=False)
+    return Case(name, loss, trained, host_reads=False)
 
 
 def trl_composed_case(trained: bool) -> Case:

@@ -7,11 +7,17 @@ import shlex
 from typing import TYPE_CHECKING, Any
 
 from ..finetuning.settings import CompareSettings, resuming_command
-from .console import Output, interval
+from .console import Output, interval, table
 from .flags import command
 
 if TYPE_CHECKING:
     from ..finetuning.compare import Comparison
+
+
+COLUMNS = (
+    *("method", "prefers the chosen", "log-odds", "NLL of the chosen", "forward\npasses a pair", "tokens\na step"),
+    *("s a step", "reference, s", "peak GiB"),
+)
 
 
 @command(CompareSettings)
@@ -35,19 +41,7 @@ def compare(settings: CompareSettings, output: Output) -> None:
 
 
 def _table(found: Comparison) -> Any:
-    from rich.table import Table
-
-    table = Table(title="Held-out pairs (with 95 % intervals), and what training cost")
-    columns = (
-        "method",
-        "prefers the chosen",
-        "log-odds",
-        "NLL of the chosen",
-        "forward\npasses a pair",
-        "tokens\na step",
-    )
-    for column in (*columns, "s a step", "reference, s", "peak GiB"):
-        table.add_column(column, justify="left" if column == "method" else "right")
+    shown = table("Held-out pairs (with 95 % intervals), and what training cost", *COLUMNS)
     for outcome in found.outcomes:
         cells = [
             interval(outcome.accuracy, "{:.1%}"),
@@ -62,9 +56,9 @@ def _table(found: Comparison) -> Any:
                 f"{outcome.reference_seconds:.1f}" if outcome.reference_seconds else "",
                 f"{outcome.peak_memory_bytes / 2**30:.2f}",
             ]
-        table.add_row(outcome.method, *cells)
+        shown.add_row(outcome.method, *cells)
     for failure in found.failed:
-        table.add_row(failure.method, "failed", style="red")
+        shown.add_row(failure.method, "failed", style="red")
     if found.failed:
-        table.caption = "\n".join(f"{failure.method}: {failure.reason}" for failure in found.failed)
-    return table
+        shown.caption = "\n".join(f"{failure.method}: {failure.reason}" for failure in found.failed)
+    return shown
