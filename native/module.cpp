@@ -207,42 +207,58 @@ void scatter_rows_(const Array& out, const Array& position, const Array& rows, c
              [&](int, int64_t begin, int64_t end) { kernels->scatter_rows(a, begin, end); });
 }
 
+// Of rows: their log-odds, sequences, whether they are scored, and their weights.
+struct RowArrays {
+  const double* log_odds;
+  const int64_t* sequence;
+  const bool* scored;
+  const double* nll_weight;
+  int64_t rows;
+
+  RowArrays(const Array& m, const Array& s, const Array& is_scored, const Array& weight, int64_t sequences) {
+    check_shape(m, "log_odds", {-1});
+    rows = m.shape(0);
+    log_odds = vector<double>(m, "log_odds", rows);
+    sequence = indices(s, "sequence", rows, sequences);
+    scored = vector<bool>(is_scored, "scored", rows);
+    nll_weight = vector<double>(weight, "nll_weight", rows);
+  }
+
+  // (3 * sequences,): mean log-probabilities, numbers of scored rows, NLL.
+  void sum_into(double* sums, int64_t sequences) const {
+    sequence_sums({log_odds, sequence, scored, nll_weight, rows, sums, sums + sequences, sums + 2 * sequences,
+                   sequences});
+  }
+};
+
 void sums(const Array& log_odds, const Array& sequence, const Array& scored, const Array& nll_weight,
-          const Array& mean_logps, const Array& scored_rows, const Array& nll) {
-  check_shape(log_odds, "log_odds", {-1});
-  check_shape(mean_logps, "mean_logps", {-1});
-  const int64_t rows = log_odds.shape(0), sequences = mean_logps.shape(0);
-  const SequenceSums a{
-      vector<double>(log_odds, "log_odds", rows),
-      indices(sequence, "sequence", rows, sequences),
-      vector<bool>(scored, "scored", rows),
-      vector<double>(nll_weight, "nll_weight", rows),
-      rows,
-      vector<double>(mean_logps, "mean_logps", sequences),
-      vector<double>(scored_rows, "scored_rows", sequences),
-      vector<double>(nll, "nll", sequences),
-      sequences,
-  };
+          const Array& out) {
+  check_shape(out, "sums", {-1});
+  const int64_t sequences = out.shape(0) / 3;
+  const RowArrays rows(log_odds, sequence, scored, nll_weight, sequences);
+  double* to = vector<double>(out, "sums", 3 * sequences);
   const nb::gil_scoped_release release;
-  sequence_sums(a);
+  rows.sum_into(to, sequences);
 }
 
 void pairs(const Array& log_odds, const Array& sequence, const Array& scored, const Array& nll_weight,
-           const Array& mean_logps, const Array& scored_rows, const Array& nll,
-           const std::optional<Array>& pair_weight, double alpha, double beta, const Array& nll_count,
-           const Array& pair_count, const Array& numbers, const Array& valid, const Array& grad) {
-  check_shape(log_odds, "log_odds", {-1});
+           const std::optional<Array>& sums, const std::optional<Array>& pair_weight, double alpha, double beta,
+           const Array& nll_count, const Array& pair_count, const Array& numbers, const Array& valid,
+           const Array& grad) {
   check_shape(valid, "valid", {-1});
-  const int64_t rows = log_odds.shape(0), pairs = valid.shape(0);
+  const int64_t pairs = valid.shape(0);
+  const RowArrays r(log_odds, sequence, scored, nll_weight, 2 * pairs);
+  std::vector<double> own(sums ? 0 : 6 * pairs);
+  double* of_sequences = sums ? vector<double>(*sums, "sums", 6 * pairs) : own.data();
   const OddsRatio a{
-      vector<double>(log_odds, "log_odds", rows),
-      indices(sequence, "sequence", rows, 2 * pairs),
-      vector<bool>(scored, "scored", rows),
-      vector<double>(nll_weight, "nll_weight", rows),
-      rows,
-      vector<double>(mean_logps, "mean_logps", 2 * pairs),
-      vector<double>(scored_rows, "scored_rows", 2 * pairs),
-      vector<double>(nll, "nll", 2 * pairs),
+      r.log_odds,
+      r.sequence,
+      r.scored,
+      r.nll_weight,
+      r.rows,
+      of_sequences,
+      of_sequences + 2 * pairs,
+      of_sequences + 4 * pairs,
       pair_weight ? vector<double>(*pair_weight, "pair_weight", pairs) : nullptr,
       pairs,
       alpha,
@@ -251,16 +267,17 @@ void pairs(const Array& log_odds, const Array& sequence, const Array& scored, co
       number(pair_count, "pair_count"),
       vector<double>(numbers, "numbers", 3 + 3 * pairs),
       vector<bool>(valid, "valid", pairs),
-      vector<double>(grad, "grad", rows),
+      vector<double>(grad, "grad", r.rows),
   };
   const nb::gil_scoped_release release;
+  if (!sums) r.sum_into(of_sequences, 2 * pairs);
   odds_ratio(a);
 }
 
 std::pair<int64_t, bool> rows_of_labels(const Array& labels, const std::optional<Array>& nll_labels, bool shift,
-                                        int64_t ignore_index, bool per_sequence, const Array& position,
-                                        const Array& target, const Array& sequence, const Array& scored,
-                                        const Array& nll_weight, const Array& offsets) {
+                                        int64_t ignore_index, bool per_sequence, const Array& integers,
+                                        const Array& scored, const Array& nll_weight, const Array& offsets,
+                                        const Array& counts) {
   check_shape(labels, "labels", {-1, -1});
   const int64_t pairs = labels.shape(0) / 2, length = labels.shape(1);
   const auto [own, stride] = table(labels, "labels", 2 * pairs, length);
@@ -268,12 +285,16 @@ std::pair<int64_t, bool> rows_of_labels(const Array& labels, const std::optional
                                               : std::pair<const int64_t*, int64_t>{nullptr, 0};
   const int64_t most = (2 + nll_labels.has_value()) * pairs * length;
   const Labels a{own, other, stride, nll_stride, pairs, length, shift, ignore_index, per_sequence};
-  const LabelRows out{vector<int64_t>(position, "position", most), vector<int64_t>(target, "target", most),
-                      vector<int64_t>(sequence, "sequence", most), vector<bool>(scored, "scored", most),
+  int64_t* position = vector<int64_t>(integers, "integers", 3 * most);
+  const LabelRows out{position, position + most, position + 2 * most, vector<bool>(scored, "scored", most),
                       vector<double>(nll_weight, "nll_weight", most),
                       vector<int64_t>(offsets, "offsets", 2 * pairs + 1)};
+  double* to = vector<double>(counts, "counts", 2);
   const nb::gil_scoped_release release;
   const FoundRows found = label_rows(a, out);
+  const Counts counted = count_rows(out.sequence, out.scored, out.nll_weight, found.count, pairs);
+  to[0] = counted.nll;
+  to[1] = counted.pairs;
   return {found.count, found.unique_positions};
 }
 
@@ -289,13 +310,14 @@ void counts(const Array& sequence, const Array& scored, const Array& nll_weight,
   to[1] = found.pairs;
 }
 
-std::pair<int64_t, int64_t> bounds(const Array& index) {
-  check_shape(index, "index", {-1});
-  const int64_t size = index.shape(0);
-  const int64_t* values = vector<int64_t>(index, "index", size);
-  if (!size) return {0, 0};
-  const auto [low, high] = std::minmax_element(values, values + size);
-  return {*low, *high};
+bool are_within(const Array& position, int64_t num_positions, const Array& target, int64_t vocab_size) {
+  check_shape(position, "position", {-1});
+  const int64_t rows = position.shape(0);
+  const auto within = [rows](const int64_t* index, int64_t limit) {
+    return std::all_of(index, index + rows, [limit](int64_t i) { return i >= 0 && i < limit; });
+  };
+  return within(vector<int64_t>(position, "position", rows), num_positions) &&
+         within(vector<int64_t>(target, "target", rows), vocab_size);
 }
 
 void exp_into(const Array& x, const Array& out, int64_t repeats, int threads) {
@@ -331,16 +353,14 @@ NB_MODULE(_native, m) {
   m.def("gather_columns", gather_columns, "residual"_a, "columns"_a, "out"_a, "sums"_a, "threads"_a);
   m.def("gather_rows", gather_rows, "hidden"_a, "position"_a, "coefficient"_a.none(), "out"_a, "threads"_a);
   m.def("scatter_rows_", scatter_rows_, "out"_a, "position"_a, "rows"_a, "coefficient"_a, "threads"_a);
-  m.def("sequence_sums", sums, "log_odds"_a, "sequence"_a, "scored"_a, "nll_weight"_a, "mean_logps"_a,
-        "scored_rows"_a, "nll"_a);
-  m.def("odds_ratio", pairs, "log_odds"_a, "sequence"_a, "scored"_a, "nll_weight"_a, "mean_logps"_a, "scored_rows"_a,
-        "nll"_a, "pair_weight"_a.none(), "alpha"_a, "beta"_a, "nll_count"_a, "pair_count"_a, "numbers"_a, "valid"_a,
-        "grad"_a);
+  m.def("sequence_sums", sums, "log_odds"_a, "sequence"_a, "scored"_a, "nll_weight"_a, "sums"_a);
+  m.def("odds_ratio", pairs, "log_odds"_a, "sequence"_a, "scored"_a, "nll_weight"_a, "sums"_a.none(),
+        "pair_weight"_a.none(), "alpha"_a, "beta"_a, "nll_count"_a, "pair_count"_a, "numbers"_a, "valid"_a, "grad"_a);
   m.def("label_rows", rows_of_labels, "labels"_a, "nll_labels"_a.none(), "shift"_a, "ignore_index"_a, "per_sequence"_a,
-        "position"_a, "target"_a, "sequence"_a, "scored"_a, "nll_weight"_a, "offsets"_a,
+        "integers"_a, "scored"_a, "nll_weight"_a, "offsets"_a, "counts"_a,
         "How many rows were written, and whether no position occurs twice.");
   m.def("count_rows", counts, "sequence"_a, "scored"_a, "nll_weight"_a, "pairs"_a, "out"_a);
-  m.def("bounds", bounds, "index"_a, "The least and the largest of some integers; (0, 0) of none.");
+  m.def("are_within", are_within, "position"_a, "num_positions"_a, "target"_a, "vocab_size"_a);
   m.def("exp", exp_into, "x"_a, "out"_a, "repeats"_a, "threads"_a,
         "exp(x) into `out`, which has room for it once a thread; to be tested, and timed by `repeats`.");
   m.def("isa", [] { return std::string(kernels->isa); }, "The instruction set whose kernels run.");

@@ -29,18 +29,16 @@ def sequence_sums(
     sequence: Tensor,
     scored: Tensor,
     nll_weight: Tensor,
-    mean_logps: Tensor,
-    scored_rows: Tensor,
-    nll: Tensor,
-) -> None: ...
+    sums: Tensor,
+) -> None:
+    """sums: (6B,), the mean log-probabilities of the sequences, their numbers of scored rows, and their NLL."""
+
 def odds_ratio(
     log_odds: Tensor,
     sequence: Tensor,
     scored: Tensor,
     nll_weight: Tensor,
-    mean_logps: Tensor,
-    scored_rows: Tensor,
-    nll: Tensor,
+    sums: Tensor | None,
     pair_weight: Tensor | None,
     alpha: float,
     beta: float,
@@ -56,19 +54,19 @@ def label_rows(
     shift: bool,
     ignore_index: int,
     per_sequence: bool,
-    position: Tensor,
-    target: Tensor,
-    sequence: Tensor,
+    integers: Tensor,
     scored: Tensor,
     nll_weight: Tensor,
     offsets: Tensor,
+    counts: Tensor,
 ) -> tuple[int, bool]:
-    """How many rows were written, and whether no position occurs twice."""
+    """How many rows were written, and whether no position occurs twice.
+
+    integers: (3 * most,), the positions, targets and sequences; counts: (2,), as `count_rows`.
+    """
 
 def count_rows(sequence: Tensor, scored: Tensor, nll_weight: Tensor, pairs: int, out: Tensor) -> None: ...
-def bounds(index: Tensor) -> tuple[int, int]:
-    """The least and the largest of some integers; (0, 0) of none."""
-
+def are_within(position: Tensor, num_positions: int, target: Tensor, vocab_size: int) -> bool: ...
 def exp(x: Tensor, out: Tensor, repeats: int, threads: int) -> None:
     """exp(x) into `out`, which has room for it once a thread; to be tested, and timed by `repeats`."""
 

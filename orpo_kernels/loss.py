@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .devices import moved, rows_device
 from .engine.call import Call
-from .engine.checks import check_options, check_same_device, check_targets
+from .engine.checks import check_options, check_same_device
 from .engine.head import Compute, Head
 from .engine.work import Limits, accumulation_dtype
 from .methods import ORPO, Method
@@ -269,13 +269,14 @@ def token_logps(
         head = Head.local(weight, bias, None, logit_scale, logit_softcap, groups)
         check_targets_shape(hidden, targets)
         flat = targets.flatten().to(rows_device(targets.device))
+        hidden = hidden.reshape(-1, hidden.shape[-1])
         head.check(hidden, flat, "targets")
         position = (flat != ignore_index).nonzero().squeeze(1)
         target = flat[position]
-        check_targets("targets", target, head.vocab_size)
+        head.check_values(hidden, position, target, "targets")
         options = head.planned(hidden, len(target), compute)
     head.agree(groups, len(target), options)
-    log_odds = head.token_log_odds(hidden.reshape(-1, hidden.shape[-1]), position, target, options)
+    log_odds = head.token_log_odds(hidden, position, target, options)
     logps = F.logsigmoid(log_odds).to(accumulation_dtype(hidden.dtype))
     return logps.new_zeros(targets.numel()).index_put((position.to(logps.device),), logps).view(targets.shape)
 

@@ -7,6 +7,7 @@ every dialect of ORPO is a different way to fill in the same few fields.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -122,7 +123,7 @@ class Rows:
 
         Raises `ValueError` or `TypeError` for tensors that cannot be of these rows.
         """
-        rows = replace(self)._with(replace(self.known, **known))
+        rows = copy.copy(self)._with(replace(self.known, **known))
         rows._check_known()
         return rows
 

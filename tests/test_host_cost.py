@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from benchmarks.contest import host
 from orpo_kernels import orpo_loss
 from orpo_kernels.ops import is_interpreted, why_not
 
@@ -108,3 +109,8 @@ def test_a_call_is_few_launches_on_a_gpu(case, operations_of_a_gpu):
     assert not any("nonzero" in name for name in counts)
     expected = orpo_loss(hidden, weight, labels, shift=True, backend="torch").loss
     torch.testing.assert_close(out.loss, expected)
+
+
+@pytest.mark.parametrize("head", host.GOALS)
+def test_the_benchmark_of_it_compares_equal_losses(head):
+    assert min(host.measure(head, rounds=2)) > 0

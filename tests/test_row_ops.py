@@ -29,12 +29,15 @@ def test_rows_of_labels(case, shift, per_sequence):
     assert ours.known.unique_positions == (len(set(ours.position.tolist())) == len(ours))
     assert mirror.known.unique_positions <= ours.known.unique_positions
     torch.testing.assert_close(native.count_rows(ours), count_rows(mirror), rtol=1e-14, atol=0)
+    assert torch.equal(ours.known.counts, native.count_rows(ours))
 
 
-@given(st.lists(st.integers(-(2**62), 2**62), min_size=1, max_size=20))
-def test_bounds(values):
-    index = torch.tensor(values)
-    assert native.bounds(index) == torch_ops.bounds(index) == (min(values), max(values))
+@given(st.lists(st.integers(-2, 5), max_size=20), st.sampled_from([0, 2**62, -(2**62)]))
+def test_rows_are_within(values, offset):
+    inside, index = torch.zeros(len(values), dtype=torch.int64), torch.tensor(values, dtype=torch.int64) + offset
+    for arguments in ((index, 4, inside, 1), (inside, 1, index, 4)):
+        expected = all(0 <= value + offset < 4 for value in values)
+        assert native.are_within(*arguments) == bool(torch_ops.are_within(*arguments)) == expected
 
 
 @given(st.integers(0, 10**6), st.integers(1, 4), st.integers(0, 30), st.sampled_from([0.1, 5.0, 60.0]), st.booleans())
@@ -45,11 +48,12 @@ def test_pairs(seed, pairs, count, spread, weighted):
     log_odds = spread * torch.randn(count, generator=generator, dtype=torch.float64)
     sums = sequence_sums(log_odds, rows)
     counts = Denominators(*count_rows(rows).unbind())
-    ours = native.odds_ratio(log_odds, rows, sums, 0.7, 0.3, counts)
     mirror = odds_ratio(log_odds, rows, sums, 0.7, 0.3, counts)
-    assert torch.equal(ours.valid_pairs, mirror.valid_pairs)
-    for mine, theirs in ((ours.numbers, mirror.numbers), (ours.grad, mirror.grad)):
-        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)
+    for given_sums in (sums, None):
+        ours = native.odds_ratio(log_odds, rows, given_sums, 0.7, 0.3, counts)
+        assert torch.equal(ours.valid_pairs, mirror.valid_pairs)
+        for mine, theirs in ((ours.numbers, mirror.numbers), (ours.grad, mirror.grad)):
+            torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)
 
 
 def test_the_kernels_refuse_what_does_not_fit():
@@ -61,7 +65,7 @@ def test_the_kernels_refuse_what_does_not_fit():
             native._native.odds_ratio,
             log_odds,
             *(rows.sequence, rows.scored, rows.nll_weight),
-            *sums,
+            torch.cat(sums),
             torch.ones(3, dtype=torch.float64),
             *(1.0, 1.0),
             *counts,

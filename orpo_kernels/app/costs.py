@@ -111,7 +111,7 @@ def _our_cost(case: Case, schedule: str, budget: int, gradient: bool = True) -> 
         softcap=case.softcap,
         sparse_eps=None,
     )
-    plan = planned(work, schedule, budget, budget_given=False, largest_pair=lambda: case.largest_pair)
+    plan = planned(work, schedule, budget, budget_given=False, largest_pair=case.largest_pair)
     gradients = case.gradient_bytes if gradient else 0
     peak = max(plan.forward_bytes, plan.backward_bytes + gradients)
     note = TABLE[plan.schedule].NOTE

@@ -1,10 +1,10 @@
-"""The two torch.autograd.Functions, and the one for groups of pairs.
+"""The torch.autograd.Functions: of token log-odds, of a loss, and of a loss by groups of pairs.
 
-    hidden, weight, bias --TokenLogOdds--> m (R,) --PairLossFunction--> loss
+    hidden, weight, bias --TokenLogOdds--> m (R,) --PreferenceLoss--> loss
 
-All that is vocabulary-sized is in the first, whose gradient is residual GEMMs (`schedules`); all that knows about
-pairs is in the second, whose gradient is a vector that its forward pass has already computed (`Method.loss`).
-`GroupedLoss` runs both for a group of pairs at a time inside its forward pass, where the residual of all rows is too
+All that is vocabulary-sized is in the first, whose gradient is residual GEMMs (`schedules`). The second runs the first,
+and is all that knows about pairs: its gradient is a vector that its forward pass has already computed (`Method.loss`).
+`GroupedLoss` does so for a group of pairs at a time inside its forward pass, where the residual of all rows is too
 large to be kept until the backward pass.
 """
 
@@ -63,7 +63,7 @@ class TokenLogOdds(torch.autograd.Function):
     def backward(ctx: Any, coefficient: Tensor) -> tuple:
         refuse_second_derivative()
         hidden, weight, bias, position, target, *kept = ctx.saved_tensors
-        needs_hidden, needs_weight, needs_bias, *_, needs_columns = ctx.needs_input_grad
+        needs_hidden, needs_weight, needs_bias, *_, needs_columns = ctx.needs_input_grad[:7]
         trained = weight.shape[0], ctx.trained_columns
         grads = Gradients(
             hidden=weight.new_zeros(ctx.hidden_shape, dtype=ctx.hidden_dtype) if needs_hidden else None,
@@ -98,27 +98,27 @@ class Objective:
 
     def __call__(self, token_log_odds: Tensor, rows: Rows) -> PairLoss:
         """In float64 where the rows are; what comes of it is where the token log-odds are."""
-        log_odds = moved(token_log_odds, rows.position.device, torch.float64)
+        device, home = token_log_odds.device, rows.position.device
+        log_odds = token_log_odds if device == home else moved(token_log_odds, home, torch.float64)
         loss = self.method.loss(log_odds, rows, self.counts, self.ops, self.sequence_group, self.reference)
-        return loss.to(token_log_odds.device)
+        return loss if device == home else loss.to(device)
 
 
-class PairLossFunction(torch.autograd.Function):
-    """(token log-odds (R,), rows, objective, dtype) -> loss and the metrics of `PairLoss`."""
+class PreferenceLoss(torch.autograd.Function):
+    """(what `TokenLogOdds` takes, rows, objective) -> loss and the metrics of `PairLoss`."""
 
     @staticmethod
-    def forward(
-        ctx: Any, token_log_odds: Tensor, rows: Rows, objective: Objective, dtype: torch.dtype
-    ) -> tuple[Tensor, ...]:
-        loss = objective(token_log_odds, rows)
-        ctx.save_for_backward(loss.grad)
-        return of_one_gradient(ctx, outputs_of(loss.numbers, loss.valid_pairs, dtype))
+    def forward(ctx: Any, hidden: Tensor, *operands: Any) -> tuple[Tensor, ...]:
+        *operands, rows, objective = operands
+        loss = objective(TokenLogOdds.forward(ctx, hidden, *operands), rows)
+        ctx.coefficient = loss.grad
+        return of_one_gradient(ctx, outputs_of(loss.numbers, loss.valid_pairs, accumulation_dtype(hidden.dtype)))
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple:
-        refuse_second_derivative()
-        (grad,) = ctx.saved_tensors
-        return None if upstream is None else grad * upstream, None, None, None
+        if upstream is None:
+            return (None,) * len(ctx.needs_input_grad)
+        return *TokenLogOdds.backward(ctx, ctx.coefficient * upstream), None, None
 
 
 class GroupedLoss(torch.autograd.Function):
@@ -181,9 +181,10 @@ def loss_and_gradients(
         accumulate=len(groups) > 1,
     )
     losses = []
-    with no_autocast(hidden):
+    with torch.no_grad(), no_autocast(hidden):
         for group in groups:
-            p = options.projection(hidden, weight, bias, *(t.to(hidden.device) for t in (group.position, group.target)))
+            own = group.position, options.own_targets(group.target)
+            p = options.projection(hidden, weight, bias, *(t.to(hidden.device) for t in own))
             schedule = TABLE[p.plan.schedule]
             log_odds, kept = schedule.forward(p)
             loss = objective(log_odds, group)
@@ -216,9 +217,10 @@ def groups_of_pairs(rows: Rows, largest: int) -> list[Rows]:
 
 def outputs_of(numbers: Tensor, valid_pairs: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """What a Function returns: the loss and the metrics of `PairLoss` one by one, numbers in `dtype`."""
-    loss, nll_loss, or_loss, of_pairs = numbers.to(dtype).split([1, 1, 1, len(numbers) - 3])
+    numbers = numbers.to(dtype)
+    loss, nll_loss, pair_loss = numbers[:3].unbind()
     # The loss is nobody's view: people divide it in place.
-    return loss.reshape(()).clone(), nll_loss.view(()), or_loss.view(()), *of_pairs.view(3, -1).unbind(), valid_pairs
+    return loss.clone(), nll_loss, pair_loss, *numbers[3:].view(3, -1).unbind(), valid_pairs
 
 
 def of_one_gradient(ctx: Any, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

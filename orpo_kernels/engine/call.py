@@ -12,13 +12,12 @@ from ..methods import Method
 from ..output import PreferenceOutput
 from ..parallel import Groups
 from ..rows import Rows, averaged_over_sequences
-from .autograd import GroupedLoss, Objective, PairLossFunction
+from .autograd import GroupedLoss, Objective, PreferenceLoss, loss_and_gradients
 from .checks import check_denominators, check_options, check_pair_weight
 from .graph import loss_in_a_graph
 from .head import Compute, Head
 from .objective import denominators
 from .projection import HeadOptions
-from .work import accumulation_dtype
 
 
 @dataclass(frozen=True)
@@ -93,11 +92,12 @@ class Call:
             rows = averaged_over_sequences(rows, groups)
         counts = denominators(rows, nll_denominator, pair_denominator, groups)
         objective = Objective(method, counts, options.ops, groups.sequence, reference)
+        operands = hidden, head.weight, head.bias, rows, options, objective
+        if options.plan.schedule == "evaluation":
+            return loss_and_gradients(*operands, needs=(False, False, False))[0]
         if options.plan.group_rows:
-            rows = replace(rows, target=options.own_targets(rows.target))
-            return GroupedLoss.apply(hidden, head.weight, head.bias, rows, options, objective)
-        token_log_odds = head.token_log_odds(hidden, rows.position, rows.target, options)
-        return PairLossFunction.apply(token_log_odds, rows, objective, accumulation_dtype(hidden.dtype))
+            return GroupedLoss.apply(*operands)
+        return PreferenceLoss.apply(*head.operands(hidden, rows.position, rows.target, options), rows, objective)
 
     def token_log_odds(self) -> Tensor:
         """(R,) as statistics, differentiable."""

@@ -58,33 +58,26 @@ def check_rows(name: str, position: Tensor, num_positions: int, target: Tensor, 
     """
     if not target.numel() or not is_readable(target):
         return
+    are_within = host_ops(target).are_within(position, num_positions, target, vocab_size)
     if target.device.type not in HOSTS:
         torch._assert_async(
-            host_ops(target).are_within(position, num_positions, target, vocab_size),
+            are_within,
             f"{name} holds a token id outside [0, {vocab_size}), the rows of the weight, or rows.position a position "
             f"outside [0, {num_positions}), those of hidden; the same call on a CPU says which",
         )
-        return
-    check_targets(name, target, vocab_size)
-    low, high = host_ops(position).bounds(position)
-    if low < 0 or high >= num_positions:
-        raise ValueError(f"rows.position runs from {low} to {high}, but hidden has {num_positions} positions")
+    elif not are_within:
+        raise ValueError(_what_is_outside(name, position, num_positions, target, vocab_size))
 
 
-def check_targets(name: str, target: Tensor, vocab_size: int) -> None:
-    """Targets (R,) in [0, V), where they are taken with their positions; as `check_rows`."""
-    if not target.numel() or not is_readable(target):
-        return
-    if target.device.type not in HOSTS:
-        valid = ((target >= 0) & (target < vocab_size)).all()
-        torch._assert_async(valid, f"{name} holds a token id outside [0, {vocab_size}), the rows of the weight")
-        return
-    low, high = host_ops(target).bounds(target)
+def _what_is_outside(name: str, position: Tensor, num_positions: int, target: Tensor, vocab_size: int) -> str:
+    low, high = target.aminmax()
     if low < 0 or high >= vocab_size:
-        raise ValueError(
+        return (
             f"{name} holds token ids from {low} to {high}, but weight has {vocab_size} rows: ids must be in "
             f"[0, {vocab_size}), or ignore_index where there is no target"
         )
+    low, high = position.aminmax()
+    return f"rows.position runs from {low} to {high}, but hidden has {num_positions} positions"
 
 
 def check_pair_weight(weight: Tensor | None) -> None:

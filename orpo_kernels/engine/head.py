@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -143,8 +144,12 @@ class Head:
 
     def token_log_odds(self, hidden: Tensor, position: Tensor, target: Tensor, options: HeadOptions) -> Tensor:
         """(R,) log-odds of the targets, as statistics, differentiable."""
+        return TokenLogOdds.apply(*self.operands(hidden, position, target, options))
+
+    def operands(self, hidden: Tensor, position: Tensor, target: Tensor, options: HeadOptions) -> tuple[Any, ...]:
+        """What `TokenLogOdds` takes."""
         position, target = position.to(hidden.device), options.own_targets(target).to(hidden.device)
-        return TokenLogOdds.apply(hidden, self.weight, self.bias, position, target, options, self.columns)
+        return hidden, self.weight, self.bias, position, target, options, self.columns
 
 
 def operand_dtype(hidden: Tensor) -> torch.dtype:

@@ -78,10 +78,10 @@ def denominators(
 
     Both are divided by the number of ranks that hold other pairs: their losses and gradients will be averaged.
     """
-    own = counts_of(rows, groups) if nll is None or pairs is None else None
+    own = counts_of(rows, groups).unbind() if nll is None or pairs is None else (None, None)
     counts = [
-        own[index] if own is not None and count is None else as_scalar(count, rows.position.device)  # type: ignore[arg-type]
-        for index, count in enumerate((nll, pairs))
+        known if count is None else as_scalar(count, rows.position.device)
+        for known, count in zip(own, (nll, pairs), strict=True)
     ]
     return Denominators(*(counts if groups.replicas == 1 else [count / groups.replicas for count in counts]))
 
@@ -95,8 +95,10 @@ def counts_of(rows: Rows, groups: Groups = NO_GROUPS) -> Tensor:
     elif rows.known.counts is None:
         counts = host_ops(rows.position).count_rows(rows)
     else:
-        counts = rows.known.counts.clone()  # which the sum over ranks is written into
-    return summed(counts, [groups.data], "the numbers of NLL rows and pairs")
+        counts = rows.known.counts
+    if groups.data is None:
+        return counts
+    return summed(counts.clone(), [groups.data], "the numbers of NLL rows and pairs")
 
 
 def count_rows(rows: Rows) -> Tensor:
@@ -138,10 +140,9 @@ def odds_ratio_loss(
     """
     if rows.pair_weight is not None:
         rows = rows.with_nll_weight(rows.weighted_nll())
-    sums = ops.sequence_sums(token_log_odds, rows)
     if sequence_group is None:
-        return ops.odds_ratio(token_log_odds, rows, sums, alpha, beta, counts)
-    sums = summed_over_ranks(sums, sequence_group)
+        return ops.odds_ratio(token_log_odds, rows, None, alpha, beta, counts)
+    sums = summed_over_ranks(ops.sequence_sums(token_log_odds, rows), sequence_group)
     loss = ops.odds_ratio(token_log_odds, rows, sums, alpha, beta, counts)
     return loss._replace(grad=loss.grad * sequence_group.size)
 
@@ -164,10 +165,13 @@ def sequence_sums(token_log_odds: Tensor, rows: Rows) -> SequenceSums:
 
 
 def odds_ratio(
-    token_log_odds: Tensor, rows: Rows, sums: SequenceSums, alpha: float, beta: float, counts: Denominators
+    token_log_odds: Tensor, rows: Rows, sums: SequenceSums | None, alpha: float, beta: float, counts: Denominators
 ) -> PairLoss:
-    """Loss, metrics and the gradient of every row. `rows.nll_weight` holds its pair's weight already."""
-    mean_logps, scored_rows, nll = sums
+    """Loss, metrics and the gradient of every row. `rows.nll_weight` holds its pair's weight already.
+
+    sums: those of the whole sequences; None: these rows are whole sequences.
+    """
+    mean_logps, scored_rows, nll = sums or sequence_sums(token_log_odds, rows)
     nll_share, pair_share = reciprocal(counts.nll), reciprocal(counts.pairs)
     nll_loss = nll.sum() * nll_share
 

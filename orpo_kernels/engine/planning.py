@@ -12,6 +12,7 @@ One GEMM here is 2 * R * V * H FLOP over the R rows that matter. The schedules (
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -155,23 +156,32 @@ def plan(
         given_limits=limits,
     )
     budget = memory_budget or default_budget(device)
-    return planned(work, schedule, budget, memory_budget is not None, largest_pair)
+    decides = largest_pair is not None and _groups_of_pairs_fit(work, schedule, budget)
+    return planned(work, schedule, budget, memory_budget is not None, largest_pair() if decides else None)
 
 
+@functools.lru_cache(maxsize=1024)  # a loop asks for the same few, and choosing takes as long as a small product
 def planned(
-    work: Work,
-    schedule: str,
-    budget: int,
-    budget_given: bool = True,
-    largest_pair: Callable[[], int] | None = None,
+    work: Work, schedule: str, budget: int, budget_given: bool = True, largest_pair: int | None = None
 ) -> Plan:
-    """`plan` for work on any device, whether it is here or not."""
+    """`plan` for work on any device, whether it is here or not; largest_pair: rows, None where it is not known."""
     name, reason, group_rows = _choose(work, schedule, budget, budget_given, largest_pair)
     return _sized(work, name, reason, group_rows, budget)
 
 
+def _groups_of_pairs_fit(work: Work, schedule: str, budget: int) -> bool:
+    """Whether a residual that is to be kept fits by groups of pairs at the most: where the largest pair decides."""
+    is_kept = schedule in ("auto", "resident") and (work.needs_head or (schedule == "resident" and work.needs_hidden))
+    return is_kept and work.sparse_eps is None and work.residual_bytes > budget and _group_rows(work, budget) > 0
+
+
+def _group_rows(work: Work, budget: int) -> int:
+    """The rows whose residual fits beside a weight gradient in fp32."""
+    return (budget - work.accumulator_bytes) // (work.vocab_size * work.gemm_dtype.itemsize)
+
+
 def _choose(
-    work: Work, schedule: str, budget: int, budget_given: bool, largest_pair: Callable[[], int] | None
+    work: Work, schedule: str, budget: int, budget_given: bool, largest_pair: int | None
 ) -> tuple[str, str, int | None]:
     """The schedule, why, and the rows of a group (None: one group of everything)."""
     if work.sparse_eps is not None:
@@ -198,10 +208,10 @@ def _choose(
     if work.residual_bytes <= budget:
         return "resident", f"the residual of all rows ({whole}) fits the budget", None
     why_not = f"the residual of all rows ({whole}) does not fit the budget"
-    group_rows = (budget - work.accumulator_bytes) // (work.vocab_size * work.gemm_dtype.itemsize)
-    if largest_pair is not None:
-        if group_rows > 0 and group_rows >= largest_pair():
-            return "resident", f"{why_not}, but groups of pairs do", group_rows
+    group_rows = _group_rows(work, budget)
+    if largest_pair is not None and group_rows >= largest_pair:
+        return "resident", f"{why_not}, but groups of pairs do", group_rows
+    if largest_pair is not None or group_rows <= 0:
         why_not += (
             f", nor does the largest pair's beside a weight gradient in fp32 ({format_bytes(work.accumulator_bytes)})"
         )

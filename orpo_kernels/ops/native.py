@@ -123,13 +123,13 @@ def scatter_rows_(out: Tensor, position: Tensor, rows: Tensor, coefficient: Tens
 
 def sequence_sums(token_log_odds: Tensor, rows: Rows) -> SequenceSums:
     """See `objective.sequence_sums`."""
-    sums = [token_log_odds.new_empty(2 * rows.num_pairs) for _ in SequenceSums._fields]
-    call(_native.sequence_sums, token_log_odds, rows.sequence, rows.scored, rows.nll_weight, *sums)
-    return SequenceSums(*sums)
+    sums = token_log_odds.new_empty(6 * rows.num_pairs)
+    call(_native.sequence_sums, token_log_odds, rows.sequence, rows.scored, rows.nll_weight, sums)
+    return SequenceSums(*sums.view(3, -1).unbind())
 
 
 def odds_ratio(
-    token_log_odds: Tensor, rows: Rows, sums: SequenceSums, alpha: float, beta: float, counts: Denominators
+    token_log_odds: Tensor, rows: Rows, sums: SequenceSums | None, alpha: float, beta: float, counts: Denominators
 ) -> PairLoss:
     """See `objective.odds_ratio`."""
     loss = PairLoss(
@@ -138,21 +138,24 @@ def odds_ratio(
         grad=torch.empty_like(token_log_odds),
     )
     of_rows = (token_log_odds, rows.sequence, rows.scored, rows.nll_weight)
-    call(_native.odds_ratio, *of_rows, *sums, rows.pair_weight, float(alpha), float(beta), *counts, *loss)
+    joined = None if sums is None else torch.cat(sums)
+    call(_native.odds_ratio, *of_rows, joined, rows.pair_weight, float(alpha), float(beta), *counts, *loss)
     return loss
 
 
 def label_rows(labels: Tensor, nll_labels: Tensor | None, shift: bool, ignore_index: int, per_sequence: bool) -> Rows:
-    """See `rows.label_rows`."""
+    """See `rows.label_rows`. What the rows count is known here."""
     labels = labels.contiguous()
     nll_labels = None if nll_labels is None else nll_labels.contiguous()
     most = labels.numel() + (0 if nll_labels is None else nll_labels.numel())
-    vectors = [labels.new_empty(most, dtype=dtype) for dtype in DTYPES.values()]
+    integers, scored = labels.new_empty(3 * most), labels.new_empty(most, dtype=torch.bool)
+    nll_weight, counts = (labels.new_empty(size, dtype=torch.float64) for size in (most, 2))
     offsets = labels.new_empty(labels.shape[0] + 1)
-    count, unique = call(_native.label_rows, labels, nll_labels, shift, ignore_index, per_sequence, *vectors, offsets)
-    position, target, sequence, scored, nll_weight = (vector[:count] for vector in vectors)
-    rows = Rows(position, target, sequence, scored, nll_weight, labels.shape[0] // 2)
-    return rows.knowing(offsets=offsets, unique_positions=unique)
+    out = (integers, scored, nll_weight, offsets, counts)
+    count, unique = call(_native.label_rows, labels, nll_labels, shift, ignore_index, per_sequence, *out)
+    position, target, sequence = integers.view(3, most)[:, :count].unbind()
+    rows = Rows(position, target, sequence, scored[:count], nll_weight[:count], labels.shape[0] // 2)
+    return rows.knowing(counts=counts, offsets=offsets, unique_positions=unique)
 
 
 def count_rows(rows: Rows) -> Tensor:
@@ -162,12 +165,12 @@ def count_rows(rows: Rows) -> Tensor:
     return counts
 
 
-def bounds(index: Tensor) -> tuple[int, int]:
-    """See `torch_ops.bounds`."""
-    return call(_native.bounds, index)
+def are_within(position: Tensor, num_positions: int, target: Tensor, vocab_size: int) -> bool:
+    """See `torch_ops.are_within`."""
+    return call(_native.are_within, position, num_positions, target, vocab_size)
 
 
-# What a backend has; beside it `host_ops` finds `label_rows`, `count_rows` and `bounds` here.
+# What a backend has; beside it `host_ops` finds `label_rows`, `count_rows` and `are_within` here.
 __all__ = [
     "column_statistics",
     "gather_columns",

@@ -164,12 +164,6 @@ def scatter_rows_(out: Tensor, position: Tensor, rows: Tensor, coefficient: Tens
             out.index_add_(0, position[some], values)
 
 
-def bounds(index: Tensor) -> tuple[int, int]:
-    """The least and the largest of some integers on the host, of which there must be one."""
-    low, high = index.aminmax()
-    return int(low), int(high)
-
-
 def are_within(position: Tensor, num_positions: int, target: Tensor, vocab_size: int) -> Tensor:
     """0-d bool on their device: whether position (R,) is in [0, num_positions) and target (R,) in [0, vocab_size)."""
     are_positions = (position >= 0) & (position < num_positions)
@@ -218,8 +212,7 @@ def _finish(z: Tensor, index: Tensor, target_value: Tensor, slope: Tensor | None
         logits.copy_(z)
 
 
-# What a backend has; beside it `host_ops` finds `label_rows` and `count_rows` here, `bounds` for a CPU and `are_within`
-# for devices that the host does not wait for.
+# What a backend has; beside it `host_ops` finds `label_rows`, `count_rows` and `are_within` here.
 __all__ = [
     "column_statistics",
     "gather_columns",

@@ -15,6 +15,7 @@ from ...engine.objective import Denominators, PairLoss, SequenceSums
 from ...rows import Rows
 from .device_math import logsigmoid, one_minus_exp
 from .launch import launch
+from .sequence_sums import sequence_sums
 
 BLOCK = 128
 LARGEST_LOGP = tl.constexpr(-2.2250738585072014e-308)  # `objective.LARGEST_LOGP`
@@ -134,7 +135,7 @@ def odds_ratio_kernel(
 
 
 def odds_ratio(
-    token_log_odds: Tensor, rows: Rows, sums: SequenceSums, alpha: float, beta: float, counts: Denominators
+    token_log_odds: Tensor, rows: Rows, sums: SequenceSums | None, alpha: float, beta: float, counts: Denominators
 ) -> PairLoss:
     """See `objective.odds_ratio`."""
     loss = PairLoss(
@@ -150,7 +151,7 @@ def odds_ratio(
         rows.scored,
         rows.nll_weight,
         rows.pair_weight,
-        *sums,
+        *(sums or sequence_sums(token_log_odds, rows)),
         *counts,
         *loss,
         len(rows),
