@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
 
 from benchmarks.contest import confidence, peers
 from benchmarks.contest.confidence import BROKEN, SIDES, confident, exact_results, results, worst_error
+from orpo_kernels import Limits
 
 from .batches import relative_error
 from .test_peers import peer_named
@@ -29,20 +28,18 @@ DTYPES = (torch.float32, torch.bfloat16)
 @pytest.mark.parametrize("rivals", ["one", "many"])
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_ours_is_right_at_every_gap(
-    dtype: torch.dtype, side: str, rivals: str, schedule: str, monkeypatch: pytest.MonkeyPatch, backend: str
-) -> None:
+def test_ours_is_right_at_every_gap(dtype: torch.dtype, side: str, rivals: str, schedule: str, backend: str) -> None:
     """Loss to 1e-6 and gradients to 1e-5; a 16-bit gradient is that, rounded once to its dtype.
 
     GEMMs in fp32, as on every processor without bf16 units; `test_ours_in_16_bit_gemms` has the others.
     """
     only_thorough(backend == "triton" and schedule == "resident", "interpreted for long, by the kernels of single_pass")
-    gemms_in(monkeypatch, lambda dtype: torch.promote_types(dtype, torch.float32))
+    limits = Limits(gemm_dtype=torch.float32)
     rounding = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
     for gap in gaps_of(backend):
         inputs = confident(gap, side, rivals, dtype)
         truth = exact_results(*inputs)
-        found = results(peers.ours, *inputs, schedule=schedule)
+        found = results(peers.ours, *inputs, schedule=schedule, limits=limits)
         assert relative_error(found["loss"], truth["loss"]) <= 1e-6, (gap, found["loss"].item(), truth["loss"].item())
         for name in found.keys() - {"loss"}:
             true = truth[name]
@@ -52,13 +49,13 @@ def test_ours_is_right_at_every_gap(
 
 @pytest.mark.parametrize("schedule", ["single_pass", "resident", "recompute"])
 @pytest.mark.parametrize("side", SIDES)
-def test_ours_in_16_bit_gemms(side: str, schedule: str, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+def test_ours_in_16_bit_gemms(side: str, schedule: str, backend: str) -> None:
     """Where bf16 multiplies in hardware, operands are rounded too: a few roundings, at every gap, and no more."""
-    gemms_in(monkeypatch, lambda dtype: dtype)
+    limits = Limits(gemm_dtype=torch.bfloat16)
     for gap in gaps_of(backend):
         inputs = confident(gap, side, "many", torch.bfloat16)
         truth = exact_results(*inputs)
-        found = results(peers.ours, *inputs, schedule=schedule)
+        found = results(peers.ours, *inputs, schedule=schedule, limits=limits)
         assert relative_error(found["loss"], truth["loss"]) <= 1e-6, gap
         for name in found.keys() - {"loss"}:
             assert relative_error(found[name], truth[name]) <= torch.finfo(torch.bfloat16).eps, (gap, name)
@@ -67,10 +64,6 @@ def test_ours_in_16_bit_gemms(side: str, schedule: str, monkeypatch: pytest.Monk
 def gaps_of(backend: str) -> list[float]:
     """All of them; a few for Triton's interpreter, which takes long for each."""
     return [gap for gap in GAPS if backend != "triton" or gap in FEW_GAPS]
-
-
-def gemms_in(monkeypatch: pytest.MonkeyPatch, choose: Callable[[torch.dtype], torch.dtype]) -> None:
-    monkeypatch.setattr("orpo_kernels.engine.work.gemm_dtype", lambda dtype, device, backend: choose(dtype))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

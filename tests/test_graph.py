@@ -154,7 +154,7 @@ def test_opcheck(dtype, needs, weighted):
     vectors = (rows.position, rows.target, rows.sequence, rows.scored, rows.nll_weight)
     count = torch.tensor(3.0, dtype=torch.float64)
     method = ("orpo", [0.1, 1.0], None)  # beta, alpha; no reference
-    limits = Limits(chunk_rows=7).numbers if weighted else None
+    limits = Limits(chunk_rows=7, gemm_dtype=dtype).numbers if weighted else None
     options = (
         True,
         rows.pair_weight,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from orpo_kernels import ORPOLoss, ORPOOutput, Rows, orpo_loss, orpo_loss_from_rows, reference
+from orpo_kernels import Limits, ORPOLoss, ORPOOutput, Rows, orpo_loss, orpo_loss_from_rows, reference
 
 from .batches import Batch, answer_logps, batches, plain_loss, random_labels, random_rows, relative_error
 from .thorough import only_thorough
@@ -85,9 +85,7 @@ def test_matches_definition(dtype, gemms, batch, schedule, small_chunks, backend
     assume(serves(schedule, batch))
     batch = batch.to(dtype)
     gemm_dtype = gemms_in(gemms, dtype, backend)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("orpo_kernels.engine.work.gemm_dtype", lambda dtype, device, backend: gemm_dtype)
-        ours = batch.run(orpo_loss, schedule=schedule, limits=small_chunks)
+    ours = batch.run(orpo_loss, schedule=schedule, limits=replace(small_chunks, gemm_dtype=gemm_dtype))
     assert_as_good_as_plain(batch, ours, dtype, gemm_dtype)
 
 
@@ -103,14 +101,14 @@ def gemms_in(gemms: str, dtype: torch.dtype, backend: str) -> torch.dtype:
 @pytest.mark.parametrize("gemms", ["own dtype", "fp32"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("schedule", ["single_pass", "resident", "recompute"])
-def test_error_is_at_most_twice_plains(schedule, dtype, gemms, monkeypatch, backend):
+def test_error_is_at_most_twice_plains(schedule, dtype, gemms, backend):
     """The same without any slack, on many answers: of a few, plain's errors may cancel."""
     only_thorough(backend == "triton" and dtype == torch.float16, "interpreted for long, as bfloat16 is")
     gemm_dtype = gemms_in(gemms, dtype, backend)
-    monkeypatch.setattr("orpo_kernels.engine.work.gemm_dtype", lambda dtype, device, backend: gemm_dtype)
+    options = {"schedule": schedule, "limits": Limits(gemm_dtype=gemm_dtype)}
     batch = a_batch(dtype, pairs=16, length=3, size=48, vocab=307, **PLAIN_OPTIONS)
     batch = replace(batch, train_weight=schedule != "single_pass")
-    (out, grads), (plain_out, plain_grads) = batch.run(orpo_loss, schedule=schedule), batch.run(plain_loss)
+    (out, grads), (plain_out, plain_grads) = batch.run(orpo_loss, **options), batch.run(plain_loss)
     true_out, true_grads = batch.to(torch.float64).run(reference.orpo_loss)
     for name, true in true_grads.items():
         assert relative_error(grads[name], true) <= 2 * relative_error(plain_grads[name], true)
@@ -327,17 +325,16 @@ def test_autocast_takes_a_head_of_another_dtype(backend):
 
 @pytest.mark.parametrize("emulated", [True, False], ids=["gemm-fp32", "gemm-fp16"])
 @pytest.mark.parametrize("schedule", ["resident", "recompute"])
-def test_fp16_does_not_underflow(schedule, emulated, monkeypatch, backend):
+def test_fp16_does_not_underflow(schedule, emulated, backend):
     """Coefficients of 1e-6 and less, as of a million-token batch, under a GradScaler."""
-    monkeypatch.setattr(
-        "orpo_kernels.engine.work.gemm_dtype", lambda d, device, backend: torch.float32 if emulated else d
-    )
+    limits = Limits(gemm_dtype=torch.float32 if emulated else torch.float16)
     batch = replace(a_batch(torch.float16), bias=torch.randn(61).half())
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
     leaves = [t.clone().requires_grad_() for t in (batch.hidden, batch.weight, batch.bias)]
     exact = [t.double().requires_grad_() for t in (batch.hidden, batch.weight, batch.bias)]
     counts = {"nll_denominator": 10**6, "pair_denominator": 10**6}
-    loss = orpo_loss(*leaves[:2], batch.labels, bias=leaves[2], schedule=schedule, **counts).loss
+    options = {"schedule": schedule, "limits": limits, **counts}
+    loss = orpo_loss(*leaves[:2], batch.labels, bias=leaves[2], **options).loss
     scaler.scale(loss).backward()
     true = reference.orpo_loss(*exact[:2], batch.labels, bias=exact[2], **counts).loss * 2.0**16
     true.backward()

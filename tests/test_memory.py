@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 pytest.importorskip("rich", reason="the accounting tool prints with rich: pip install 'orpo-kernels[bench]'")
 
-from benchmarks.contest.memory import GIB, Shape, active_columns, gemms_in, our_case
+from benchmarks.contest.memory import GIB, Shape, active_columns, our_case
 from orpo_kernels import Limits, orpo_loss, plan
 
 EIGHT_THOUSAND_ROWS = [Shape(16, 512), Shape(8, 1024), Shape(2, 4096)]
@@ -15,8 +17,7 @@ EIGHT_THOUSAND_ROWS = [Shape(16, 512), Shape(8, 1024), Shape(2, 4096)]
 
 def peak(schedule: str, trained: bool, shape: Shape, native: bool, limits: Limits | None = None) -> float:
     """GiB, the 1.041 GiB of hidden states and weight included; N = 8192, H = 4096, V = 128256, bf16."""
-    with gemms_in(native=native):
-        return our_case(schedule, trained, limits=limits).peak(shape, torch.bfloat16).peak / GIB
+    return our_case(schedule, trained, limits=limits, native=native).peak(shape, torch.bfloat16).peak / GIB
 
 
 MOST = [("single_pass", False, 1.5), ("recompute", True, 2.7)]
@@ -53,9 +54,9 @@ def test_padding_costs_only_its_hidden_states():
 def test_the_plan_predicts_its_peak(schedule, trained):
     """What `plan` says it will allocate is what is allocated, to a tenth."""
     shape = EIGHT_THOUSAND_ROWS[1]
-    with gemms_in(native=True):
-        measured = our_case(schedule, trained).peak(shape, torch.bfloat16)
-        chosen = plan(shape.positions, 4096, 128256, dtype=torch.bfloat16, needs_weight=trained, schedule=schedule)
+    measured = our_case(schedule, trained, native=True).peak(shape, torch.bfloat16)
+    options = {"schedule": schedule, "limits": replace(Limits.of(on_cpu=True), gemm_dtype=torch.bfloat16)}
+    chosen = plan(shape.positions, 4096, 128256, dtype=torch.bfloat16, needs_weight=trained, **options)
     gradients = (shape.positions + trained * 128256) * 4096 * 2
     predicted = measured.baseline + max(chosen.forward_bytes, chosen.backward_bytes + gradients)
     assert measured.peak <= 1.02 * predicted

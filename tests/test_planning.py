@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from orpo_kernels import Rows, orpo_loss, orpo_loss_from_rows, plan
+from orpo_kernels import Limits, Rows, orpo_loss, orpo_loss_from_rows, plan
 from orpo_kernels.engine.work import default_budget
 
 PAIRS, LENGTH, SIZE, VOCAB = 3, 10, 24, 97
@@ -181,7 +182,7 @@ def test_the_forward_pass_is_fused_where_nothing_else_needs_the_logits(schedule,
 
 
 @pytest.mark.parametrize(("trained", "rows"), [(False, 500), (True, 1000)])
-def test_16_bits_on_a_cpu_come_in_narrow_chunks_but_where_the_residual_is_held(trained, rows, monkeypatch):
-    monkeypatch.setattr("orpo_kernels.engine.work._cpu_has_bf16", lambda: True)
+def test_16_bits_on_a_cpu_come_in_narrow_chunks_but_where_the_residual_is_held(trained, rows):
+    limits = replace(Limits.of(on_cpu=True), gemm_dtype=torch.bfloat16)
     sizes = {"dtype": torch.bfloat16, "backend": "torch", "memory_budget": 2**30}
-    assert plan(1000, 64, 2000, needs_weight=trained, **sizes).row_chunk == rows
+    assert plan(1000, 64, 2000, needs_weight=trained, limits=limits, **sizes).row_chunk == rows

@@ -21,7 +21,7 @@ import json
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -36,7 +36,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from benchmarks.contest import peers
+from orpo_kernels import Limits, orpo_loss_from_rows
 from orpo_kernels.app import machine
+from orpo_kernels.ops import resolve
 
 GIB = 2**30
 
@@ -205,17 +207,25 @@ def trl_composed_case(trained: bool) -> Case:
     return Case("TRL-composed (its torch path)", loss, trained)
 
 
-def our_case(schedule: str, trained: bool, gradient: bool = True, limits: Any = None) -> Case:
+def our_case(
+    schedule: str, trained: bool, gradient: bool = True, limits: Limits | None = None, native: bool | None = None
+) -> Case:
     """Ours, from rows: finding the rows reads the labels, which fake tensors do not have.
 
     "sparse" reads the number of active columns as well: to be run inside `active_columns`.
+
+    native: account as on a device that multiplies in the tensors' dtype (True), or in fp32 (False), or as here (None).
+    A processor without bf16 units makes our loss multiply in fp32, a slice at a time; peers leave that to the library.
     """
 
     def loss(hidden: Tensor, weight: Tensor, shape: Shape) -> Tensor:
-        from orpo_kernels import orpo_loss_from_rows
-
+        of_gemms = limits
+        if native is not None:
+            dtype = hidden.dtype if native else torch.promote_types(hidden.dtype, torch.float32)
+            on_cpu = resolve("auto", hidden.device) != "triton"
+            of_gemms = replace(limits or Limits.of(on_cpu), gemm_dtype=dtype)
         options: dict[str, Any] = {"schedule": schedule} if schedule != "sparse" else {"sparse_eps": 2.0**-14}
-        return orpo_loss_from_rows(hidden.flatten(0, 1), weight, fake_rows(shape), limits=limits, **options).loss
+        return orpo_loss_from_rows(hidden.flatten(0, 1), weight, fake_rows(shape), limits=of_gemms, **options).loss
 
     return Case(f"ours, {schedule if gradient else 'evaluation'}", loss, trained, gradient)
 
@@ -253,21 +263,6 @@ def active_columns(share: float) -> Iterator[list[int]]:
 
 
 @contextmanager
-def gemms_in(native: bool | None) -> Iterator[None]:
-    """Account for our loss as on a device that multiplies in its dtype (True), or in fp32 (False), or as here (None).
-
-    A processor without bf16 units makes our loss multiply in fp32, a slice at a time; peers leave that to the library.
-    """
-    from orpo_kernels.engine import work
-
-    def gemm_dtype(dtype: torch.dtype, device: torch.device, backend: str = "torch") -> torch.dtype:
-        return dtype if native else torch.promote_types(dtype, torch.float32)
-
-    with mock.patch.object(work, "gemm_dtype", work.gemm_dtype if native is None else gemm_dtype):
-        yield
-
-
-@contextmanager
 def kernels_of(gpu: str | None) -> Iterator[None]:
     """Our loss through its Triton kernels, which are launched and not run; None: in eager torch."""
     if gpu is None:
@@ -281,12 +276,12 @@ def kernels_of(gpu: str | None) -> Iterator[None]:
         yield
 
 
-def our_cases() -> list[Case]:
+def our_cases(native: bool | None = True) -> list[Case]:
     return [
-        our_case("single_pass", trained=False),
-        our_case("recompute", trained=True),
-        our_case("resident", trained=True),
-        our_case("auto", trained=True, gradient=False),
+        our_case("single_pass", trained=False, native=native),
+        our_case("recompute", trained=True, native=native),
+        our_case("resident", trained=True, native=native),
+        our_case("auto", trained=True, gradient=False, native=native),
     ]
 
 
@@ -325,7 +320,7 @@ def main() -> None:
     options = parser.parse_args()
     console, dtype = Console(), getattr(torch, options.dtype)
     records: list[dict[str, Any]] = []
-    with kernels_of(options.gpu), gemms_in(native=None if options.this_processor else True):
+    with kernels_of(options.gpu):
         for title, shapes in (
             ("N = 8192 rows, all of them matter", SAME_POSITIONS),
             ("the same 3440 rows that matter in ever more padding", SAME_ROWS),
@@ -335,7 +330,12 @@ def main() -> None:
                 table.add_column(column, justify="right" if " x " in column else "left")
             inputs = [our_cases()[-1].peak(shape, dtype).baseline for shape in shapes]
             table.add_row("inputs and weight alone", "", *(f"{n / GIB:.3f}" for n in inputs), end_section=True)
-            for case in track(our_cases() + peer_cases(), title, console=Console(stderr=True), transient=True):
+            for case in track(
+                our_cases(None if options.this_processor else True) + peer_cases(),
+                title,
+                console=Console(stderr=True),
+                transient=True,
+            ):
                 peaks = [case.peak(shape, dtype) for shape in shapes]
                 table.add_row(case.name, case.head, *(f"{peak.peak / GIB:.3f}" for peak in peaks))
                 records += [

@@ -236,11 +236,10 @@ def _accounting(settings: Settings) -> Iterator[Case]:
 
 def _account(shapes: list[memory.Shape], progress: Progress) -> dict[str, Any]:
     found, all_cases = [], memory.our_cases() + memory.peer_cases()
-    with memory.gemms_in(native=True):
-        for case in progress.track(all_cases, description="accounting"):
-            peaks = [case.peak(shape) for shape in shapes]
-            found.append({"loss": case.name, "head": case.head, "peaks": [peak.peak for peak in peaks]})
-            baselines = [peak.baseline for peak in peaks]
+    for case in progress.track(all_cases, description="accounting"):
+        peaks = [case.peak(shape) for shape in shapes]
+        found.append({"loss": case.name, "head": case.head, "peaks": [peak.peak for peak in peaks]})
+        baselines = [peak.baseline for peak in peaks]
     sizes = [asdict(shape) | {"positions": shape.positions} for shape in shapes]
     return {"dtype": "bfloat16", "shapes": sizes, "baselines": baselines, "losses": found}
 

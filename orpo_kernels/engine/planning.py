@@ -161,9 +161,7 @@ def plan(
 
 
 @functools.lru_cache(maxsize=1024)  # a loop asks for the same few, and choosing takes as long as a small product
-def planned(
-    work: Work, schedule: str, budget: int, budget_given: bool = True, largest_pair: int | None = None
-) -> Plan:
+def planned(work: Work, schedule: str, budget: int, budget_given: bool = True, largest_pair: int | None = None) -> Plan:
     """`plan` for work on any device, whether it is here or not; largest_pair: rows, None where it is not known."""
     name, reason, group_rows = _choose(work, schedule, budget, budget_given, largest_pair)
     return _sized(work, name, reason, group_rows, budget)

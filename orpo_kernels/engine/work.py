@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import os
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from typing import NamedTuple
 
 import torch
 
 STARVED_ROWS = 256  # of a chunk: with fewer, two GEMMs through the library cost more than three inside kernels
 COLUMNS_PER_SPLIT = 4096  # of the vocabulary, whose statistics a fused forward pass takes apart: 12 bytes a row
+GEMM_DTYPES = (None, torch.float16, torch.bfloat16, torch.float32, torch.float64)  # by number, for a graph
 FACTOR_SLICE = 8192  # rows of dW that exist in fp32 at one time, where it is summed there
 
 
@@ -41,6 +42,7 @@ class Limits:
         sparse_columns: rows of dW that the sparse schedule sums at one time, going over them several times: they stay
             in a CPU's cache.
         dense_share: the share of active columns from which on a chunk of the sparse schedule goes dense.
+        gemm_dtype: the dtype of the matrix products; None: the one that is fast on the device (`gemm_dtype`).
     """
 
     chunk_rows: int = 4096
@@ -52,6 +54,7 @@ class Limits:
     block_rows: int = 256
     sparse_columns: int = 4096
     dense_share: float = 0.5
+    gemm_dtype: torch.dtype | None = None
 
     @classmethod
     def of(cls, on_cpu: bool) -> Limits:
@@ -60,14 +63,15 @@ class Limits:
     @property
     def numbers(self) -> list[float]:
         """As an operator of a graph takes them."""
-        return [float(number) for number in astuple(self)]
+        *numbers, dtype = astuple(self)
+        return [*map(float, numbers), float(GEMM_DTYPES.index(dtype))]
 
     @classmethod
     def of_numbers(cls, numbers: list[float] | None) -> Limits | None:
         if numbers is None:
             return None
-        *counts, dense_share = numbers
-        return replace(cls(*map(int, counts)), dense_share=dense_share)
+        *counts, dense_share, dtype = numbers
+        return cls(*map(int, counts), dense_share=dense_share, gemm_dtype=GEMM_DTYPES[int(dtype)])
 
 
 class Chunks(NamedTuple):
@@ -113,7 +117,7 @@ class Work:
 
     @functools.cached_property
     def gemm_dtype(self) -> torch.dtype:
-        return gemm_dtype(self.dtype, self.device, self.backend)
+        return self.limits.gemm_dtype or gemm_dtype(self.dtype, self.device, self.backend)
 
     @property
     def on_cpu(self) -> bool:

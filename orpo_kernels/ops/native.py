@@ -16,7 +16,7 @@ from torch.utils.dlpack import to_dlpack
 from .. import _native
 from ..engine.gemm import WeightSlices, project, project_slice
 from ..engine.objective import Denominators, PairLoss, SequenceSums
-from ..rows import DTYPES, Rows
+from ..rows import Rows
 
 
 def call(function: Any, *arguments: Any) -> Any:
