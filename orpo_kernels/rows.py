@@ -123,7 +123,7 @@ class Rows:
 
         Raises `ValueError` or `TypeError` for tensors that cannot be of these rows.
         """
-        rows = copy.copy(self)._with(replace(self.known, **known))
+        rows = copy.copy(self)._with(Known(**vars(self.known) | known))
         rows._check_known()
         return rows
 

@@ -108,8 +108,8 @@ class PreferenceLoss(torch.autograd.Function):
     """(what `TokenLogOdds` takes, rows, objective) -> loss and the metrics of `PairLoss`."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, *operands: Any) -> tuple[Tensor, ...]:
-        *operands, rows, objective = operands
+    def forward(ctx: Any, hidden: Tensor, *others: Any) -> tuple[Tensor, ...]:
+        *operands, rows, objective = others
         loss = objective(TokenLogOdds.forward(ctx, hidden, *operands), rows)
         ctx.coefficient = loss.grad
         return of_one_gradient(ctx, outputs_of(loss.numbers, loss.valid_pairs, accumulation_dtype(hidden.dtype)))

@@ -117,13 +117,11 @@ def with_rewards(
     valid_pairs: Tensor,
 ) -> PreferenceOutput:
     """A method's loss and metrics with the rewards that it gives."""
-    of_reference: tuple[Tensor | None, ...] = (None, None)
+    chosen_gains, rejected_gains = chosen_logps, rejected_logps
     if reference is not None:
-        of_reference = moved(reference, loss.device, statistics_dtype(loss.device)).view(2, -1).unbind()
-    chosen_gains, rejected_gains = (
-        method.gains(logps, theirs).to(loss.dtype)
-        for logps, theirs in zip((chosen_logps, rejected_logps), of_reference, strict=True)
-    )
+        of_reference = moved(reference, loss.device, statistics_dtype(loss.device)).view(2, -1)
+        chosen_gains = method.gains(chosen_logps, of_reference[0]).to(loss.dtype)
+        rejected_gains = method.gains(rejected_logps, of_reference[1]).to(loss.dtype)
     return PreferenceOutput(
         loss=loss,
         nll_loss=nll_loss,
@@ -132,7 +130,7 @@ def with_rewards(
         rejected_logps=rejected_logps,
         log_odds=log_odds,
         valid_pairs=valid_pairs,
-        chosen_rewards=method.beta * chosen_gains,
-        rejected_rewards=method.beta * rejected_gains,
+        chosen_rewards=chosen_gains * method.beta,
+        rejected_rewards=rejected_gains * method.beta,
         preferred=chosen_gains > rejected_gains,
     )

@@ -25,7 +25,7 @@ in the logarithm, in float64, and nothing overflows. Only an a that rounds to 0 
 from __future__ import annotations
 
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -78,11 +78,9 @@ def denominators(
 
     Both are divided by the number of ranks that hold other pairs: their losses and gradients will be averaged.
     """
-    own = counts_of(rows, groups).unbind() if nll is None or pairs is None else (None, None)
-    counts = [
-        known if count is None else as_scalar(count, rows.position.device)
-        for known, count in zip(own, (nll, pairs), strict=True)
-    ]
+    given = [None if count is None else as_scalar(count, rows.position.device) for count in (nll, pairs)]
+    own = counts_of(rows, groups).unbind() if nll is None or pairs is None else given
+    counts: list[Any] = [mine if count is None else count for mine, count in zip(own, given, strict=True)]
     return Denominators(*(counts if groups.replicas == 1 else [count / groups.replicas for count in counts]))
 
 

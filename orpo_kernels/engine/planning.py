@@ -156,8 +156,8 @@ def plan(
         given_limits=limits,
     )
     budget = memory_budget or default_budget(device)
-    decides = largest_pair is not None and _groups_of_pairs_fit(work, schedule, budget)
-    return planned(work, schedule, budget, memory_budget is not None, largest_pair() if decides else None)
+    largest = largest_pair() if largest_pair is not None and _groups_of_pairs_fit(work, schedule, budget) else None
+    return planned(work, schedule, budget, memory_budget is not None, largest)
 
 
 @functools.lru_cache(maxsize=1024)  # a loop asks for the same few, and choosing takes as long as a small product
@@ -167,6 +167,7 @@ def planned(work: Work, schedule: str, budget: int, budget_given: bool = True, l
     return _sized(work, name, reason, group_rows, budget)
 
 
+@functools.lru_cache(maxsize=1024)
 def _groups_of_pairs_fit(work: Work, schedule: str, budget: int) -> bool:
     """Whether a residual that is to be kept fits by groups of pairs at the most: where the largest pair decides."""
     is_kept = schedule in ("auto", "resident") and (work.needs_head or (schedule == "resident" and work.needs_hidden))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -71,7 +71,7 @@ class Limits:
         if numbers is None:
             return None
         *counts, dense_share, dtype = numbers
-        return cls(*map(int, counts), dense_share=dense_share, gemm_dtype=GEMM_DTYPES[int(dtype)])
+        return replace(cls(*map(int, counts)), dense_share=dense_share, gemm_dtype=GEMM_DTYPES[int(dtype)])  # type: ignore[arg-type]
 
 
 class Chunks(NamedTuple):
