@@ -25,12 +25,13 @@ from rich.console import Console
 from benchmarks.contest.training_step import OURS, SHARED, TRL
 from benchmarks.contest.turns import FLOOR, Measurement
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import goals, heads, host, kernels, page, persistent, right, run, sparse_eps, step, tiles
+from benchmarks.gpu import goals, heads, host, kernels, page, persistent, right, run, sparse_eps, step, tiles, ways
 from benchmarks.gpu.cases import Case, Settings, Skip, Step
 from benchmarks.gpu.heads import RECOMPUTE
 from benchmarks.kernels import autotune
 from benchmarks.report.results import Results
 from benchmarks.shapes import ModelShape
+from orpo_kernels.engine import speeds
 from orpo_kernels.ops import is_interpreted, torch_ops
 from orpo_kernels.ops.triton.launch import INTERPRETER, Target
 
@@ -130,6 +131,40 @@ def test_inputs_without_room_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(heads, "inputs", without_room)
     assert records(heads)["heads/one/100%/frozen"] == {"skipped": "out of memory: the inputs do not fit"}
+
+
+def test_ways() -> None:
+    """At sizes where all rows are one chunk."""
+    found = records(ways)
+    assert list(found) == [
+        f"ways/{head}/{schedule}"
+        for head in ("one/bfloat16", "capped/bfloat16", "one/float32")
+        for schedule in speeds.SCHEDULES
+    ]
+    assert {name: list(record["times"]) for name, record in found.items()} == {
+        name: (["kernel"] if "evaluation" in name else []) + ["8" if "float32" in name else "32"] for name in found
+    }
+    assert [record["softcap"] for record in found.values()] == [False] * 2 + [True] * 2 + [False] * 2
+    assert all(record["target"] is None for record in found.values())  # so that nothing of it goes into the table
+    assert ways.renewed((), {"cases": found, "machine": MACHINE}) == []
+    assert len(page._ways(found).rows) == 6
+
+
+def test_what_was_measured_replaces_the_tables_records_of_the_same_heads(tmp_path: Path) -> None:
+    path = tmp_path / "speeds.json"
+    path.write_text(speeds.FILE.read_text())
+    before = speeds.read(path)
+    assert ways.write({"cases": CASES, "machine": MACHINE}, path) == []
+    again = {**asdict(before[0]), "times": {"kernel": 1.00004, "1024": 2.0}, "rows": 8192}
+    del again["source"]
+    left_out = {"skipped": "out of memory"}
+    results = {"cases": {"ways/a": again, "ways/b": again | {"target": "sm_80"}, "ways/c": left_out}}
+    assert ways.write({**results, "machine": MACHINE}, path) == [path]
+    first, *kept, last = speeds.read(path)
+    assert kept == list(before[1:])
+    assert (first.key, first.times) == (before[0].key, {"kernel": 1.0, "1024": 2.0})
+    assert first.source == "2026-01-02, A GPU; torch 2.0: 8192 rows, in turns"
+    assert last == replace(first, target="sm_80")
 
 
 def test_host() -> None:

@@ -85,14 +85,16 @@ def assert_as_good_as_the_mirror(
 
 
 @dtypes
-@given(head=heads)
-def test_project_log_odds(dtype, head):
+@given(head=heads, held=st.booleans())
+def test_project_log_odds(dtype, head, held):
+    """Inside the kernel, or by the library's product, which has a buffer for the logits of more rows than there are."""
     x, w, bias, target = head.tensors(dtype)
 
     def run(ops: ModuleType, dtype: torch.dtype) -> tuple[Tensor, ...]:
         weight = WeightSlices(w.to(dtype), dtype, head.vocab)
         weight.columns = [slice(*c) for c in cuts(head.vocab, head.slices)]
-        return ops.project_log_odds(x.to(dtype), weight, cast(bias, dtype), target, *head.transform, None)
+        buffer = x.new_empty(head.rows + 2, head.vocab, dtype=dtype) if held else None
+        return ops.project_log_odds(x.to(dtype), weight, cast(bias, dtype), target, *head.transform, buffer)
 
     assert_as_good_as_the_mirror(run, dtype)
 

@@ -4,10 +4,11 @@
     python -m benchmarks.gpu --quick            # two minutes: what comes first of every part
     python -m benchmarks.gpu --only heads host  # these parts alone, with all of the time
     python -m benchmarks.gpu --resume           # goes on where a run was interrupted, or where time was out
-    python -m benchmarks.gpu --write-docs       # and writes docs/gpu.md and the README's figures
+    python -m benchmarks.gpu --write-docs       # and writes docs/gpu.md, the README's figures and the planner's table
 
     kernels     every kernel beside the library's product, or beside a copy of as many bytes
     heads       time and memory of ours and the peers on the heads of five models
+    ways        which way of a forward pass is the fastest: inside a kernel, or by chunks of 1024 to 8192 rows
     host        what a call takes on the host, and how much it launches
     step        a whole training step of a model of Llama-3.2-1B's shape, padded and shared, and TRL's
     tests       tests/gpu, several at a time
@@ -39,7 +40,7 @@ NO_GPU = (
 )
 NO_PACKAGE = "This needs {}: pip install {}"
 SECONDS, QUICK_SECONDS, QUICK_ROUNDS = 480, 120, 3
-NAMES = ("kernels", "heads", "host", "step", "tests", "tiles", "sparse_eps")
+NAMES = ("kernels", "heads", "ways", "host", "step", "tests", "tiles", "sparse_eps")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if refusal := refused():
         print(refusal, file=sys.stderr)
         return 2
-    from benchmarks.gpu import page
+    from benchmarks.gpu import page, ways
     from benchmarks.gpu.cases import Settings
     from benchmarks.gpu.run import PARTS
     from benchmarks.report.results import Results, read
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"interrupted; --resume goes on from what {path} has", file=sys.stderr)
         return 130
     if options.write_docs:
-        for written in page.write(read(path)):
+        for written in [*page.write(read(path)), *ways.write(read(path))]:
             print(f"wrote {written}")
     return 0
 
@@ -116,7 +117,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, metavar="PART", help=", ".join(NAMES))
     parser.add_argument("--seconds", type=float, help=f"of all parts together (default: {SECONDS}, quick: less)")
     parser.add_argument("--resume", action="store_true", help="go on with what --output has")
-    parser.add_argument("--write-docs", action="store_true", help="write docs/gpu.md and the README's figures")
+    parser.add_argument(
+        "--write-docs",
+        action="store_true",
+        help="write docs/gpu.md, the README's figures and the planner's table of times",
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/gpu"), help="folder (default: runs/gpu)")
     return parser
 

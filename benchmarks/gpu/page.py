@@ -21,8 +21,10 @@ from benchmarks.gpu.sparse_eps import SPARSE
 from benchmarks.report.docs import machine_line
 from benchmarks.report.results import PROJECT
 from benchmarks.report.tables import MIB, Sheet, measurements
+from orpo_kernels.engine.speeds import CHUNK_ROWS, KERNEL
 
 GIB = 2**30
+WAYS = (KERNEL, *map(str, CHUNK_ROWS))
 COMMAND = "python -m benchmarks.gpu"
 
 
@@ -32,6 +34,7 @@ def sheets(cases: Cases) -> list[Sheet]:
     made = (
         _heads(measured),
         _kernels(measured),
+        _ways(measured),
         _host(measured),
         _steps(measured),
         _tiles(measured),
@@ -83,6 +86,15 @@ def _kernels(cases: Cases) -> Sheet:
             rate, share = f"{r['flops'] / r['ours'] / 1e12:.0f} TFLOP/s", f"{r['ratio']:.2f} of the library's time"
         rows.append([" at ".join(words), f"{r['ours'] * 1e3:.3g}", rate, share])
     return Sheet("Kernels, bf16", ["kernel", "ms", "rate", "beside its bound"], rows)
+
+
+def _ways(cases: Cases) -> Sheet:
+    rows = [
+        [", ".join(words), *(f"{r['times'][way]:.3g}" if way in r["times"] else "-" for way in WAYS)]
+        for words, r in _of(cases, "ways")
+    ]
+    columns = ["head", *(f"{way} rows" if way.isdecimal() else way for way in WAYS)]
+    return Sheet("Ways of a forward pass: ms inside the kernel, and in chunks by the library", columns, rows)
 
 
 def _host(cases: Cases) -> Sheet:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.contest.turns import reason, release
-from benchmarks.gpu import heads, host, kernels, right, sparse_eps, step, tiles
+from benchmarks.gpu import heads, host, kernels, right, sparse_eps, step, tiles, ways
 from benchmarks.gpu.cases import Case, Settings, Skip
 from benchmarks.report.results import Results
 
@@ -29,7 +29,8 @@ class Part:
 # What is asked for first comes first: an interrupted run has it.
 PARTS = (
     Part("kernels", 0.08, kernels.cases),
-    Part("heads", 0.38, heads.cases),
+    Part("heads", 0.34, heads.cases),
+    Part("ways", 0.04, ways.cases),
     Part("host", 0.02, host.cases),
     Part("step", 0.17, step.cases),
     Part("tests", 0.24, right.cases),

@@ -87,16 +87,19 @@ class Cost:
 # --- ours ----------------------------------------------------------------------------------------------------------
 
 
-def ours(case: Case, budget: int) -> list[Cost]:
-    """Our schedules on a GPU that has our kernels, the recommended one first: what "auto" takes under the budget."""
+def ours(case: Case, budget: int, target: str | None = None) -> list[Cost]:
+    """Our schedules on a GPU that has our kernels, the recommended one first: what "auto" takes under the budget.
+
+    target: the GPU's kind, by whose times a forward pass is chosen where there are some.
+    """
     names = ["resident", "recompute"] if case.trained else ["single_pass", "recompute"]
-    chosen = _our_cost(case, "auto", budget)
+    chosen = _our_cost(case, "auto", budget, target)
     assert chosen.plan is not None
-    others = [_our_cost(case, name, budget) for name in names if name != chosen.plan.schedule]
-    return [chosen, *others, _our_cost(case, "auto", budget, gradient=False)]
+    others = [_our_cost(case, name, budget, target) for name in names if name != chosen.plan.schedule]
+    return [chosen, *others, _our_cost(case, "auto", budget, target, gradient=False)]
 
 
-def _our_cost(case: Case, schedule: str, budget: int, gradient: bool = True) -> Cost:
+def _our_cost(case: Case, schedule: str, budget: int, target: str | None, gradient: bool = True) -> Cost:
     work = Work(
         rows=case.rows,
         hidden_size=case.hidden_size,
@@ -110,6 +113,7 @@ def _our_cost(case: Case, schedule: str, budget: int, gradient: bool = True) -> 
         needs_bias=gradient and case.trained and case.bias,
         softcap=case.softcap,
         sparse_eps=None,
+        target=target,
     )
     plan = planned(work, schedule, budget, budget_given=False, largest_pair=case.largest_pair)
     gradients = case.gradient_bytes if gradient else 0

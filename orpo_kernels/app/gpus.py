@@ -7,26 +7,30 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class GPU:
-    """Peaks of one GPU: dense bf16 FLOP/s of its matrix units, bytes/s of its memory, and the memory's bytes."""
+    """Peaks of one GPU: dense bf16 FLOP/s of its matrix units, bytes/s of its memory, and the memory's bytes.
+
+    target: its kind, as the kernels' tables have it.
+    """
 
     name: str
     flops: float
     bandwidth: float
     memory: int
+    target: str | None = None
 
 
 DATA_SHEETS = (
     # NVIDIA A100 Tensor Core GPU data sheet, A100 80GB SXM: 312 TFLOPS BF16 without sparsity, 2,039 GB/s
-    GPU("A100 80GB", 312e12, 2.039e12, 80 * 10**9),
+    GPU("A100 80GB", 312e12, 2.039e12, 80 * 10**9, "sm_80"),
     # NVIDIA H100 Tensor Core GPU data sheet, H100 SXM: 1,979 TFLOPS BF16 with sparsity (half of it dense), 3.35 TB/s
-    GPU("H100 SXM", 989.5e12, 3.35e12, 80 * 10**9),
+    GPU("H100 SXM", 989.5e12, 3.35e12, 80 * 10**9, "sm_90"),
     # NVIDIA H200 Tensor Core GPU data sheet, H200 SXM: 1,979 TFLOPS BF16 with sparsity, 4.8 TB/s, 141 GB
-    GPU("H200", 989.5e12, 4.8e12, 141 * 10**9),
+    GPU("H200", 989.5e12, 4.8e12, 141 * 10**9, "sm_90"),
     # NVIDIA DGX B200 data sheet, an eighth of the system: 72 PFLOPS FP8 with sparsity, bf16 half of it, dense again
     # half: 2.25 PFLOPS; 64 TB/s, 1,440 GB
-    GPU("B200", 2.25e15, 8.0e12, 180 * 10**9),
+    GPU("B200", 2.25e15, 8.0e12, 180 * 10**9, "sm_100"),
     # AMD Instinct MI300X data sheet: 1,307.4 TFLOPS bfloat16 without sparsity, 5.3 TB/s, 192 GB
-    GPU("MI300X", 1307.4e12, 5.3e12, 192 * 10**9),
+    GPU("MI300X", 1307.4e12, 5.3e12, 192 * 10**9, "gfx942"),
 )
 
 

@@ -20,8 +20,8 @@ from types import ModuleType
 import torch
 
 from ..ops import resolve
-from . import schedules
-from .work import STARVED_ROWS, Chunks, Limits, Work, default_budget, format_bytes
+from . import schedules, speeds
+from .work import STARVED_ROWS, Chunks, Limits, Work, default_budget, format_bytes, target_of
 
 SCHEDULES = ("auto", "single_pass", "resident", "recompute")
 
@@ -49,6 +49,7 @@ class Plan:
             schedule, whose need depends on the data, the most that it may be.
         budget: the memory budget the choice was made under, bytes.
         reason: why this schedule.
+        timed: the times by which its forward pass was chosen, or why there are none; None where there was no choice.
         limits: what the chunk sizes come from.
     """
 
@@ -69,6 +70,7 @@ class Plan:
     backward_bytes: int
     budget: int
     reason: str
+    timed: str | None
     limits: Limits
 
     @property
@@ -80,11 +82,14 @@ class Plan:
         """The choice in a sentence, with the bytes it will hold."""
         by_groups = f" by groups of at most {self.group_rows} rows" if self.group_rows else ""
         is_sparse = self.sparse_eps is not None
+        forward = "inside a kernel" if self.fused else f"in chunks of {self.row_chunk} rows"
+        timed = f"; {self.timed}" if self.timed else ""
+        forward = f", the forward pass {forward}{timed}" if self.fused or timed else ""
         more = f" and a share of {self.needs_hidden + self.needs_head} more" if is_sparse else ""
         return (
             f"{self.schedule}{by_groups}, {self.gemms} GEMM{'s' if self.gemms > 1 else ''}{more} "
             f"({self.flops / 1e12:.3g} TFLOP in {str(self.gemm_dtype).removeprefix('torch.')}"
-            f"{', the forward pass inside a kernel' if self.fused else ''}): {self.reason}. "
+            f"{forward}): {self.reason}. "
             f"Holds {'at most ' if is_sparse else ''}{format_bytes(self.held_bytes)} until the backward pass and "
             f"{format_bytes(self.peak_bytes)} at most (budget {format_bytes(self.budget)})."
         )
@@ -154,6 +159,7 @@ def plan(
         sparse_eps=sparse_eps,
         sharded=sharded,
         given_limits=limits,
+        target=target_of(device),
     )
     budget = memory_budget or default_budget(device)
     largest = largest_pair() if largest_pair is not None and _groups_of_pairs_fit(work, schedule, budget) else None
@@ -235,7 +241,8 @@ def _check_sparse(work: Work, schedule: str) -> None:
 def _sized(work: Work, name: str, reason: str, group_rows: int | None, budget: int) -> Plan:
     """Chunk sizes, and what they add up to."""
     schedule = schedules.TABLE[name]
-    chunks = _chunks(work, schedule, group_rows, budget)
+    choice = _choice(work, schedule, budget)
+    chunks = _chunks(work, schedule, group_rows, budget, choice)
     gemms = schedule.gemms(work)
     memory = schedule.memory(work, chunks, budget)
     return Plan(
@@ -256,32 +263,55 @@ def _sized(work: Work, name: str, reason: str, group_rows: int | None, budget: i
         backward_bytes=memory.backward,
         budget=budget,
         reason=reason,
+        timed=choice.why,
         limits=work.limits,
     )
 
 
-def _chunks(work: Work, schedule: ModuleType, group_rows: int | None, budget: int) -> Chunks:
-    """As large as limits and budget allow."""
+def _choice(work: Work, schedule: ModuleType, budget: int) -> speeds.Choice:
+    """The way of the forward pass, where there are several that were timed.
+
+    Recompute in 16 bits has one: its backward pass makes the logits anew inside a kernel, in fp32, where probabilities
+    by the statistics of rounded ones would not sum up to 1.
+    """
+    if schedule is schedules.single_pass:
+        timed = "single_pass"
+    elif schedule is schedules.evaluation or (schedule is schedules.recompute and work.gemm_dtype.itemsize >= 4):
+        timed = "evaluation"
+    else:
+        return speeds.Choice()
+    return speeds.choose(work, timed, _most_bytes(budget) // work.chunk_row_bytes)
+
+
+def _chunks(work: Work, schedule: ModuleType, group_rows: int | None, budget: int, choice: speeds.Choice) -> Chunks:
+    """As large as limits and budget allow, or as was the fastest."""
     limits, most_bytes = work.limits, _most_bytes(budget)
     chunk_bytes = min(limits.chunk_bytes, most_bytes)
     if work.casts:
         chunk_bytes = max(1, chunk_bytes * 2 // 3)  # a cast slice of the weight has the rest
-    fused = schedule.NEEDS_NO_LOGITS and work.has_fused_products
+    fused = schedule.NEEDS_NO_LOGITS and work.has_fused_products and choice.way in (None, speeds.KERNEL)
     if fused:
         rows = min(limits.fused_rows, _fit(most_bytes, work.fused_row_bytes))
     else:
-        most_rows = limits.chunk_rows
-        if work.gemm_dtype.itemsize < 4 and schedule is not schedules.resident:
-            most_rows = min(most_rows, limits.narrow_chunk_rows)
-        rows = min(most_rows, _fit(chunk_bytes, work.vocab_size * work.logit_bytes))
-        if work.has_fused_products:
-            rows = max(rows, min(limits.least_rows, _fit(most_bytes, work.vocab_size * work.logit_bytes)))
+        rows = choice.rows or _rows(work, schedule, chunk_bytes, most_bytes)
     rows = -(-work.rows // max(1, -(-work.rows // rows))) or 1  # as even_chunks takes them
     vocab_slice = min(work.vocab_size, max(limits.least_columns, _fit(chunk_bytes, work.column_bytes)))
     weight_slice = work.vocab_size
     if work.casts and work.vocab_size * work.weight_row_bytes > chunk_bytes:
         weight_slice = max(limits.least_columns, _fit(chunk_bytes // 2, work.weight_row_bytes))
     return Chunks(rows, vocab_slice, weight_slice, group_rows, fused)
+
+
+def _rows(work: Work, schedule: ModuleType, chunk_bytes: int, most_bytes: int) -> int:
+    """Of a chunk of logits, where nothing was timed."""
+    limits, row_bytes = work.limits, work.vocab_size * work.logit_bytes
+    most_rows = limits.chunk_rows
+    if work.gemm_dtype.itemsize < 4 and schedule is not schedules.resident:
+        most_rows = min(most_rows, limits.narrow_chunk_rows)
+    rows = min(most_rows, _fit(chunk_bytes, row_bytes))
+    if work.has_fused_products:
+        rows = max(rows, min(limits.least_rows, _fit(most_bytes, row_bytes)))
+    return rows
 
 
 def _most_bytes(budget: int) -> int:

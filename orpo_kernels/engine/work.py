@@ -28,7 +28,8 @@ class Limits:
     yet 1.12 and 1.10 where the weight is trained and its residual, which has to be held, is where the logits were.
 
     GPU: published measurements ask for 1k to 4k rows, which kernels that work in place can afford (2 bytes a bf16
-    logit), while eager row-wise work (6 bytes) has to keep to the peak memory that we promise.
+    logit), while eager row-wise work (6 bytes) has to keep to the peak memory that we promise. Where chunks were timed
+    on a kind of GPU, what was measured takes the place of these (`speeds.py`), unless limits are given.
 
     Attributes:
         chunk_rows: rows of a chunk of logits.
@@ -110,6 +111,7 @@ class Work:
     sparse_eps: float | None
     sharded: bool = False
     given_limits: Limits | None = None
+    target: str | None = None  # the kind of GPU, "sm_90" or "gfx942"; None where it is not known
 
     @property
     def needs_head(self) -> bool:
@@ -232,6 +234,16 @@ def _cpu_has_bf16() -> bool:
 
 def _cpu_has_amx_fp16() -> bool:
     return torch.cpu._is_amx_fp16_supported()
+
+
+def target_of(device: torch.device) -> str | None:
+    """The kind of GPU, as its maker calls it ("sm_90", "gfx942"); None for another device, or one that is not here."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return properties.gcnArchName.partition(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
 
 
 def default_budget(device: torch.device) -> int:

@@ -45,7 +45,7 @@ def project_log_odds(
         weight: the (V, H) weight in that dtype.
         bias: (V,) or None.
         target: (C,) int64 in [0, V).
-        buffer: (at least C, V) scratch for the logits; None for backends that never hold them.
+        buffer: (at least C, V) scratch for the logits; None where a kernel never holds them.
 
     Returns:
         m and lse_others, each (C,) float64, or fp32 on a device that has none (`statistics_dtype`).

@@ -90,7 +90,7 @@ def plan(settings: PlanSettings, output: Output) -> None:
     # A cost has the gradient of the head's weight in it, which the state of a whole model has as well.
     own = case.gradient_bytes - case.hidden_bytes if model.parameters else -case.weight_bytes
     left = gpu.memory - state - case.hidden_bytes + own
-    ours = costs.ours(case, budget=max(1, min(gpu.memory // 16, left)))
+    ours = costs.ours(case, budget=max(1, min(gpu.memory // 16, left)), target=gpu.target)
     everyone = [*ours, *costs.peers(case)]
     record = {
         "model": settings.model,

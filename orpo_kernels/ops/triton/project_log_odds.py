@@ -16,9 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...engine.gemm import WeightSlices
+from ...engine.gemm import WeightSlices, project
 from .device_math import LOWEST, transform
 from .launch import current_target, launch
+from .statistics import statistics
 from .tile_matmul import logits_tile, row_block_and_column_block
 from .tiles import constants, operands, tile_of, vocabulary_splits
 
@@ -130,7 +131,10 @@ def project_log_odds(
     logit_softcap: float | None,
     buffer: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """See `torch_ops.project_log_odds`; `buffer` is not needed."""
+    """See `torch_ops.project_log_odds`. With a `buffer` through the library's product; without one no logits exist."""
+    if buffer is not None:
+        logits = project(x, weight, bias, buffer[: x.shape[0]])
+        return statistics(logits, target, logit_scale, logit_softcap)
     rows, hidden_size = x.shape
     gpu = current_target()
     # Odd ends of the vocabulary cost registers, like a bias or a soft-cap.
@@ -159,17 +163,17 @@ def project_log_odds(
             logit_softcap,
             **constants(tile, x, gpu),
         )
-    statistics = partials[0] if len(partials) == 1 else torch.cat(partials, 1)
+    partial = partials[0] if len(partials) == 1 else torch.cat(partials, 1)
     log_odds = x.new_empty(rows, dtype=torch.float64)
     lse_others = torch.empty_like(log_odds)
     launch(
         join_splits_kernel,
         (-(-rows // BLOCK_REDUCE),),
-        *statistics,
+        *partial,
         log_odds,
         lse_others,
         rows,
-        statistics.shape[1],
+        partial.shape[1],
         BLOCK_R=BLOCK_REDUCE,
         num_warps=2,
     )
