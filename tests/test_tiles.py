@@ -102,18 +102,27 @@ def test_splits_cover_the_vocabulary_and_none_is_empty(rows, vocab_size):
     assert (splits - 1) * columns < vocab_size <= splits * columns
 
 
+def test_persistent_programs_are_as_many_as_run_at_one_time():
+    target, tile = Target("cuda", 90, 132), tiles.MatmulTile(128, 256, 64, warps=8, stages=4, persistent=True)
+    assert [tiles.programs(n, tile, target) for n in (0, 1, 132, 5000)] == [0, 1, 132, 132]
+    assert tiles.programs(5000, replace(tile, persistent=False), target) == 5000
+
+
 def test_fp32_is_multiplied_as_exactly_as_torch_is_set_to():
     before = torch.get_float32_matmul_precision()
     try:
         exact = {}
         for precision in ("highest", "high"):
             torch.set_float32_matmul_precision(precision)
-            names = ("sm_90", "gfx942", "gfx1100")
+            names = ("sm_75", "sm_90", "gfx942", "gfx1100")
             exact[precision] = [tiles.dot_precision(torch.float32, target_of(name)) for name in names]
             assert tiles.dot_precision(torch.bfloat16, target_of("sm_90")) == "ieee"
     finally:
         torch.set_float32_matmul_precision(before)
-    assert exact == {"highest": ["tf32x3", "ieee", "bf16x6"], "high": ["tf32", "ieee", "bf16x6"]}
+    assert exact == {
+        "highest": ["ieee", "tf32x3", "ieee", "bf16x6"],
+        "high": ["ieee", "tf32", "ieee", "bf16x6"],
+    }
 
 
 def test_descriptors_need_rows_that_start_at_16_bytes():
@@ -123,7 +132,9 @@ def test_descriptors_need_rows_that_start_at_16_bytes():
     assert whole.tma
     assert tiles.tile_of(aligned, aligned, True, target) == whole
     assert isinstance(tiles.operands(aligned, aligned, whole)[0], TensorDescriptor)
-    by_address = replace(whole.narrow(target), tma=False)  # addresses take the registers of the widest tile
+    by_address = replace(
+        whole.narrow(target), tma=False, persistent=False
+    )  # addresses take the registers of the widest tile
     for x, w in ((aligned, odd), (odd[:, :64], aligned), (aligned.flatten()[1:449].view(7, 64), aligned)):
         assert tiles.tile_of(x, w, True, target) == by_address
     assert tiles.operands(aligned, odd, by_address) == (aligned, odd)
@@ -178,7 +189,7 @@ def test_the_table_can_be_written_as_a_file(write):
         ('{"sm_90": 3}', "it must be {target: {dtype:"),
         ('{"sm_90": {"int8": {}}}', "dtype is 'int8', it must be one of bfloat16, float32"),
         ('{"sm_90": {"bfloat16": {"rows": 64}}}', "sm_90, bfloat16: {'rows': 64} must have columns, depth, rows"),
-        (json.dumps({"sm_90": {"bfloat16": {**TILE, "ctas": 2}}}), "may have tma"),
+        (json.dumps({"sm_90": {"bfloat16": {**TILE, "ctas": 2}}}), "may have group, persistent, tma"),
         (json.dumps({"sm_90": {"bfloat16": {**TILE, "rows": 96}}}), "rows is 96, it must be a power of two"),
         (json.dumps({"sm_90": {"bfloat16": {**TILE, "rows": "64"}}}), "rows is '64', it must be a power of two"),
         (json.dumps({"sm_90": {"bfloat16": {**TILE, "depth": 8}}}), "depth is 8, it must be a whole number from 16"),
@@ -186,6 +197,8 @@ def test_the_table_can_be_written_as_a_file(write):
         (json.dumps({"sm_90": {"bfloat16": {**TILE, "stages": 2.5}}}), "stages is 2.5, it must be a whole number"),
         (json.dumps({"sm_90": {"bfloat16": {**TILE, "warps": True}}}), "warps is True, it must be a whole number"),
         (json.dumps({"sm_90": {"bfloat16": {**TILE, "tma": 1}}}), "tma is 1, it must be true or false"),
+        (json.dumps({"sm_90": {"bfloat16": {**TILE, "persistent": 1}}}), "persistent is 1, it must be true or false"),
+        (json.dumps({"sm_90": {"bfloat16": {**TILE, "group": 3}}}), "group is 3, it must be a power of two"),
     ],
 )
 def test_a_file_that_is_wrong_is_refused_by_name(write, text, reason):

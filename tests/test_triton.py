@@ -9,7 +9,9 @@ from __future__ import annotations
 import importlib
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -26,11 +28,14 @@ from orpo_kernels.engine.gemm import WeightSlices
 from orpo_kernels.engine.objective import Denominators, odds_ratio_loss
 from orpo_kernels.ops import torch_ops
 from orpo_kernels.ops import triton as triton_ops
+from orpo_kernels.ops.triton import tiles
+from orpo_kernels.ops.triton.tiles import MatmulTile
 
 from .batches import assert_same_rows, labelled, random_rows
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PROJECT_RESIDUAL = importlib.import_module("orpo_kernels.ops.triton.project_residual")  # the package has its function
 LOGIT_SIZE = 2.0  # of those of `Head`
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -134,9 +139,9 @@ def test_statistics_and_recomputed_residual(dtype, head):
 
 
 @dtypes
-@given(head=heads)
-def test_project_residual(dtype, head):
-    """Slice by slice; targets outside the slice leave no mark in it."""
+@given(head=heads, most=st.sampled_from([None, 1, 3]))
+def test_project_residual(dtype, head, most):
+    """Slice by slice, a tile a program or by at most so many; targets outside the slice leave no mark in it."""
     x, w, bias, target = head.tensors(dtype)
     exact = WeightSlices(w.double(), torch.float64, head.vocab)
     _, lse_others = torch_ops.project_log_odds(
@@ -158,7 +163,14 @@ def test_project_residual(dtype, head):
             )
         return (out,)
 
-    assert_as_good_as_the_mirror(run, dtype)
+    def tile_of(*arguments: Any) -> MatmulTile:
+        return replace(tiles.tile_of(*arguments), persistent=most is not None, group=2)
+
+    with (
+        mock.patch.object(PROJECT_RESIDUAL, "tile_of", tile_of),
+        mock.patch.object(PROJECT_RESIDUAL, "programs", lambda tiles, tile, target: min(tiles, most or tiles)),
+    ):
+        assert_as_good_as_the_mirror(run, dtype)
 
 
 @dtypes

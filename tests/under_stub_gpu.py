@@ -84,7 +84,7 @@ def test_grids_and_specialisations_from_1k_to_128k_rows(name, schedule):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_tile_of_the_product_is_taken_once(target):
-    """Rows times columns of the programs' tiles, from the grids alone."""
+    """Rows times columns of the programs' tiles, from the grids alone; a persistent program takes several."""
     shape = SHAPES["Llama-3.2-1B"]
     with stub_gpu(target, compile=False) as gpu, FakeTensorMode():
         launches = launches_of(gpu, shape, torch.bfloat16, 5000, "recompute")
@@ -93,9 +93,9 @@ def test_every_tile_of_the_product_is_taken_once(target):
         if launch.kernel == "project_residual_kernel":
             constants = launch.specialisation.constexprs
             width, rows = launch.arguments["S"], launch.arguments["R"]
-            row_blocks, left = divmod(launch.grid[0], -(-width // constants["BLOCK_V"]))
-            assert left == 0
-            assert (row_blocks - 1) * constants["BLOCK_R"] < rows <= row_blocks * constants["BLOCK_R"]
+            taken = -(-rows // constants["BLOCK_R"]) * -(-width // constants["BLOCK_V"])
+            assert constants["PERSISTENT"] == (target == "sm_90")
+            assert launch.grid[0] == (min(taken, TARGETS[target].processors) if constants["PERSISTENT"] else taken)
             columns += width
     assert columns == shape.vocab_size
 

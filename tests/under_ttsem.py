@@ -25,9 +25,11 @@ from tests import faulty_kernels
 from tests.batches import assert_same_rows, random_labels, random_rows
 
 SM_90 = Target("cuda", 90)
+FEW_PROGRAMS = INTERPRETER._replace(processors=3)  # of which each goes over several tiles
+DESCRIPTORS = MatmulTile(16, 32, 16, 4, 1, tma=True, persistent=True, group=2)
 TILES = {
     "small tiles": (INTERPRETER, matmul_tile),
-    "small tiles by descriptors": (INTERPRETER, lambda dtype, target: MatmulTile(16, 32, 16, 4, 1, tma=True)),
+    "small tiles by descriptors": (FEW_PROGRAMS, lambda dtype, target: DESCRIPTORS),
     "tiles of sm_90": (SM_90, matmul_tile),
 }
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}

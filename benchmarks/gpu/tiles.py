@@ -35,13 +35,14 @@ def neighbours() -> list[MatmulTile]:
 
 
 def _differences(a: MatmulTile, b: MatmulTile) -> int:
-    other = ("depth", "warps", "stages", "tma")
+    other = ("depth", "warps", "stages", "tma", "persistent", "group")
     return ((a.rows, a.columns) != (b.rows, b.columns)) + sum(getattr(a, n) != getattr(b, n) for n in other)
 
 
 def name_of(tile: MatmulTile) -> str:
     sizes = f"{tile.rows}x{tile.columns}x{tile.depth}, {tile.warps} warps, {tile.stages} stages"
-    return f"{sizes}, TMA" if tile.tma else sizes
+    ways = [name for name, has in (("TMA", tile.tma), ("persistent", tile.persistent)) if has]
+    return ", ".join([sizes, f"groups of {tile.group}", *ways])
 
 
 def measure(tile: MatmulTile, settings: Settings) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from unittest import mock
 
@@ -41,6 +41,7 @@ from orpo_kernels.ops.triton.tiles import MatmulTile
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
 CHECKED = (300, 500, 192)  # rows, columns and hidden size of the comparison with the mirror: no multiples of a tile
+GROUPS = (4, 8, 16)
 NO_GPU = "This needs a GPU that torch and Triton can use, but torch.cuda.is_available() is False here."
 
 
@@ -49,11 +50,13 @@ def candidates(dtype: torch.dtype, target: Target) -> list[MatmulTile]:
     scale = dtype.itemsize // 2
     sizes = itertools.product(((128, 128), (128, 256), (256, 128), (64, 128), (128, 64)), (32, 64), (4, 8), (2, 3, 4))
     ways = (False, True) if target.name in ("sm_90", "sm_100", "sm_103", "sm_120", "sm_121") else (False,)
+    own = tiles.matmul_tile(dtype, target)
     found = [
-        MatmulTile(rows, columns, depth // scale, warps, stages, tma)
+        replace(own, rows=rows, columns=columns, depth=depth // scale, warps=warps, stages=stages, tma=tma)
         for ((rows, columns), depth, warps, stages), tma in itertools.product(sizes, ways)
     ]
-    return list(dict.fromkeys([tiles.matmul_tile(dtype, target), *found]))
+    order = [replace(own, persistent=not own.persistent), *(replace(own, group=group) for group in GROUPS)]
+    return list(dict.fromkeys([own, *order, *found]))
 
 
 def using(tile: MatmulTile, dtype: torch.dtype, target: Target) -> AbstractContextManager:

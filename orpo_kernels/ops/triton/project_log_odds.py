@@ -58,7 +58,7 @@ def split_statistics_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    i_block, i_split = row_block_and_column_block(tl.cdiv(R, BLOCK_R), num_splits, GROUP)
+    i_block, i_split = row_block_and_column_block(tl.program_id(0), tl.cdiv(R, BLOCK_R), num_splits, GROUP)
     o_r = i_block * BLOCK_R + tl.arange(0, BLOCK_R)
     m_r = o_r < R
     target = tl.load(TARGET + o_r, mask=m_r, other=-1).to(tl.int32)

@@ -2,7 +2,9 @@
 
     residual_j = exp(z_j - lse_others) * slope_j,   residual_y = -slope_y
 
-A program makes one tile: the logits are the accumulator of a matrix product, and the residual is what leaves the chip.
+Of a tile the logits are the accumulator of a matrix product, and the residual is what leaves the chip. A program makes
+one tile; or, where the target's tiles are persistent, there are as many programs as multiprocessors, and the loops over
+tiles and over the hidden size are one: the next tile's operands are under way while a tile's residual leaves.
 """
 
 from __future__ import annotations
@@ -14,7 +16,31 @@ from torch import Tensor
 from .device_math import transform
 from .launch import current_target, launch
 from .tile_matmul import logits_tile, row_block_and_column_block
-from .tiles import constants, operands, tile_of
+from .tiles import constants, operands, programs, tile_of
+
+
+@triton.jit
+def residual_tile(
+    X, W, BIAS, TARGET, LSE_OTHERS, OUT, i_r, i_v, R, S, H, stride_x, stride_w, stride_out, scale, softcap,
+    EVEN_H: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """The residual's tile whose first row and column are i_r and i_v; see `project_residual_kernel`."""
+    z = logits_tile(
+        X, W, BIAS, i_r, i_v, R, S, H, stride_x, stride_w,
+        EVEN_H, TMA, PRECISION, BLOCK_R, BLOCK_V, BLOCK_H,
+    )  # fmt: skip
+    z, t = transform(z, scale, softcap)
+    o_r = i_r + tl.arange(0, BLOCK_R)
+    o_v = i_v + tl.arange(0, BLOCK_V)
+    m_r = o_r < R
+    lse_others = tl.load(LSE_OTHERS + o_r, mask=m_r, other=0.0).to(tl.float32)
+    target = tl.load(TARGET + o_r, mask=m_r, other=-1).to(tl.int32)
+    residual = tl.where(o_v[None, :] == target[:, None], -1.0, tl.exp(z - lse_others[:, None]))
+    if softcap is not None:
+        residual *= 1.0 - t * t
+    out = OUT + o_r.to(tl.int64)[:, None] * stride_out + o_v[None, :]
+    tl.store(out, residual.to(OUT.dtype.element_ty), mask=m_r[:, None] & (o_v < S)[None, :])
 
 
 @triton.jit(do_not_specialize=["R"], do_not_specialize_on_alignment=["BIAS", "TARGET", "LSE_OTHERS"])
@@ -40,27 +66,27 @@ def project_residual_kernel(
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     GROUP: tl.constexpr,
+    PERSISTENT: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    i_block, i_column = row_block_and_column_block(tl.cdiv(R, BLOCK_R), tl.cdiv(S, BLOCK_V), GROUP)
-    i_r, i_v = i_block * BLOCK_R, i_column * BLOCK_V
-    z = logits_tile(
-        X, W, BIAS, i_r, i_v, R, S, H, stride_x, stride_w,
-        EVEN_H, TMA, PRECISION, BLOCK_R, BLOCK_V, BLOCK_H,
-    )  # fmt: skip
-    z, t = transform(z, scale, softcap)
-    o_r = i_r + tl.arange(0, BLOCK_R)
-    o_v = i_v + tl.arange(0, BLOCK_V)
-    m_r = o_r < R
-    lse_others = tl.load(LSE_OTHERS + o_r, mask=m_r, other=0.0).to(tl.float32)
-    target = tl.load(TARGET + o_r, mask=m_r, other=-1).to(tl.int32)
-    residual = tl.where(o_v[None, :] == target[:, None], -1.0, tl.exp(z - lse_others[:, None]))
-    if softcap is not None:
-        residual *= 1.0 - t * t
-    out = OUT + o_r.to(tl.int64)[:, None] * stride_out + o_v[None, :]
-    tl.store(out, residual.to(OUT.dtype.element_ty), mask=m_r[:, None] & (o_v < S)[None, :])
+    row_blocks, column_blocks = tl.cdiv(R, BLOCK_R), tl.cdiv(S, BLOCK_V)
+    if PERSISTENT:
+        for i_tile in tl.range(tl.program_id(0), row_blocks * column_blocks, tl.num_programs(0), flatten=True):
+            i_block, i_column = row_block_and_column_block(i_tile, row_blocks, column_blocks, GROUP)
+            residual_tile(
+                X, W, BIAS, TARGET, LSE_OTHERS, OUT, i_block * BLOCK_R, i_column * BLOCK_V,
+                R, S, H, stride_x, stride_w, stride_out, scale, softcap,
+                EVEN_H, TMA, PRECISION, BLOCK_R, BLOCK_V, BLOCK_H,
+            )  # fmt: skip
+    else:  # a loop would cost registers, and on some targets the second block of a multiprocessor
+        i_block, i_column = row_block_and_column_block(tl.program_id(0), row_blocks, column_blocks, GROUP)
+        residual_tile(
+            X, W, BIAS, TARGET, LSE_OTHERS, OUT, i_block * BLOCK_R, i_column * BLOCK_V,
+            R, S, H, stride_x, stride_w, stride_out, scale, softcap,
+            EVEN_H, TMA, PRECISION, BLOCK_R, BLOCK_V, BLOCK_H,
+        )  # fmt: skip
 
 
 def project_residual(
@@ -80,7 +106,7 @@ def project_residual(
     tile = tile_of(x, w, bias is None and logit_softcap is None, gpu)
     launch(
         project_residual_kernel,
-        (-(-rows // tile.rows) * -(-w.shape[0] // tile.columns),),
+        (programs(-(-rows // tile.rows) * -(-w.shape[0] // tile.columns), tile, gpu),),
         *operands(x, w, tile),
         bias,
         target,
@@ -94,5 +120,6 @@ def project_residual(
         out.stride(0),
         logit_scale,
         logit_softcap,
+        PERSISTENT=tile.persistent,
         **constants(tile, x, gpu),
     )

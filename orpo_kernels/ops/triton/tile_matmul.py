@@ -7,13 +7,12 @@ import triton.language as tl
 
 
 @triton.jit
-def row_block_and_column_block(num_row_blocks, num_column_blocks, GROUP: tl.constexpr):
-    """Programs in groups of GROUP row blocks, all column blocks of a group before the next: operands stay in L2."""
-    pid = tl.program_id(0)
-    group = pid // (GROUP * num_column_blocks)
+def row_block_and_column_block(i_tile, num_row_blocks, num_column_blocks, GROUP: tl.constexpr):
+    """Tiles in groups of GROUP row blocks, all column blocks of a group before the next: operands stay in L2."""
+    group = i_tile // (GROUP * num_column_blocks)
     first = group * GROUP
     size = tl.minimum(num_row_blocks - first, GROUP)
-    within = pid - group * (GROUP * num_column_blocks)
+    within = i_tile - group * (GROUP * num_column_blocks)
     return first + within % size, within // size
 
 

@@ -34,6 +34,8 @@ class MatmulTile:
     warps: int
     stages: int
     tma: bool = False  # operands through the tensor memory accelerator
+    persistent: bool = False  # of `project_residual`: a program a multiprocessor, which goes over several tiles
+    group: int = 8  # row blocks that run side by side, and so share a tile of the weight while it is in the L2 cache
 
     def narrow(self, target: Target) -> MatmulTile:
         """For what needs registers beside the widest tiles' accumulators: a bias, a soft-cap, addresses."""
@@ -65,7 +67,8 @@ _SM_89 = {  # 99 KiB; 128 x 256 spills
     torch.float32: MatmulTile(128, 64, 16, warps=8, stages=4),
 }
 _SM_90 = {  # 227 KiB. By TMA 128 x 256 fits, because it needs no registers for addresses; by cp.async it spills.
-    torch.bfloat16: MatmulTile(128, 256, 64, warps=8, stages=4, tma=True),
+    # Persistent programs and groups of 16 were the fastest on an H100 (docs/gpu.md); elsewhere neither was measured.
+    torch.bfloat16: MatmulTile(128, 256, 64, warps=8, stages=4, tma=True, persistent=True, group=16),
     torch.float32: MatmulTile(128, 128, 32, warps=8, stages=4, tma=True),
 }
 _SM_100 = {  # 227 KiB, and accumulators in tensor memory: 256 of its 512 columns. TMA as on sm_90.
@@ -113,8 +116,6 @@ MATMUL_TILES: dict[str, dict[torch.dtype, MatmulTile]] = {
 
 NARROW_COLUMNS = {"gfx1100": 64}  # what fits beside a soft-cap's arithmetic; 128 elsewhere
 
-GROUP_ROWS = 8  # row blocks that run side by side, and so share a tile of the weight while it is in the L2 cache
-
 
 def matmul_tile(dtype: torch.dtype, target: Target) -> MatmulTile:
     """The tile of a product of `dtype` matrices; fp16 has bf16's."""
@@ -157,11 +158,18 @@ def vocabulary_splits(rows: int, vocab_size: int, tile: MatmulTile, target: Targ
     return -(-tiles // tiles_per_split), tiles_per_split
 
 
+def programs(tiles: int, tile: MatmulTile, target: Target) -> int:
+    """How many take `tiles` tiles: one each, or as many as run at one time."""
+    return min(tiles, target.processors) if tile.persistent else tiles
+
+
 def dot_precision(dtype: torch.dtype, target: Target) -> str:
     """How `tl.dot` multiplies fp32 operands: by the precision that torch is set to for its own matrix products."""
     if dtype != torch.float32 or target.backend == "interpreter":
         return "ieee"
     exact = torch.get_float32_matmul_precision() == "highest"
+    if target.backend == "cuda" and isinstance(target.arch, int) and target.arch < 80:
+        return "ieee"  # no tf32
     if target.backend == "hip":
         # CDNA has fp32 matrix instructions; RDNA has none, six bf16 products are as exact.
         return "ieee" if str(target.arch).startswith("gfx9") else "bf16x6"
@@ -176,7 +184,7 @@ def tile_of(x: Tensor, w: Tensor, is_plain: bool, target: Target) -> MatmulTile:
     """
     tile = matmul_tile(x.dtype, target)
     if tile.tma and not all(map(_suits_tma, (x, w))):
-        tile, is_plain = replace(tile, tma=False), False
+        tile, is_plain = replace(tile, tma=False, persistent=False), False
     return tile if is_plain else tile.narrow(target)
 
 
@@ -201,7 +209,7 @@ def constants(tile: MatmulTile, x: Tensor, target: Target) -> dict[str, Any]:
         "EVEN_H": x.shape[1] % tile.depth == 0,
         "TMA": tile.tma,
         "PRECISION": dot_precision(x.dtype, target),
-        "GROUP": GROUP_ROWS,
+        "GROUP": tile.group,
         "BLOCK_R": tile.rows,
         "BLOCK_V": tile.columns,
         "BLOCK_H": tile.depth,
@@ -246,9 +254,11 @@ def _dtype_of(name: str) -> torch.dtype:
 
 def _checked(where: str, entry: Any) -> MatmulTile:
     names = {field.name for field in fields(MatmulTile)}
-    if not isinstance(entry, dict) or not names - {"tma"} <= set(entry) <= names:
-        raise ValueError(f"{where}: {entry!r} must have {', '.join(sorted(names - {'tma'}))}, and may have tma")
-    for name in sorted(names - {"tma"}):
+    needed = names - {"tma", "persistent", "group"}
+    if not isinstance(entry, dict) or not needed <= set(entry) <= names:
+        optional = ", ".join(sorted(names - needed))
+        raise ValueError(f"{where}: {entry!r} must have {', '.join(sorted(needed))}, and may have {optional}")
+    for name in sorted(set(entry) & set(LIMITS)):
         least, most = LIMITS[name]
         value = entry[name]
         is_power_of_two = isinstance(value, int) and value > 0 and value & (value - 1) == 0
@@ -256,9 +266,17 @@ def _checked(where: str, entry: Any) -> MatmulTile:
             raise ValueError(f"{where}: {name} is {value!r}, it must be a power of two")
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
             raise ValueError(f"{where}: {name} is {value!r}, it must be a whole number from {least} to {most}")
-    if not isinstance(entry.get("tma", False), bool):
-        raise ValueError(f"{where}: tma is {entry['tma']!r}, it must be true or false")
+    for name in ("tma", "persistent"):
+        if not isinstance(entry.get(name, False), bool):
+            raise ValueError(f"{where}: {name} is {entry[name]!r}, it must be true or false")
     return MatmulTile(**entry)
 
 
-LIMITS = {"rows": (16, 512), "columns": (16, 512), "depth": (16, 256), "warps": (1, 32), "stages": (1, 8)}
+LIMITS = {
+    "rows": (16, 512),
+    "columns": (16, 512),
+    "depth": (16, 256),
+    "warps": (1, 32),
+    "stages": (1, 8),
+    "group": (1, 64),
+}
