@@ -5,9 +5,9 @@ hidden size are one (`flatten`), so that the next tile's operands are under way 
 isolation it took 1.09 of cuBLAS's time on one H100 where the kernel took 1.25 (docs/gpu.md); in a call of its own the
 kernel was as near. It keeps 12 bytes a row for every 256 columns instead of for every 4096, 49 MB at Llama-3-8B's size
 and 8192 rows; and it has no room for a mask of columns: at a vocabulary that is no multiple of the tile, the widest one
-spills (44 bytes on sm_90, by Triton 3.9). The kernel's own
-loop over the tiles of a split, flattened in this way, spills 568 bytes there. It becomes the kernel if `python -m
-benchmarks.gpu --only kernels` says, in turns, that it is worth that.
+spills (44 bytes on sm_90, by Triton 3.9). The kernel's own loop over the tiles of a split, flattened like this, spills
+568 bytes there. It becomes the kernel if `python -m benchmarks.gpu --only kernels` says, in turns, that it is worth
+that.
 """
 
 from __future__ import annotations

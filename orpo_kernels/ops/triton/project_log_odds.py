@@ -133,8 +133,7 @@ def project_log_odds(
 ) -> tuple[Tensor, Tensor]:
     """See `torch_ops.project_log_odds`. With a `buffer` through the library's product; without one no logits exist."""
     if buffer is not None:
-        logits = project(x, weight, bias, buffer[: x.shape[0]])
-        return statistics(logits, target, logit_scale, logit_softcap)
+        return statistics(project(x, weight, bias, buffer[: len(x)]), target, logit_scale, logit_softcap)
     rows, hidden_size = x.shape
     gpu = current_target()
     # Odd ends of the vocabulary cost registers, like a bias or a soft-cap.
