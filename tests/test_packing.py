@@ -279,18 +279,19 @@ def test_inputs_that_do_not_fit_are_refused():
 # --- shapes that come again ----------------------------------------------------------------------------------------
 
 
-@given(width=st.integers(1, 5000), steps=st.sampled_from([4, 8]))
-def test_few_widths_from_a_power_of_two_to_the_next(width, steps):
-    aligned = aligned_width(width, steps)
-    assert width <= aligned < width + max(8, width / steps)
-    assert aligned_width(aligned, steps) == aligned
+@given(width=st.integers(1, 5000), steps=st.sampled_from([2, 8]), coarsest=st.sampled_from([None, 256]))
+def test_few_widths_from_a_power_of_two_to_the_next(width, steps, coarsest):
+    aligned = aligned_width(width, steps, coarsest)
+    assert width <= aligned < width + max(8, min(width / steps, coarsest or width))
+    assert aligned_width(aligned, steps, coarsest) == aligned
     power = 2 ** (width - 1).bit_length()
-    assert len({aligned_width(w, steps) for w in range(power // 2 + 1, power + 1)}) <= steps
+    few = max(steps, power // 2 // coarsest) if coarsest else steps
+    assert len({aligned_width(w, steps, coarsest) for w in range(power // 2 + 1, power + 1)}) <= few
 
 
 @given(st.data())
 def test_an_aligned_batch_has_the_same_tokens(data):
-    """Of the same pairs in few shapes: at most a quarter more places, and every row as it was."""
+    """Of the same pairs in few shapes: at most a third more places, and every row as it was."""
     generator = random.Random(data.draw(st.integers(0, 2**31)))
     batches = [
         [
@@ -306,7 +307,7 @@ def test_an_aligned_batch_has_the_same_tokens(data):
             found.append(batch["input_ids"].shape)
             assert (batch["packed"].segments >= 0).sum() == sum(len(packing._Piece.of(0, p)) for p in pairs)
     assert len(set(shapes[True])) < len(set(shapes[False]))
-    assert sum(s.numel() for s in shapes[True]) <= 1.25 * sum(s.numel() for s in shapes[False])
+    assert sum(s.numel() for s in shapes[True]) <= 1.33 * sum(s.numel() for s in shapes[False])
     padded = pad_pairs(batches[0], PADDING_ID, aligned=True)
     assert {t.shape[1] for t in padded.values()} == {
         aligned_width(pad_pairs(batches[0], PADDING_ID)["labels"].shape[1])

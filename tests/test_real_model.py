@@ -16,10 +16,18 @@ import torch
 
 pytest.importorskip("transformers")
 
-from benchmarks.contest.workloads import data_folder, have_real_data, llmbar_pairs
+from benchmarks.contest.workloads import (
+    DPO_EN_DEMO,
+    LLMBAR,
+    data_folder,
+    have_real_data,
+    llmbar_pairs,
+    preference_pairs,
+)
 from examples.smollm2 import load_smollm2
 from orpo_kernels import ORPOOutput
 from orpo_kernels.transformers import PreferenceCollator, TokenizedPair, causal_lm_orpo_loss, tokenize_pairs
+from orpo_kernels.transformers.packing import pack_pairs
 
 pytestmark = pytest.mark.skipif(
     not have_real_data(),
@@ -171,3 +179,23 @@ def test_eight_short_pairs_are_learnt_by_heart():
     assert sum(step.loss for step in last_epoch) / 4 < 0.1
     assert all((step.out.log_odds > 0).all() for step in last_epoch)  # accuracy 1.0
     assert min(float(step.out.log_odds.min()) for step in last_epoch) > 3
+
+
+@pytest.mark.parametrize(("file", "max_length", "size"), [(LLMBAR, 256, 8), (DPO_EN_DEMO, 1024, 4)])
+def test_an_epoch_has_few_shapes(file, max_length, size):
+    """In the order of the file, then shuffled; `pytest -s` prints what docs/gpu.md says of it."""
+    if not (data_folder() / file).exists():
+        pytest.skip(f"needs {file} in {data_folder()} (or $ORPO_KERNELS_DATA)")
+    pairs, _ = tokenize_pairs(preference_pairs(file), load_smollm2()[1], max_length=max_length)
+    for order in range(2):
+        shapes: dict[bool, list[torch.Size]] = {False: [], True: []}
+        for start in range(0, len(pairs), size):
+            for aligned, found in shapes.items():
+                batch = pack_pairs(pairs[start : start + size], 0, aligned=aligned)
+                found.append(batch["input_ids"].shape)
+        tokens = {aligned: sum(shape.numel() for shape in found) for aligned, found in shapes.items()}
+        few, more = len(set(shapes[True])), tokens[True] / tokens[False] - 1
+        print(f"{file}, order {order}: {few} shapes, not {len(set(shapes[False]))}; {more:+.1%} tokens")
+        assert few <= 16
+        assert more <= 0.08
+        random.Random(order).shuffle(pairs)

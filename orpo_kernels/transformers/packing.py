@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -113,13 +112,20 @@ class PackedPairs:
         return PackedPairs(*(function(getattr(self, field.name)) for field in fields(self)))
 
 
-def aligned_width(width: int, steps: int = 8) -> int:
+def aligned_width(width: int, steps: int = 8, coarsest: int | None = None) -> int:
     """The width rounded up to one of few that come again and again: `steps` of them from a power of two to the next.
 
-    A GPU's libraries plan anew for every shape that they have not seen. At most 1 / steps is added.
+    A GPU's libraries plan anew for every shape that they have not seen. At most 1 / steps is added, and less than
+    `coarsest` if that is given.
     """
     multiple = max(8, 2 ** (width - 1).bit_length() // (2 * steps))
+    multiple = multiple if coarsest is None else min(multiple, coarsest)
     return -(-width // multiple) * multiple
+
+
+def aligned_row(width: int) -> int:
+    """The width of rows that hold several pairs. It has few steps: the number of rows varies as well."""
+    return aligned_width(width, steps=2, coarsest=256)
 
 
 def pack_pairs(
@@ -128,15 +134,18 @@ def pack_pairs(
     """The batch of tokenised pairs (see `TokenizedPair`): `input_ids` (R, T) int64, and `packed`, its `PackedPairs`.
 
     capacity: tokens of a row at the most, or those of the longest pair; None: what costs least (`cheapest_bins`).
-    aligned: whether T is an `aligned_width`, of few steps: the number of rows varies as well.
+    aligned: whether R and T are some of few, `aligned_row` and, without a capacity, `few_widths`.
 
     Raises `ValueError`, naming the pair, where a label is neither -100 nor the id at its place.
     """
     pieces = [_Piece.of(index, pair) for index, pair in enumerate(pairs)]
     sizes = [len(piece) for piece in pieces]
-    align = partial(aligned_width, steps=4) if aligned else int
-    bins = cheapest_bins(sizes, align) if capacity is None else first_fit_decreasing(sizes, max(capacity, *sizes))
-    width = align(fullest(bins, sizes))
+    if capacity is None:
+        bins = cheapest_bins(sizes, aligned)
+    else:
+        bins = first_fit_decreasing(sizes, max(capacity, *sizes))
+    width = fullest(bins, sizes)
+    width = aligned_row(width) if aligned else width
     input_ids = torch.full((len(bins), width), padding_id, dtype=torch.int64)
     segments, position_ids = torch.full_like(input_ids, PADDING), torch.zeros_like(input_ids)
     answers, prompts = [], []
@@ -154,19 +163,34 @@ def pack_pairs(
     return {"input_ids": input_ids, "packed": PackedPairs(segments, position_ids, _joined(*answers), _joined(*prompts))}
 
 
-def cheapest_bins(sizes: Sequence[int], align: Callable[[int], int] = int) -> list[list[int]]:
-    """Indices of `sizes` by rows: few rows leave little padding, but attention costs the square of their width.
-
-    align: what becomes of a width.
-    """
+def cheapest_bins(sizes: Sequence[int], aligned: bool = False) -> list[list[int]]:
+    """Indices of `sizes` by rows: few rows leave little padding, but attention costs the square of their width."""
     longest, total = max(sizes), sum(sizes)
-    capacities = sorted({align(min(total, longest * quarters // 4)) for quarters in range(4, 17)} | {align(total)})
+    widths = {min(total, longest * quarters // 4) for quarters in range(4, 17)} | {total}
 
     def cost(bins: list[list[int]]) -> float:
-        width = align(fullest(bins, sizes))
+        width = fullest(bins, sizes)
+        width = aligned_row(width) if aligned else width
         return len(bins) * width * (1 + width / ATTENTION_LENGTH)
 
-    return min((first_fit_decreasing(sizes, capacity) for capacity in capacities), key=cost)
+    choice = few_widths(sizes) if aligned else sorted(widths)
+    return min((first_fit_decreasing(sizes, width) for width in choice), key=cost)
+
+
+def few_widths(sizes: Sequence[int]) -> list[int]:
+    """The widths of aligned rows, of which there are 1, 2, 4, ..., at most half as many as pairs.
+
+    So an epoch has few shapes. Wide rows cost little where they are used: on a GPU, by an attention that skips what no
+    token sees.
+    """
+    widths, count = [], 1
+    while count <= max(1, len(sizes) // 2):
+        width = aligned_row(max(max(sizes), -(-sum(sizes) // count)))
+        while len(first_fit_decreasing(sizes, width)) > count:
+            width = aligned_row(width + 1)
+        widths.append(width)
+        count *= 2
+    return widths
 
 
 def fullest(bins: Sequence[Sequence[int]], sizes: Sequence[int]) -> int:
