@@ -316,7 +316,12 @@ def test_an_aligned_batch_has_the_same_tokens(data):
 
 @pytest.mark.parametrize(
     ("device", "attention", "expected"),
-    [("cpu", "sdpa", "shared"), ("cuda", "flex_attention", "shared"), ("cuda", "sdpa", "padded")],
+    [
+        ("cpu", "sdpa", "shared"),
+        ("cuda", "sdpa", "padded"),
+        ("cuda", "flex_attention", "shared"),
+        ("cuda", "orpo_varlen", "shared"),
+    ],
 )
 def test_prompts_are_shared_where_that_is_fast(device, attention, expected, monkeypatch):
     model = build("Llama")
@@ -324,7 +329,7 @@ def test_prompts_are_shared_where_that_is_fast(device, attention, expected, monk
     monkeypatch.setattr(model.config, "_attn_implementation", attention)
     chosen, why = sharing.automatic_packing(model, torch.device(device))
     assert chosen == expected
-    assert ("flex_attention" in why) == (expected == "padded")
+    assert ('attn_implementation="flex_attention" or "orpo_varlen"' in why) == (expected == "padded")
 
 
 def test_a_model_that_cannot_share_pads_everywhere():

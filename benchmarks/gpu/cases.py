@@ -66,7 +66,7 @@ class Settings:
     vocabularies: tuple[int, ...] = (128256, 49152)
     chunk_bytes: int = 2**28  # of the row-wise kernels: several times an L2 cache
     steps: Mapping[str, Step] = field(default_factory=lambda: STEPS)
-    attention: tuple[str, ...] = ("sdpa", "flex_attention")
+    attention: tuple[str, ...] = ("sdpa", "flex_attention", "orpo_varlen")
 
 
 def device_seconds(call: Callable[[], Any], device: torch.device, repeats: int = 1) -> float:

@@ -19,7 +19,14 @@ import torch
 from benchmarks.gpu.cases import Case, Settings, Skip
 from benchmarks.report.results import PROJECT
 
-FILES = ("test_values.py", "test_promises.py", "test_memory.py", "test_flex_attention.py", "test_large.py")
+FILES = (
+    "test_values.py",
+    "test_promises.py",
+    "test_memory.py",
+    "test_flex_attention.py",
+    "test_varlen.py",
+    "test_large.py",
+)
 PROCESSES = 4  # at most
 GIB_EACH = 18  # of device memory: a large test holds up to 16
 NEEDED = ("pytest", "hypothesis")

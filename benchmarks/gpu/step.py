@@ -38,11 +38,16 @@ def measure(name: str, size: Step, attention: str, settings: Settings) -> dict[s
     """Medians of every contestant's step and of its parts, in seconds, and its peak bytes; bf16 by autocast."""
     if missing := [package for package in NEEDED if importlib.util.find_spec(package) is None]:
         raise Skip(f"{' and '.join(missing)} not installed")
+    from orpo_kernels.transformers import refuses_shared_prompt
+
     device = torch.device(settings.device)
+    made = model(size, attention, device)
+    if reason := refuses_shared_prompt(made):
+        raise Skip(reason)
     dtype = "bfloat16" if device.type == "cuda" else "float32"
     batches = training_step.Case(name, "made up", size.max_length, size.pairs)
     try:
-        bench = Bench(model(size, attention, device), tokenizer(), pairs(name, size), batches, dtype)
+        bench = Bench(made, tokenizer(), pairs(name, size), batches, dtype)
         if attention != "sdpa":  # what TRL has by default, and where it runs without a doubt
             bench.names = [one for one in bench.names if one != TRL]
         found = training_step.measure(bench, dtype, settings.rounds, Progress(disable=True))
@@ -50,7 +55,7 @@ def measure(name: str, size: Step, attention: str, settings: Settings) -> dict[s
     except torch.OutOfMemoryError as error:
         raise Skip("out of memory") from error
     finally:
-        bench = None  # type: ignore[assignment] # its model is to go before the next one comes
+        bench = made = None  # type: ignore[assignment] # the model is to go before the next one comes
         release(device)
     return {
         "case": str(batches),

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from .encoder_decoder import check_encoder_decoder, decoder_hidden_states, is_encoder_decoder
 from .packing import PackedPairs
+from .varlen import VARLEN
 from .versions import body_of
 
 
@@ -89,6 +90,8 @@ def run_body(
     arguments: dict[str, Any] = {"attention_mask": attention_mask}
     if packed is not None:
         arguments = {"attention_mask": shared_prompt_mask(model, packed), "position_ids": packed.position_ids}
+        if model.config.get_text_config(decoder=True)._attn_implementation == VARLEN:
+            arguments["sequences"] = packed.sequences
     routed = wants_router_loss(model)
     if routed:
         arguments["output_router_logits"] = True
@@ -203,8 +206,13 @@ def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return blocks.sum(-1, dtype=torch.int32), blocks.int().argsort(dim=-1, descending=True, stable=True).int()
 
 
-# The attention implementations that take a 4-D mask, and in which form.
-MASKS = {"sdpa": _boolean_mask, "eager": _additive_mask, "flex_attention": block_mask}
+def _no_mask(model: PreTrainedModel, packed: PackedPairs, window: int | None) -> Tensor:
+    """Of None the body would make a mask; one of four axes it hands on. Whoever reads this one sees nothing."""
+    return torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=packed.segments.device)
+
+
+# The attention implementations that can serve rows with several sequences, and the mask that they take.
+MASKS = {"sdpa": _boolean_mask, "eager": _additive_mask, "flex_attention": block_mask, VARLEN: _no_mask}
 
 
 def shared_prompt_mask(model: PreTrainedModel, packed: PackedPairs) -> Any:

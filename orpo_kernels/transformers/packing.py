@@ -20,7 +20,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from itertools import accumulate
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -37,8 +38,58 @@ SIDES = ("chosen", "rejected")
 ATTENTION_LENGTH = 2000
 
 
+_M = TypeVar("_M", bound="_Movable")
+
+
+class _Movable:
+    """A dataclass of tensors, of numbers, and of others like it."""
+
+    def to(self: _M, device: torch.device | str, non_blocking: bool = True) -> _M:
+        return self._map(lambda field: field.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self: _M) -> _M:
+        """For a `DataLoader(pin_memory=True)`."""
+        return self._map(lambda field: field.pin_memory())
+
+    def _map(self: _M, function: Callable[[Any], Any]) -> _M:
+        values = (getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
+        return type(self)(*(value if isinstance(value, int) else function(value) for value in values))
+
+
 @dataclass(frozen=True)
-class PackedPairs:
+class Sequences(_Movable):
+    """The rows as sequences for attention by variable lengths (`varlen.py`): N of them, [prompt chosen] or [rejected].
+
+    What is padding at the end of a row is one, too.
+
+    Attributes:
+        cu_seqlens_q: (N + 1,) int32, where each begins among the R T tokens of all rows, and the end.
+        cu_seqlens_k: (N + 1,) int32, the same of what each sees: itself, [rejected] also its prompt before it.
+        key_index: (K,) int64, the tokens that are seen, flat places in the rows; those of prompts come twice.
+        max_seqlen_q, max_seqlen_k: the longest.
+    """
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    key_index: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], keys: Sequence[Tensor]) -> Sequences:
+        """lengths: of the queries of each; keys: what they see. Those without queries are left out."""
+        keys = [seen for length, seen in zip(lengths, keys, strict=True) if length]
+        lengths = [length for length in lengths if length]
+
+        def ends(sizes: Sequence[int]) -> Tensor:
+            return torch.tensor([0, *accumulate(sizes)], dtype=torch.int32)
+
+        seen = [len(one) for one in keys]
+        return cls(ends(lengths), ends(seen), torch.cat(list(keys)), max(lengths), max(seen))
+
+
+@dataclass(frozen=True)
+class PackedPairs(_Movable):
     """How the pairs of a batch lie in its rows; made by `pack_pairs` on the host, so that a GPU never waits for it.
 
     Attributes:
@@ -46,19 +97,14 @@ class PackedPairs:
         position_ids: (R, T) int64, the place of a token in its own sequence; 0 on padding.
         answers: the rows that the answers' labels make, scored; those of the chosen side weigh 1 in the NLL.
         prompts: the rows that the rest of the chosen sequences makes: not scored, weight 1 in the NLL.
+        sequences: the same for attention by variable lengths.
     """
 
     segments: Tensor
     position_ids: Tensor
     answers: Rows
     prompts: Rows
-
-    def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedPairs:
-        return self._map(lambda field: field.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> PackedPairs:
-        """For a `DataLoader(pin_memory=True)`."""
-        return self._map(lambda field: field.pin_memory())
+    sequences: Sequences
 
     def rows(self, prompt_nll: bool = True, nll_reduction: str = "token", media_tokens: tuple[int, ...] = ()) -> Rows:
         """What the loss takes: with the NLL over prompt and answer (TRL), or over the answer only (the paper).
@@ -108,9 +154,6 @@ class PackedPairs:
         row, place = (torch.arange(size, device=self.segments.device) for size in (rows, width))
         return self.visible(row[:, None, None, None], place[:, None], place, window)
 
-    def _map(self, function: Callable[[Any], Any]) -> PackedPairs:
-        return PackedPairs(*(function(getattr(self, field.name)) for field in fields(self)))
-
 
 def aligned_width(width: int, steps: int = 8, coarsest: int | None = None) -> int:
     """The width rounded up to one of few that come again and again: `steps` of them from a power of two to the next.
@@ -149,6 +192,8 @@ def pack_pairs(
     input_ids = torch.full((len(bins), width), padding_id, dtype=torch.int64)
     segments, position_ids = torch.full_like(input_ids, PADDING), torch.zeros_like(input_ids)
     answers, prompts = [], []
+    lengths: list[int] = []  # of the sequences' queries
+    keys = []
     for row, members in enumerate(bins):
         start = 0
         for index in members:
@@ -159,8 +204,16 @@ def pack_pairs(
             position_ids[row, place] = piece.position_ids
             answers += [piece.answer(side, row * width + start, index, len(pieces)) for side in (0, 1)]
             prompts.append(piece.prompt(row * width + start, index, len(pieces)))
+            lengths += piece.lengths
+            keys += [piece.places(side) + row * width + start for side in (0, 1)]
             start += len(piece)
-    return {"input_ids": input_ids, "packed": PackedPairs(segments, position_ids, _joined(*answers), _joined(*prompts))}
+        lengths.append(width - start)
+        keys.append(torch.arange(start, width) + row * width)
+    rows = _joined(*answers), _joined(*prompts)
+    return {
+        "input_ids": input_ids,
+        "packed": PackedPairs(segments, position_ids, *rows, Sequences.of(lengths, keys)),
+    }
 
 
 def cheapest_bins(sizes: Sequence[int], aligned: bool = False) -> list[list[int]]:
@@ -241,6 +294,11 @@ class _Piece:
 
     def __len__(self) -> int:
         return len(self.ids[0]) + len(self.ids[1]) - self.shared
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Of the chosen sequence, and of what is the rejected one's own."""
+        return len(self.ids[0]), len(self.ids[1]) - self.shared
 
     @property
     def input_ids(self) -> Tensor:

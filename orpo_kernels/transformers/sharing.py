@@ -23,6 +23,7 @@ from .encoder_decoder import is_encoder_decoder
 from .engines import is_in_parts
 from .packing import IGNORE_INDEX, SIDES, Packing, pack_pairs
 from .probe import training_without_noise, undisturbed
+from .varlen import VARLEN
 from .versions import body_of
 
 # Lengths of prompt, chosen and rejected answer. They pack into two rows: one pair, then two pairs and a padding token.
@@ -31,6 +32,7 @@ PROBE_WINDOW = 3  # shorter than these sequences, so that a sliding window must 
 # Of the mean over a segment of |shared - alone| / |alone|. SmolLM2-135M has 2e-6 in float32, 4e-3 in float16, 3e-2 in
 # bfloat16, and 0.3 where positions are wrong. Float32 may be TF32 on a GPU, as coarse as float16.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 3e-2, torch.bfloat16: 8e-2}
+_SKIPS_UNSEEN = ("flex_attention", VARLEN)  # attention that computes nothing that no token sees
 _ALIBI = ("bloom", "mpt")
 # Models whose pictures are tokens among others, found exact by `tests/test_images.py`.
 _SHARES_IMAGES = (
@@ -77,7 +79,8 @@ def automatic_packing(model: nn.Module, device: torch.device, images: bool = Fal
     images: whether the prompts may have pictures.
 
     On a CPU they save what the prompts cost. On an H100 masked attention by sdpa made them 1.7 to 2.2 times slower than
-    padded rows, and FlexAttention a little faster (docs/gpu.md).
+    padded rows, and FlexAttention a little faster (docs/gpu.md). Flash attention by variable lengths has not
+    been timed.
     """
     if is_in_parts(model):
         return "padded", (
@@ -89,11 +92,11 @@ def automatic_packing(model: nn.Module, device: torch.device, images: bool = Fal
     attention = unwrap(model).config.get_text_config(decoder=True)._attn_implementation
     if device.type == "cpu":
         return "shared", "both answers share one pass over their prompt"
-    if attention == "flex_attention":
-        return "shared", "both answers share one pass over their prompt, by FlexAttention"
+    if attention in _SKIPS_UNSEEN:
+        return "shared", f"both answers share one pass over their prompt, by {attention}"
     return "padded", (
         f"on a GPU the mask of shared prompts makes {attention} slower than padding; load the model with "
-        'attn_implementation="flex_attention", or ask for packing="shared"'
+        f'attn_implementation="flex_attention" or "{VARLEN}", or ask for packing="shared"'
     )
 
 
@@ -114,7 +117,10 @@ def _known_obstacle(inner: PreTrainedModel, config: PretrainedConfig) -> str | N
     if "position_ids" not in inspect.signature(body_of(inner).forward).parameters:
         return "its body takes no position_ids"
     if attention not in MASKS:
-        return f"{attention} takes no 4-D attention mask (model.set_attn_implementation('sdpa') does)"
+        return (
+            f"{attention} takes no 4-D attention mask (model.set_attn_implementation('sdpa') does; on a GPU "
+            f"'{VARLEN}' runs flash attention without one)"
+        )
     return None
 
 
@@ -143,6 +149,7 @@ def _what_runs(inner: PreTrainedModel, config: PretrainedConfig) -> tuple:
     return (
         type(inner),
         inner.dtype,
+        _runs_in(inner.dtype, inner.get_input_embeddings().weight.device),
         config._attn_implementation,
         getattr(config, "sliding_window", None),
         [_weak(one) for one in code if one is not None],
@@ -223,8 +230,11 @@ def _difference(shared: Tensor, alone: Tensor) -> float:
 
 
 def _tolerance(hidden: Tensor) -> float:
-    device = hidden.device.type
-    return TOLERANCE[torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype]
+    return TOLERANCE[_runs_in(hidden.dtype, hidden.device)]
+
+
+def _runs_in(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
 
 
 @contextmanager
