@@ -36,8 +36,9 @@ class CollatedPairsMixin(PreferenceLossMixin):
         self, method: Method, padding_id: int, packing: Packing = "auto", sparse_eps: float | None = None
     ) -> None:
         """Train by `method`. `packing` and `sparse_eps` are those of `orpo_kernels.trl.ORPOTrainer`."""
-        if packing not in get_args(Packing):
-            raise ValueError(f"packing must be one of {', '.join(map(repr, get_args(Packing)))}; got {packing!r}.")
+        choices = [choice for choice in get_args(Packing) if choice != "measure"]
+        if packing not in choices:
+            raise ValueError(f"packing must be one of {', '.join(map(repr, choices))}; got {packing!r}.")
         loss_takes_counts(self)
         self.method = method
         self.loss_options = {"sparse_eps": sparse_eps}

@@ -56,6 +56,7 @@ class PreferenceCollator:
 
     - "auto", the default: "padded", unless one of the trainers of this package finds that its model allows "shared" and
       that it is faster where it runs (`sharing.automatic_packing`).
+    - "measure": as "auto", but when training begins those trainers time both on a few batches, and keep the faster.
     - "padded": int64 tensors of shape (2B, T), the B chosen sequences first, padded on the right: `input_ids`,
       `attention_mask` (1 on tokens, made from the lengths: pad and EOS may be one id) and `labels` (unshifted, -100 on
       prompt and padding). Right for every model.

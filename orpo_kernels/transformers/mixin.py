@@ -37,9 +37,12 @@ from .causal_lm import CausalLMOutput, causal_lm_preference_loss
 from .collator import IGNORE_INDEX
 from .engines import run_inside
 from .lm_head import resolve_lm_head
+from .measuring import Collators, chosen_packing
 from .media import media_tokens
 from .metrics import Averages, Part, averaged_metrics
+from .packing import Packing
 from .pairs import GroupedByLength, is_stream, lengths_of
+from .sharing import automatic_packing
 from .versions import body_of, compilation_by_environment, groups_by_length
 
 _PAIR_LOSS, _ROUTER_LOSS = "pair_loss", "router_loss"  # the parts of a loss beside its NLL
@@ -63,9 +66,11 @@ class PreferenceLossMixin:
     train_dataset: Any
     model: Any
     optimizer: Any
+    data_collator: Any
     current_gradient_accumulation_steps: int
     _compile_options: dict[str, Any] | None = None
     _sparsity: Sparsity | None = None
+    _to_measure: Collators = MappingProxyType({})  # the collators of which `train` takes the faster
     _evaluation: Averages | None = None  # of the evaluation that is running
     _logs_all_metrics = False  # of an evaluation; or only those that compute_metrics gives as well
 
@@ -209,7 +214,19 @@ class PreferenceLossMixin:
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # autocast is put around it again
             self.accelerator._models.remove(self.model)
             self.model._is_accelerate_prepared = False
+        if self._to_measure:
+            checkpoint = options.get("resume_from_checkpoint", arguments[0] if arguments else None)
+            self._take_packing(chosen_packing(self, self._to_measure, checkpoint))
+            self._to_measure = {}
         return super().train(*arguments, **options)  # type: ignore[misc]
+
+    def _automatic_packing(self, images: bool = False) -> tuple[Packing, str]:
+        with self.accelerator.autocast():  # as its steps run
+            return automatic_packing(self.model, self.args.device, images)
+
+    def _take_packing(self, packing: str) -> None:
+        """Make batches of this packing from now on, one of `_to_measure`."""
+        self.data_collator = self._to_measure[packing]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """With `sparse_eps`, also what it left out since the last time, in this process."""

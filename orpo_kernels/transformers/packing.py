@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ..rows import Rows, nll_weight
 
-Packing = Literal["auto", "padded", "shared"]
+Packing = Literal["auto", "measure", "padded", "shared"]
 IGNORE_INDEX = -100
 PADDING = -1  # its segment
 SIDES = ("chosen", "rejected")

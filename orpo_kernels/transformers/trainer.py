@@ -32,12 +32,13 @@ from .encoder_decoder import is_encoder_decoder
 from .encoder_decoder_collator import EncoderDecoderCollator
 from .engines import is_in_parts
 from .fitting import check_fits
+from .measuring import cannot_measure
 from .metrics import Averages, averaged_metrics, pair_metrics, preference_metrics
 from .mixin import PreferenceLossMixin, counts_in_loss
+from .packing import Packing
 from .pairs import COLUMNS, NAMED, UsablePairs, UsableStream, is_stream, warn_of_unusable
 from .reference_model import ReferencedPairs, has_reference, reference_logps
 from .rendering import KNOWN
-from .sharing import automatic_packing
 from .versions import loss_takes_counts
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,8 @@ class PreferenceTrainer(PreferenceLossMixin, Trainer):
 
     Args, beside those of `Trainer` (all of it by keyword but `model` and `args`):
         data_collator: a `PreferenceCollator`, or anything that makes the same batches. With `packing="auto"`, its
-            default, prompts are shared if the model allows it and it is fast there (`automatic_packing`). SFT leaves
+            default, prompts are shared if the model allows it and it is fast there (`automatic_packing`); with
+            `packing="measure"` if that is faster here (`measuring.py`), timed when training begins. SFT leaves
             the rejected answers out of the batches that it trains on. For an encoder-decoder model an
             `EncoderDecoderCollator` is made of it.
         train_dataset, eval_dataset: raw examples (prompt, chosen, rejected; `tokenize_pair` says what else they may
@@ -134,11 +136,27 @@ class PreferenceTrainer(PreferenceLossMixin, Trainer):
             collator = replace(collator, aligned=self.aligns_widths)
         if is_encoder_decoder(unwrap(self.model)) and not isinstance(collator, EncoderDecoderCollator):
             collator = EncoderDecoderCollator.of(collator, self.model)
-        if collator.packing != "auto":
+        asked, images = collator.packing, collator.processor is not None
+        if asked not in ("auto", "measure"):
             return collator
-        packing, why = automatic_packing(self.model, self.args.device, images=collator.processor is not None)
-        logger.info('packing="auto" is %r: %s', packing, why)
+        packing, why = self._automatic_packing(images)
+        if asked == "measure":
+            layouts: tuple[Packing, ...] = ("padded", "shared")
+            reason = cannot_measure(self, images)
+            if reason is None:
+                self._to_measure = {name: self._for_training(replace(collator, packing=name)) for name in layouts}
+            why = reason or "until training begins, which times both"
+        logger.info("packing=%r is %r: %s", asked, packing, why)
         return replace(collator, packing=packing)
+
+    def _take_packing(self, packing: Any) -> None:
+        self.data_collator = replace(self.data_collator, packing=packing)
+
+    def _for_training(self, collator: Any) -> Any:
+        """The collator without the answers that the method does not train on."""
+        if self.method.is_preference or not isinstance(collator, PreferenceCollator):
+            return collator
+        return replace(collator, answers="chosen")
 
     def _prepared(self, pairs: Any, name: str) -> Any:
         """The pairs as they go into batches: those that can be used, with what the method needs of a reference."""
@@ -251,9 +269,8 @@ class PreferenceTrainer(PreferenceLossMixin, Trainer):
         if self.accelerator.num_processes == 1 and self.accelerator.dispatch_batches is None:
             # Of a stream, Accelerate would cut all tensors to as many rows as the first of them has.
             self.accelerator.dataloader_config.dispatch_batches = False
-        collator = of_answers = self.data_collator
-        if is_training and not self.method.is_preference and isinstance(collator, PreferenceCollator):
-            of_answers = replace(collator, answers="chosen")
+        collator = self.data_collator
+        of_answers = self._for_training(collator) if is_training else collator
         if not self.accelerator.dispatch_batches:  # which concatenates and slices what is in a batch, all of it tensors
             device, media = self.args.device, self.media_tokens
             of_answers = RowsCollator(of_answers, self.method, self._ignore_index, device, media)

@@ -176,7 +176,7 @@ class TrainSettings(DataSettings):
     packing: Packing = setting(
         "auto",
         "Whether both answers share one prompt (shared) or each has its own (padded). auto: shared where that is exact "
-        "and fast.",
+        "and fast; measure: both are timed first.",
     )
     group_by_length: bool = setting(
         False, "Put pairs of similar length into one batch: less padding, but an order that is less random."
