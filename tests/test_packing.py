@@ -247,7 +247,9 @@ def test_the_collator_packs_and_accelerate_moves_its_batches():
     padded = PreferenceCollator(tokenizer)(examples)
     assert batch["input_ids"].shape[0] < len(examples)
     assert_same(causal_lm_orpo_loss(model, **batch), causal_lm_orpo_loss(model, **padded), model)
-    with pytest.raises(ValueError, match=r"packing must be one of \('auto', 'padded', 'shared'\); got 'bfd'"):
+    with pytest.raises(
+        ValueError, match=r"packing must be one of \('auto', 'measure', 'padded', 'shared'\); got 'bfd'"
+    ):
         PreferenceCollator(tokenizer, packing="bfd")
 
 

@@ -120,7 +120,7 @@ def test_prompts_are_shared_only_where_that_is_exact(tmp_path):
     assert "packed" not in batch_of(trainer_of(ORPOTrainer, tiny("Bloom", **alibi), tmp_path))
     with pytest.raises(ValueError, match=r'BloomForCausalLM cannot share prompts: its ALiBi .* Use packing="padded"'):
         trainer_of(ORPOTrainer, tiny("Bloom", **alibi), tmp_path, packing="shared")
-    with pytest.raises(ValueError, match="packing must be one of 'auto', 'padded', 'shared'; got 'tight'"):
+    with pytest.raises(ValueError, match="packing must be one of 'auto', 'measure', 'padded', 'shared'; got 'tight'"):
         trainer_of(ORPOTrainer, tiny(), tmp_path, packing="tight")
 
 
