@@ -1,9 +1,14 @@
-"""TRL's and Liger's own code, in the same process, against ours: the same loss and the same gradients."""
+"""TRL's, Liger's and Unsloth's own code, in the same process, against ours: the same loss and the same gradients."""
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +20,11 @@ from orpo_kernels import reference
 
 from .batches import IGNORE, relative_error
 
+ROOT = Path(__file__).parents[1]
 BETA = 0.1
 SEEDS = range(8)
-NAMES = ("plain", "plain fp32", "Liger", "TRL trainer", "TRL-composed", "torch native")  # CCE has no bias and compiles
+# CCE has no bias and compiles.
+NAMES = ("plain", "plain fp32", "Liger", "TRL trainer", "Unsloth", "TRL-composed", "torch native")
 
 
 def batch(seed: int, nll_ids: str = "same") -> tuple[Workload, Tensor]:
@@ -52,7 +59,7 @@ def exact(work: Workload, bias: Tensor | None) -> dict[str, Tensor]:
 def peer_named(name: str) -> peers.Peer:
     peer = peers.PEERS[name]
     if not peer.available:
-        pytest.skip(f"{name}: the package {peer.package} is not installed (pip install orpo-kernels[bench])")
+        pytest.skip(f"{name}: the package {peer.package} is not installed")
     return peer
 
 
@@ -108,6 +115,22 @@ def test_liger_needs_two_rows_of_nll_targets_per_pair() -> None:
     wrong = liger(work.weight, work.hidden, work.labels, nll_target=work.nll_labels)[0]
     assert relative_error(right, exact(work, None)["loss"]) < 1e-6
     assert relative_error(wrong, exact(work, None)["loss"]) > 0.1
+
+
+@pytest.mark.slow
+def test_unsloth_is_called_as_by_its_own_trainer(tmp_path: Path) -> None:
+    """A process and a folder of its own: importing Unsloth patches torch, transformers and TRL, and writes a cache."""
+    if importlib.util.find_spec("unsloth") is None:
+        pytest.skip("unsloth is not installed")
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.under_unsloth"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env={**os.environ, "UNSLOTH_ALLOW_CPU": "1", "PYTHONPATH": os.pathsep.join((str(ROOT), *sys.path))},
+    )
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-6000:]
 
 
 def test_rows_of_the_composed_peers() -> None:

@@ -22,6 +22,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -99,7 +100,7 @@ def _plain(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The loss functions that ship as ORPO: Liger and TRL
+# The losses that ship as ORPO: Liger, TRL and Unsloth
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -174,6 +175,49 @@ def _trl_trainer(beta: float) -> Any:
             self.beta, self.accelerator = beta, SimpleNamespace(device=torch.device("cpu"))
 
     return LossOnly()
+
+
+def unsloth(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    nll_labels: Tensor,
+    beta: float,
+    bias: Tensor | None = None,
+    logit_softcap: float | None = None,
+) -> Tensor:
+    """Unsloth's head, called as its ORPO trainer does: every row once, and the NLL's again if any target differs."""
+    pairs = nll_labels.shape[0]
+    nll_targets = torch.cat([nll_labels, torch.full_like(nll_labels, IGNORE)])
+    scored, nll_rows = labels != IGNORE, nll_targets != IGNORE
+    differ = bool((scored & nll_rows & (labels != nll_targets)).any())
+
+    def token_logps(hidden: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+        return _unsloth_head().fused_linear_logprobs(
+            hidden, weight, targets, bias=bias, mask=mask, logit_softcapping=logit_softcap or 0.0
+        )
+
+    logps = token_logps(
+        hidden, torch.where(scored, labels, nll_targets.clamp(min=0)), scored if differ else scored | nll_rows
+    )
+    nll_rows = nll_rows[:pairs]
+    nll_logps = token_logps(hidden[:pairs], nll_labels.clamp(min=0), nll_rows) if differ else logps[:pairs]
+    a = torch.where(scored, logps, 0.0).sum(-1) / scored.sum(-1)
+    nll = -torch.where(nll_rows, nll_logps, 0.0).sum() / nll_rows.sum()
+    return nll + beta * odds_ratio(a[:pairs], a[pairs:])
+
+
+@functools.cache
+def _unsloth_head() -> Any:
+    """`unsloth_zoo.fused_losses.fused_linear`, from its file: importing the package patches torch for everybody."""
+    package: Any = importlib.util.find_spec("unsloth_zoo")
+    file = Path(package.submodule_search_locations[0], "fused_losses", "fused_linear.py")
+    spec: Any = importlib.util.spec_from_file_location("unsloth_fused_linear", file)
+    module: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    # The bytes of a chunk of logits: at most half of what is free, which it asks the package for; so its own limit.
+    module._budget_bytes = lambda device: int(module._CHUNK_GB * 2**30)
+    return module
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -351,7 +395,7 @@ class Peer:
     compiled: bool = False  # the first call of every new shape pays for torch.compile
     bias: bool = True
     softcap: bool = False
-    opaque: bool = False  # one operation of torch: what it holds and multiplies inside cannot be counted
+    opaque: bool = False  # one operation to torch: what it holds and multiplies inside cannot be counted
     slow: bool = False  # several times as slow as the others on a CPU: it gets fewer rounds
 
     def __call__(self, *args: Any, **options: Any) -> Tensor:
@@ -404,6 +448,15 @@ PEERS: dict[str, Peer] = {
             "token sums are bf16; its NLL looks at the attention mask, its odds ratio at the labels",
             "trl",
             slow=True,
+        ),
+        Peer(
+            "Unsloth",
+            unsloth,
+            "the chunked head of its ORPO trainer, its metric of logits left out, over the rows that matter; a frozen "
+            "head's gradient is made in the forward pass (2 GEMMs), a trained one's logits again in the backward pass",
+            "unsloth_zoo",
+            opaque=True,
+            softcap=True,
         ),
         Peer(
             "TRL-composed",

@@ -16,7 +16,7 @@ from benchmarks.gpu.cases import Case, Settings, Skip
 from benchmarks.shapes import ModelShape
 
 SHARES = {"100%": 1.0, "40%": 0.4}
-PEERS = ("plain", "TRL-composed", "Liger", "CCE")
+PEERS = ("plain", "TRL-composed", "Liger", "CCE", "Unsloth")
 RECOMPUTE = "ours, recompute"
 OURS: turns.Variants = {"ours": {}, RECOMPUTE: {"schedule": "recompute"}}
 

@@ -60,8 +60,8 @@ loss is that of float64 arithmetic on the same numbers, and a torch.compile'd pe
 - *both*: median of forward + backward. Liger, and our single pass, make their gradients in the forward pass.
 - *range*: from the fastest to the slowest call.
 - */ ours*, */ GEMMs*: medians of the ratio within a round, to ours and to the bare products on the rows that matter.
-- *MiB*: peak above the inputs, gradients included, counted to the byte. Code that torch.compile generates and torch's
-  `linear_cross_entropy` cannot be counted: for them there is the resident memory.
+- *MiB*: peak above the inputs, gradients included, counted to the byte. Code that torch.compile generates, torch's
+  `linear_cross_entropy` and Unsloth's head cannot be counted: for them there is the resident memory.
 - *FLOP*: of all matrix products that ran, over the least that exact gradients need.
 - *dh*, *dW*: errors of the gradients of hidden states and weight: norm of the difference to float64's, over its norm.
 
