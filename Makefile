@@ -7,7 +7,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 NATIVE := CMakeLists.txt $(wildcard native/*.cpp native/*.h)
 
-.PHONY: help demo test test-all test-versions test-native sanitize lint format bench docs gpu clean
+.PHONY: help demo test test-all test-oldest test-versions test-native sanitize lint format bench docs gpu clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,6 +33,9 @@ test: $(READY)  ## the tests
 
 test-all: $(READY)  ## the tests, the minutes-long ones included, and more examples of each property
 	$(PYTEST) --hypothesis-profile=thorough
+
+test-oldest: $(READY)  ## the trainers' tests with the oldest TRL and transformers (its environment stays in build/versions)
+	$(BIN)/python -m tests.versions.run oldest --brief --folder build/versions
 
 test-versions: $(READY)  ## the trainers' and models' tests in older and newer TRLs and transformers (VERSIONS="oldest axolotl": those rows alone)
 	$(BIN)/python -m tests.versions.run $(VERSIONS)

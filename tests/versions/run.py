@@ -2,6 +2,9 @@
 
 A row is a file of constraints in this folder. Each gets an environment of its own (`--folder` keeps them, and takes
 those that it has), and its line in docs/versions.md.
+
+`make test-oldest` is brief (`--brief`): of the oldest row, the tests of what differs between versions, with the torch
+of constraints.txt, of which there is a CPU build at hand; no line is written.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ TESTS = (
     *("test_versions", "test_trl", "test_trl_rows", "test_trainer", "test_method_trainer"),
     *("test_causal_lm", "test_models", "test_sharing"),
 )
+BRIEF = ("test_versions", "test_trl", "test_trl_rows", "test_trainer")
 HEADER = f"| row | {' | '.join(PACKAGES)} | passed | failed | skipped | date |"
 
 
@@ -40,40 +44,49 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("rows", nargs="*", choices=[*ROWS, []], help="by default all")
     parser.add_argument("--folder", type=Path, help="where the environments are kept")
+    parser.add_argument("--brief", action="store_true", help="a few tests, with the torch of constraints.txt")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = options.folder or Path(temporary)
-        outcomes = {row: run(row, folder / row) for row in options.rows or ROWS}
+        folder = (options.folder or Path(temporary)) / ("brief" if options.brief else "")
+        outcomes = {row: run(row, folder / row, options.brief) for row in options.rows or ROWS}
     sys.exit(any(outcome.failed for outcome in outcomes.values()))
 
 
-def run(row: str, environment: Path) -> Outcome:
+def run(row: str, environment: Path, brief: bool) -> Outcome:
     """Make the row's environment, run its tests there, and write its line."""
     python = environment / "bin" / "python"
     if not python.exists():
-        install(row, environment)
-    outcome = tested(python, environment / "tests.xml")
-    write(row, versions(python), outcome)
+        install(row, environment, brief)
+    outcome = tested(python, environment / "tests.xml", BRIEF if brief else TESTS)
+    if not brief:
+        write(row, versions(python), outcome)
     print(f"{row}: {outcome.passed} passed, {len(outcome.failed)} failed, {outcome.skipped} skipped", flush=True)
     return outcome
 
 
-def install(row: str, environment: Path) -> None:
-    """torch first, by the exact version of the row or the Makefile; then this checkout, within the constraints."""
+def install(row: str, environment: Path, brief: bool) -> None:
+    """torch first, by its exact version, so that no package's range picks another build; then this checkout."""
     venv.create(environment, with_pip=True)
     extras = "cli" if row in OLDER_TRL else "cli,trl"
     trl = ["trl"] if row in OLDER_TRL else []
-    file = HERE / f"{row}.txt"
-    constraints = ["--constraint", str(file)]
-    of_torch = file if "torch==" in file.read_text() else ROOT / "constraints.txt"
-    pip = [str(environment / "bin" / "python"), "-m", "pip", "install", "--quiet"]
-    subprocess.run([*pip, "--constraint", str(of_torch), "torch"], check=True)
-    tools = ("hypothesis", "pytest", *trl)
-    subprocess.run([*pip, *constraints, "--editable", f"{ROOT}[{extras}]", *tools], check=True)
+    file = environment / "constraints.txt"
+    file.write_text("\n".join(constraints(row, brief)) + "\n")
+    pip = [str(environment / "bin" / "python"), "-m", "pip", "install", "--quiet", "--constraint", str(file)]
+    subprocess.run([*pip, "torch"], check=True)
+    subprocess.run([*pip, "--editable", f"{ROOT}[{extras}]", "hypothesis", "pytest", *trl], check=True)
 
 
-def tested(python: Path, report: Path) -> Outcome:
-    files = [f"tests/{name}.py" for name in TESTS]
+def constraints(row: str, brief: bool) -> list[str]:
+    """The row's versions, and the torch of constraints.txt where the row names none or `brief` says so."""
+    lines = (HERE / f"{row}.txt").read_text().splitlines()
+    usual = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch==")]
+    if brief:
+        lines = [line for line in lines if not line.startswith("torch==")]
+    return lines if any(line.startswith("torch==") for line in lines) else usual + lines
+
+
+def tested(python: Path, report: Path, names: tuple[str, ...]) -> Outcome:
+    files = [f"tests/{name}.py" for name in names]
     command = [str(python), "-m", "pytest", "-q", "-m", "not slow", "--tb=short", f"--junit-xml={report}", *files]
     report.unlink(missing_ok=True)
     subprocess.run(command, cwd=ROOT, env={**os.environ, "TRL_EXPERIMENTAL_SILENCE": "1"}, check=False)
