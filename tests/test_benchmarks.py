@@ -545,6 +545,7 @@ def results_of_every_kind() -> dict[str, Any]:
     }
 
 
+@pytest.mark.draws
 def test_docs_are_written_from_results(tmp_path: Path) -> None:
     results = results_of_every_kind()
     (tmp_path / "docs").mkdir()

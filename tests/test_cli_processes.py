@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +22,6 @@ pytest.importorskip("psutil")
 
 import psutil
 
-from orpo_kernels.app.finetuning import processes
 from orpo_kernels.app.finetuning.folder import COMPLETE
 
 from .commands import run_in
@@ -151,8 +149,8 @@ def test_a_sweep_by_two_processes(inputs, tmp_path):
     assert json.loads((tmp_path / "two" / "sweep.json").read_text())["points"] == two["points"]
 
 
-@pytest.mark.parametrize("command", ["evaluate", "compare"])
-def test_what_runs_in_one_process_says_so(command, inputs, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(processes, "processes", lambda: SimpleNamespace(num_processes=2))
-    said = run_in(capsys)(command, *inputs, "--output", tmp_path, status=2)
+@pytest.mark.parametrize("command", ["evaluate", pytest.param("compare", marks=pytest.mark.slow)])
+def test_what_runs_in_one_process_says_so(command, inputs, tmp_path):
+    one_of_two = start(ALONE, command, *inputs, "--output", tmp_path, WORLD_SIZE="2")
+    said = json.loads(one_of_two.communicate(timeout=PATIENCE)[0])
     assert f"{command} runs in one process: start it without torchrun" in said["error"]

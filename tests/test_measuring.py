@@ -91,7 +91,7 @@ def test_nothing_of_a_real_measurement_remains(method, tmp_path, monkeypatch):
     chosen = trainer.data_collator.packing
     expected = trainer_of(tmp_path / "chosen", chosen, tiny(attention_dropout=0.1), method=method)
     expected.train()
-    assert losses(trainer) == losses(expected)
+    assert losses(trainer) == pytest.approx(losses(expected), rel=1e-6)  # DPO's reference was computed by either layout
 
 
 def test_a_layout_that_runs_out_of_memory_is_not_taken(tmp_path, monkeypatch):

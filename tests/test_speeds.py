@@ -47,10 +47,16 @@ def table(monkeypatch, tmp_path):
     def write(*records: Record) -> None:
         (tmp_path / "speeds.json").write_text(json.dumps([asdict(record) for record in records]))
         monkeypatch.setattr(speeds, "FILE", tmp_path / "speeds.json")
-        speeds.records.cache_clear()
+        forget()
 
     yield write
+    monkeypatch.undo()
+    forget()
+
+
+def forget() -> None:
     speeds.records.cache_clear()
+    planned.cache_clear()
 
 
 def test_the_table_itself_is_valid_and_says_where_it_comes_from():
@@ -69,13 +75,8 @@ def test_an_h100_evaluates_by_the_library_in_16_bits_and_inside_the_kernel_in_fp
 
 def test_fp32_where_tf32_may_serve_is_another_product(table):
     table(replace(RECORD, dtype="tf32"))
-    before = torch.get_float32_matmul_precision()
-    try:
-        for precision, fused in (("highest", True), ("high", False)):
-            torch.set_float32_matmul_precision(precision)
-            assert planned_for(replace(WORK, **FP32)).fused == fused
-    finally:
-        torch.set_float32_matmul_precision(before)
+    for tf32 in (False, True):
+        assert planned_for(replace(WORK, **FP32, tf32=tf32)).fused == (not tf32)
 
 
 def test_a_new_measurement_changes_what_is_planned(table):

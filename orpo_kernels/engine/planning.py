@@ -160,6 +160,7 @@ def plan(
         sharded=sharded,
         given_limits=limits,
         target=target_of(device),
+        tf32=torch.get_float32_matmul_precision() != "highest",
     )
     budget = memory_budget or default_budget(device)
     largest = largest_pair() if largest_pair is not None and _groups_of_pairs_fit(work, schedule, budget) else None

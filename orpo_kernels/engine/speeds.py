@@ -132,7 +132,7 @@ def dtype_of(work: Work) -> str:
     """Of the product, as records name it."""
     if work.gemm_dtype != torch.float32:
         return "bfloat16"
-    return "float32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if work.tf32 else "float32"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -112,6 +112,7 @@ class Work:
     sharded: bool = False
     given_limits: Limits | None = None
     target: str | None = None  # the kind of GPU, "sm_90" or "gfx942"; None where it is not known
+    tf32: bool = False  # whether a GPU may round the operands of products in fp32
 
     @property
     def needs_head(self) -> bool:
