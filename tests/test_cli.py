@@ -643,7 +643,6 @@ def test_every_command_on_a_real_model(source, run, smollm2, tmp_path):
         found = record["models"][name]["log_odds"]["value"]
         assert found == pytest.approx(summary[when]["log_odds"], abs=2e-3)
     shutil.rmtree(tmp_path / "run")
-    record = run(
-        "sweep", smollm2, path, *small, "--max-steps", 1, "--betas", "0.1", "--lora", "--output", tmp_path / "s"
-    )
-    assert len(record["points"]) == 1
+    if source != "facts.jsonl":  # `make test` sweeps over tiny models alone
+        one = ("--max-steps", 1, "--betas", "0.1", "--lora")
+        assert len(run("sweep", smollm2, path, *small, *one, "--output", tmp_path / "s")["points"]) == 1

@@ -126,6 +126,7 @@ def test_an_interrupted_run_leaves_what_it_has(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 @needs_model
 def test_the_same_seed_trains_the_same(monkeypatch):
     from examples.facts.training import Recipe, train
