@@ -87,7 +87,7 @@ def test_a_run_of_two_steps(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "examples.facts", *arguments],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "2"},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=600,

@@ -35,7 +35,7 @@ TILES = {
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 # Rows, vocabulary, hidden size: one of each, below one tile, no multiple of a tile, multiples, one beyond.
 SHAPES = [(1, 2, 1), (5, 7, 5), (7, 100, 24), (33, 71, 40), (32, 64, 48), (17, 33, 17), (129, 130, 64)]
-FEW_SHAPES = [(1, 2, 1), (7, 100, 24), (32, 64, 48), (17, 33, 17)]
+FEW_SHAPES = [(1, 2, 1), (7, 100, 24), (17, 33, 17)]
 
 
 def compile_to_ttir(record: harness.LaunchRecord, stage: str, target: object) -> str:
@@ -172,7 +172,9 @@ def test_project_residual(tiles, rows, vocab, size, dtype, scale, softcap, has_b
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("in_order", [False, True])
-@pytest.mark.parametrize(("num_rows", "pairs"), [(1, 1), (9, 2), (4, 7), (1100, 2), (40, 260)])
+@pytest.mark.parametrize(
+    ("num_rows", "pairs"), [(1, 1), (9, 2), (4, 7), (1100, 2), pytest.param(40, 260, marks=pytest.mark.slow)]
+)
 def test_sequence_sums_and_odds_ratio(num_rows, pairs, in_order, weighted):
     rows = random_rows(torch.Generator().manual_seed(0), 50, 20, pairs, num_rows, weighted)
     rows = rows.by_sequence() if in_order else rows
