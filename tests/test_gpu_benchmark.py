@@ -25,14 +25,14 @@ from rich.console import Console
 from benchmarks.contest.training_step import OURS, SHARED, TRL
 from benchmarks.contest.turns import FLOOR, Measurement
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import goals, heads, host, kernels, page, persistent, right, run, sparse_eps, step, tiles, ways
+from benchmarks.gpu import goals, heads, host, kernels, page, right, run, sparse_eps, step, tiles, ways
 from benchmarks.gpu.cases import Case, Settings, Skip, Step
 from benchmarks.gpu.heads import RECOMPUTE
 from benchmarks.kernels import autotune
 from benchmarks.report.results import Results
 from benchmarks.shapes import ModelShape
 from orpo_kernels.engine import speeds
-from orpo_kernels.ops import is_interpreted, torch_ops
+from orpo_kernels.ops import torch_ops
 from orpo_kernels.ops.triton.launch import INTERPRETER, Target
 
 TINY = {
@@ -67,10 +67,8 @@ def records(part: Any, settings: Settings = SMALL) -> dict[str, dict[str, Any]]:
 def test_kernels_beside_a_copy_and_beside_products() -> None:
     found = records(kernels)
     keys = [f"kernels/{name}/640" for name in kernels.ROW_WISE]
-    sketch = "project_log_odds, persistent sketch"
-    keys += [f"kernels/{name}/{model.name}" for model in SMALL.models for name in (*kernels.PRODUCTS, sketch)]
+    keys += [f"kernels/{name}/{model.name}" for model in SMALL.models for name in kernels.PRODUCTS]
     assert list(found) == keys
-    assert all("tensor memory accelerator" in found.pop(key)["skipped"] for key in keys if sketch in key)
     logits = 51 * 640 * 2
     assert found["kernels/residual_/640"]["bytes"] == 2 * logits + 16 * 51
     assert found["kernels/statistics/640"]["bytes"] == logits + 24 * 51
@@ -90,19 +88,6 @@ def test_the_row_wise_kernels_are_given_what_they_take() -> None:
     expected = torch_ops.statistics(source, target, *transform)[0]
     torch.testing.assert_close(torch_ops.residual_(logits, target, *transform), expected)
     assert not torch.equal(logits, source)  # the copy that is measured against keeps its own
-
-
-@pytest.mark.skipif(not is_interpreted(), reason="a tile of the interpreter's")
-def test_the_sketch_gives_the_values_of_the_kernel() -> None:
-    """Rows and columns that are no multiple of a tile, several tiles for each of several programs."""
-    generator = torch.Generator().manual_seed(0)
-    x, w = (torch.randn(n, 48, generator=generator).bfloat16() for n in (50, 90))
-    target = torch.randint(90, (50,), generator=generator)
-    tile = autotune.tiles.MATMUL_TILES["interpreter"][torch.bfloat16]
-    found = persistent.log_odds(x, w, target, tile, processors=3)
-    logits = (x.double() @ w.double().t()).float()
-    for ours, true in zip(found, torch_ops.statistics(logits, target, 1.0, None), strict=True):
-        torch.testing.assert_close(ours, true, rtol=1e-5, atol=1e-5)
 
 
 def test_a_kernel_that_the_backend_lacks_is_named() -> None:

@@ -13,6 +13,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks.kernels import autotune
+from orpo_kernels.engine.work import COLUMNS_PER_TILE
 from orpo_kernels.ops.triton import tiles
 from orpo_kernels.ops.triton.launch import INTERPRETER, Target
 
@@ -94,12 +95,20 @@ def test_a_pass_has_a_tile_that_fits_the_registers(name, vocab_size, columns):
 
 @pytest.mark.parametrize("rows", [1, 128, 129, 4096, 131072])
 @pytest.mark.parametrize("vocab_size", [1, 255, 256, 257, 49152, 128256, 256000])
-def test_splits_cover_the_vocabulary_and_none_is_empty(rows, vocab_size):
+@pytest.mark.parametrize("persistent", [False, True])
+def test_splits_cover_the_vocabulary_and_none_is_empty(rows, vocab_size, persistent):
     target = Target("cuda", 90)
-    tile = tiles.matmul_tile(torch.bfloat16, target)
+    tile = replace(tiles.matmul_tile(torch.bfloat16, target), persistent=persistent)
     splits, tiles_per_split = tiles.vocabulary_splits(rows, vocab_size, tile, target)
     columns = tiles_per_split * tile.columns
     assert (splits - 1) * columns < vocab_size <= splits * columns
+    assert tiles_per_split == 1 or not persistent
+
+
+def test_a_plan_counts_the_statistics_of_persistent_programs_tiles():
+    of_16_bits = {name: entries[torch.bfloat16] for name, entries in tiles.MATMUL_TILES.items()}
+    assert {name: tile.columns for name, tile in of_16_bits.items() if tile.persistent} == COLUMNS_PER_TILE
+    assert not any(entries[torch.float32].persistent for entries in tiles.MATMUL_TILES.values())
 
 
 def test_persistent_programs_are_as_many_as_run_at_one_time():

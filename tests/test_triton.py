@@ -6,9 +6,10 @@ The whole loss through the kernels is in `test_loss`, `test_edges` and `test_con
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -35,7 +36,10 @@ from .batches import assert_same_rows, labelled, random_rows
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-PROJECT_RESIDUAL = importlib.import_module("orpo_kernels.ops.triton.project_residual")  # the package has its function
+# The modules: the package has their functions by the same names.
+PROJECT_LOG_ODDS, PROJECT_RESIDUAL = (
+    importlib.import_module(f"orpo_kernels.ops.triton.{name}") for name in ("project_log_odds", "project_residual")
+)
 LOGIT_SIZE = 2.0  # of those of `Head`
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -104,6 +108,44 @@ def test_project_log_odds(dtype, head, held):
     assert_as_good_as_the_mirror(run, dtype)
 
 
+@contextlib.contextmanager
+def at_most(module: ModuleType, most: int | None) -> Iterator[None]:
+    """A tile a program, or persistent ones, at most so many."""
+
+    def tile_of(*arguments: Any) -> MatmulTile:
+        return replace(tiles.tile_of(*arguments), persistent=most is not None, group=2)
+
+    with (
+        mock.patch.object(module, "tile_of", tile_of),
+        mock.patch.object(module, "programs", lambda tiles, tile, target: min(tiles, most or tiles)),
+    ):
+        yield
+
+
+@dtypes
+@given(rows=st.sampled_from([1, 16, 33]), vocab=st.sampled_from([32, 96, 160]), most=st.sampled_from([1, 3]))
+def test_project_log_odds_by_persistent_programs(dtype, rows, vocab, most):
+    """Which take whole tiles, each with statistics of its own; the target's is the only one in its tile, or is not."""
+    generator = torch.Generator().manual_seed(rows * vocab)
+    x, w = (torch.randn(n, 24, generator=generator, dtype=torch.float64).to(DEVICE, dtype) for n in (rows, vocab))
+    target = torch.randint(vocab, (rows,), generator=generator).to(DEVICE)
+    seen = []
+
+    def run(ops: ModuleType, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        weight = WeightSlices(w.to(dtype), dtype, vocab)
+        return ops.project_log_odds(x.to(dtype), weight, None, target, 1.0, None, None)
+
+    launch = PROJECT_LOG_ODDS.launch
+    with (
+        at_most(PROJECT_LOG_ODDS, most),
+        mock.patch.object(
+            PROJECT_LOG_ODDS, "launch", lambda *a, **k: (seen.append(k.get("PERSISTENT")), launch(*a, **k))
+        ),
+    ):
+        assert_as_good_as_the_mirror(run, dtype)
+    assert seen[0] is True
+
+
 @dtypes
 @given(head=heads)
 def test_residual(dtype, head):
@@ -163,13 +205,7 @@ def test_project_residual(dtype, head, most):
             )
         return (out,)
 
-    def tile_of(*arguments: Any) -> MatmulTile:
-        return replace(tiles.tile_of(*arguments), persistent=most is not None, group=2)
-
-    with (
-        mock.patch.object(PROJECT_RESIDUAL, "tile_of", tile_of),
-        mock.patch.object(PROJECT_RESIDUAL, "programs", lambda tiles, tile, target: min(tiles, most or tiles)),
-    ):
+    with at_most(PROJECT_RESIDUAL, most):
         assert_as_good_as_the_mirror(run, dtype)
 
 

@@ -18,7 +18,8 @@ from triton.runtime.errors import OutOfResources
 from benchmarks.kernels.compiled import SCHEDULES, run_labels, run_loss, run_shard
 from benchmarks.kernels.stub_gpu import TARGETS, StubGPU, stub_gpu
 from benchmarks.shapes import SHAPES
-from orpo_kernels.ops.triton import tiles
+from orpo_kernels.engine.gemm import WeightSlices
+from orpo_kernels.ops.triton import project_log_odds, tiles
 
 ROWS = (1000, 1001, 4096, 131072)
 KERNELS = {  # of a loss whose gradient is taken, by schedule
@@ -88,16 +89,45 @@ def test_every_tile_of_the_product_is_taken_once(target):
     shape = SHAPES["Llama-3.2-1B"]
     with stub_gpu(target, compile=False) as gpu, FakeTensorMode():
         launches = launches_of(gpu, shape, torch.bfloat16, 5000, "recompute")
-    columns = 0
+    taken = {"project_residual_kernel": 0, "split_statistics_kernel": 0}
     for launch in launches:
-        if launch.kernel == "project_residual_kernel":
-            constants = launch.specialisation.constexprs
-            width, rows = launch.arguments["S"], launch.arguments["R"]
-            taken = -(-rows // constants["BLOCK_R"]) * -(-width // constants["BLOCK_V"])
+        if launch.kernel in taken:
+            constants, arguments = launch.specialisation.constexprs, launch.arguments
+            width, rows = arguments["S"], arguments["R"]
+            programs = -(-rows // constants["BLOCK_R"]) * arguments.get("num_splits", -(-width // constants["BLOCK_V"]))
             assert constants["PERSISTENT"] == (target == "sm_90")
-            assert launch.grid[0] == (min(taken, TARGETS[target].processors) if constants["PERSISTENT"] else taken)
-            columns += width
-    assert columns == shape.vocab_size
+            assert launch.grid[0] == (min(programs, TARGETS[target].processors) if target == "sm_90" else programs)
+            taken[launch.kernel] += width * rows
+    assert taken == dict.fromkeys(taken, shape.vocab_size * 5000)
+
+
+@pytest.mark.parametrize(
+    ("change", "persistent"),
+    [
+        ({}, True),
+        ({"vocab": 128 * 1003}, False),
+        ({"bias": True}, False),
+        ({"scale": 0.5}, False),
+        ({"softcap": 30.0}, False),
+        ({"weight": torch.float32}, False),
+        ({"size": 1001}, False),
+    ],
+    ids=str,
+)
+def test_statistics_of_each_tile_are_a_plain_heads(change, persistent):
+    """What else the epilogue does costs the widest tile's registers."""
+    sizes = {"vocab": 128256, "size": 1024, "bias": False, "scale": 1.0, "softcap": None, "weight": torch.bfloat16}
+    sizes |= change
+    with stub_gpu("sm_90", compile=False) as gpu, FakeTensorMode():
+        x = torch.empty(300, sizes["size"], dtype=torch.bfloat16)
+        w = torch.empty(sizes["vocab"], sizes["size"], dtype=sizes["weight"])
+        bias = torch.empty(sizes["vocab"], dtype=torch.bfloat16) if sizes["bias"] else None
+        target = torch.empty(300, dtype=torch.int64)
+        weight = WeightSlices(w, torch.bfloat16, sizes["vocab"])
+        project_log_odds(x, weight, bias, target, sizes["scale"], sizes["softcap"], None)
+    first = gpu.launches[0]
+    assert first.specialisation.constexprs["PERSISTENT"] == persistent
+    assert first.arguments["num_splits"] == 501 if persistent else first.arguments["num_splits"] < 100
 
 
 def test_rows_of_labels_of_any_sizes_are_made_by_the_same_code():

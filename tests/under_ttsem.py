@@ -109,6 +109,18 @@ def test_project_log_odds(tiles, rows, vocab, size, dtype, scale, softcap, has_b
             assert_close(value, expected, torch.float32)
 
 
+@pytest.mark.parametrize("tiles", ["small tiles by descriptors"], indirect=True)
+def test_project_log_odds_by_persistent_programs(tiles):
+    """Which take whole tiles of a plain head: here nine of three, the last rows' without all of its rows."""
+    x, w, _, target = head(40, 96, 48, torch.float32, False)
+    truth = torch_ops.project_log_odds(
+        x.double(), WeightSlices(w.double(), torch.float64, 96), None, target, 1.0, None, None
+    )
+    ours = triton_ops.project_log_odds(x, WeightSlices(w, torch.float32, 96), None, target, 1.0, None, None)
+    for value, expected in zip(ours, truth, strict=True):
+        assert_close(value, expected, torch.float32)
+
+
 @pytest.mark.parametrize("tiles", ["small tiles", "tiles of sm_90"], indirect=True)
 @pytest.mark.parametrize(("rows", "vocab"), [(1, 1), (1, 2), (3, 7), (2, 32), (4, 71)])
 @each_head

@@ -43,7 +43,6 @@ def cases(settings: Settings) -> Iterator[Case]:
     for shape in settings.models[:2]:
         for name in PRODUCTS:
             yield Case(f"kernels/{name}/{shape.name}", partial(product, name, shape, settings))
-        yield Case(f"kernels/project_log_odds, persistent sketch/{shape.name}", partial(sketch, shape, settings))
 
 
 def row_wise(name: str, vocabulary: int, settings: Settings) -> dict[str, Any]:
@@ -98,28 +97,6 @@ def product(name: str, shape: ModelShape, settings: Settings) -> dict[str, Any]:
         call = partial(kernel, x, w, None, target, target.double(), 1.0, shape.logit_softcap, out)
     found = _timed({"ours": call, "GEMM": partial(torch.mm, x, w.t(), out=out)}, settings)
     return {**found, "flops": 2 * rows * w.numel(), "ratio": found["ours"] / found["GEMM"]}
-
-
-def sketch(shape: ModelShape, settings: Settings) -> dict[str, Any]:
-    """The same of `project_log_odds` in its sketched form, in turns with the kernel as it is."""
-    device = torch.device(settings.device)
-    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability()[0] < 9:
-        raise Skip("the sketch needs a tensor memory accelerator, as NVIDIA's GPUs have it from Hopper on")
-    from benchmarks.gpu import persistent
-    from orpo_kernels.ops.triton import tiles
-    from orpo_kernels.ops.triton.launch import current_target
-
-    x, w, target = _head(shape, settings)
-    gpu, kernel, out = current_target(), _operation("project_log_odds", settings), x.new_empty(len(x), len(w))
-    tile = tiles.matmul_tile(x.dtype, gpu)
-    weight = WeightSlices(w, w.dtype, len(w))
-    calls = {
-        "ours": partial(persistent.log_odds, x, w, target, tile, gpu.processors),
-        "kernel": partial(kernel, x, weight, None, target, 1.0, None, None),
-    }
-    error = (calls["ours"]()[1] - calls["kernel"]()[1]).abs().max().item()
-    found = _timed({**calls, "GEMM": partial(torch.mm, x, w.t(), out=out)}, settings)
-    return {**found, "flops": 2 * len(x) * w.numel(), "ratio": found["ours"] / found["GEMM"], "error": error}
 
 
 def _head(shape: ModelShape, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,7 +20,7 @@ class WeightSlices:
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, slice_size: int):
         self.weight, self.dtype = weight, dtype
-        self.vocab_size = weight.shape[0]
+        self.vocab_size, self.is_cast = weight.shape[0], weight.dtype != dtype
         if weight.dtype == dtype or slice_size >= self.vocab_size:
             self.weight, slice_size = weight.to(dtype), self.vocab_size
         self.columns = list(even_chunks(self.vocab_size, slice_size, COLUMN_MULTIPLE))

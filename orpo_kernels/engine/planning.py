@@ -292,7 +292,7 @@ def _chunks(work: Work, schedule: ModuleType, group_rows: int | None, budget: in
         chunk_bytes = max(1, chunk_bytes * 2 // 3)  # a cast slice of the weight has the rest
     fused = schedule.NEEDS_NO_LOGITS and work.has_fused_products and choice.way in (None, speeds.KERNEL)
     if fused:
-        rows = min(limits.fused_rows, _fit(most_bytes, work.fused_row_bytes))
+        rows = min(work.fused_rows, _fit(most_bytes, work.fused_row_bytes))
     else:
         rows = choice.rows or _rows(work, schedule, chunk_bytes, most_bytes)
     rows = -(-work.rows // max(1, -(-work.rows // rows))) or 1  # as even_chunks takes them

@@ -11,6 +11,8 @@ import torch
 
 STARVED_ROWS = 256  # of a chunk: with fewer, two GEMMs through the library cost more than three inside kernels
 COLUMNS_PER_SPLIT = 4096  # of the vocabulary, whose statistics a fused forward pass takes apart: 12 bytes a row
+# The same by kinds of GPU whose programs are persistent in 16 bits: the columns of a tile (ops/triton/tiles.py).
+COLUMNS_PER_TILE = {"sm_90": 256}
 GEMM_DTYPES = (None, torch.float16, torch.bfloat16, torch.float32, torch.float64)  # by number, for a graph
 FACTOR_SLICE = 8192  # rows of dW that exist in fp32 at one time, where it is summed there
 
@@ -37,6 +39,7 @@ class Limits:
         chunk_bytes: bytes of a chunk of logits.
         least_rows: rows that a chunk gets on a GPU, where the budget has room for them and the kernels work in place.
         fused_rows: rows of a chunk that has no logits, only its hidden states and partial statistics.
+        tiled_rows: the same where every tile leaves statistics of its own, a sixteenth as wide.
         least_columns: columns of a slice of the vocabulary; a narrower one starves the GEMM.
         block_rows: rows that share their active columns in the sparse schedule: fewer rows have fewer of them, but
             gather more often.
@@ -51,6 +54,7 @@ class Limits:
     chunk_bytes: int = 256 * 2**20
     least_rows: int = 1024
     fused_rows: int = 16384
+    tiled_rows: int = 4096
     least_columns: int = 512
     block_rows: int = 256
     sparse_columns: int = 4096
@@ -187,9 +191,21 @@ class Work:
         return min(FACTOR_SLICE, columns) * self.hidden_size * 4 if is_apart else 0
 
     @property
+    def columns_apart(self) -> int:
+        """Of the vocabulary, whose statistics a fused forward pass takes apart: a split's, or a tile's."""
+        tile = COLUMNS_PER_TILE.get(self.target or "")
+        is_tiled = tile and self.gemm_dtype.itemsize == 2 and not (self.softcap or self.casts or self.vocab_size % tile)
+        return tile if tile and is_tiled else COLUMNS_PER_SPLIT
+
+    @property
+    def fused_rows(self) -> int:
+        """The most rows of a chunk without logits."""
+        return self.limits.fused_rows if self.columns_apart == COLUMNS_PER_SPLIT else self.limits.tiled_rows
+
+    @property
     def fused_row_bytes(self) -> int:
-        """A row of a chunk without logits: its hidden states, and its statistics split by split."""
-        return self.weight_row_bytes + 12 * -(-self.vocab_size // COLUMNS_PER_SPLIT)
+        """A row of a chunk without logits: its hidden states, and its statistics part by part of the vocabulary."""
+        return self.weight_row_bytes + 12 * -(-self.vocab_size // self.columns_apart)
 
     @property
     def column_bytes(self) -> int:

@@ -22,8 +22,12 @@ def tanh(x):
 
 @triton.jit
 def transform(z, scale, softcap):
-    """Scaled and capped logits in fp32, and tanh(scale * z / softcap), from which the cap's slope is 1 - tanh^2."""
-    z = z * scale
+    """Scaled and capped logits in fp32, and tanh(scale * z / softcap), from which the cap's slope is 1 - tanh^2.
+
+    A scale or a cap of None is none.
+    """
+    if scale is not None:
+        z = z * scale
     t = z
     if softcap is not None:
         t = tanh(z / softcap)

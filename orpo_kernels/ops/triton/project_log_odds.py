@@ -7,9 +7,16 @@ every time.
 
     split s:  top_s = max_{j in s, j != y} z_j,   total_s = sum_{j in s, j != y} exp(z_j - top_s),   z_y if y is in s
     joined:   lse_others = top + log(sum_s total_s exp(top_s - top)),   m = z_y - lse_others
+
+Where the target's tiles are persistent, a split is one tile, and as many programs as there are multiprocessors go over
+several: the loops over tiles and over the hidden size are one, so that the next tile's operands are under way while a
+tile's statistics are taken. More partial statistics exist then (`Work.columns_apart`), and beside the widest tile no
+register is left for a mask of columns, a bias, a scale or a soft-cap.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 import triton
@@ -21,9 +28,35 @@ from .device_math import LOWEST, transform
 from .launch import current_target, launch
 from .statistics import statistics
 from .tile_matmul import logits_tile, row_block_and_column_block
-from .tiles import constants, operands, tile_of, vocabulary_splits
+from .tiles import constants, operands, programs, tile_of, vocabulary_splits
 
 BLOCK_REDUCE = 64  # rows of a program that joins splits
+
+
+@triton.jit
+def tile_statistics(
+    X, W, BIAS, TARGET, i_block, i_column, R, S, H, stride_x, stride_w, scale, softcap,
+    EVEN_S: tl.constexpr, EVEN_H: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """top, total and the target's logit of one tile, (BLOCK_R,) each."""
+    z = logits_tile(
+        X, W, BIAS, i_block, i_column, R, S, H, stride_x, stride_w,
+        EVEN_H, TMA, PRECISION, BLOCK_R, BLOCK_V, BLOCK_H,
+    )  # fmt: skip
+    z, _ = transform(z, scale, softcap)
+    o_r = i_block * BLOCK_R + tl.arange(0, BLOCK_R)
+    o_v = i_column * BLOCK_V + tl.arange(0, BLOCK_V)
+    # Behind the product, which leaves no registers for it.
+    target = tl.load(TARGET + o_r, mask=o_r < R, other=-1).to(tl.int32)
+    if not EVEN_S:
+        target = tl.where(target < S, target, -1)  # not a column beyond the slice's end, which a tile may have
+    is_target = o_v[None, :] == target[:, None]
+    target_logit = tl.sum(tl.where(is_target, z, 0.0), 1)
+    # One mask for the target and for columns beyond S: a second costs the registers that a large tile needs.
+    others = tl.where(is_target if EVEN_S else is_target | (o_v >= S)[None, :], LOWEST, z)
+    top = tl.max(others, 1)
+    return top, tl.sum(tl.exp(others - top[:, None]), 1), target_logit
 
 
 @triton.jit(
@@ -48,44 +81,52 @@ def split_statistics_kernel(
     tiles_per_split,
     num_splits,
     # constants
-    scale,
+    scale,  # None for 1
     softcap,  # or None
     EVEN_H: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     GROUP: tl.constexpr,
+    PERSISTENT: tl.constexpr,  # a split is one tile, and whole
     BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    i_block, i_split = row_block_and_column_block(tl.program_id(0), tl.cdiv(R, BLOCK_R), num_splits, GROUP)
-    o_r = i_block * BLOCK_R + tl.arange(0, BLOCK_R)
-    m_r = o_r < R
-    target = tl.load(TARGET + o_r, mask=m_r, other=-1).to(tl.int32)
-    target = tl.where(target < S, target, -1)  # not a column beyond the slice's end, which a tile may have
-    top = tl.full((BLOCK_R,), LOWEST, tl.float32)
-    total = tl.zeros((BLOCK_R,), tl.float32)
-    target_logit = tl.zeros((BLOCK_R,), tl.float32)
-    last_tile = tl.minimum((i_split + 1) * tiles_per_split, tl.cdiv(S, BLOCK_V))
-    for i_tile in range(i_split * tiles_per_split, last_tile):
-        i_v = i_tile * BLOCK_V
-        z = logits_tile(
-            X, W, BIAS, i_block * BLOCK_R, i_v, R, S, H, stride_x, stride_w,
-            EVEN_H, TMA, PRECISION, BLOCK_R, BLOCK_V, BLOCK_H,
-        )  # fmt: skip
-        z, _ = transform(z, scale, softcap)
-        o_v = i_v + tl.arange(0, BLOCK_V)
-        is_target = o_v[None, :] == target[:, None]
-        target_logit += tl.sum(tl.where(is_target, z, 0.0), 1)
-        # One mask for the target and for columns beyond S: a second costs the registers that a large tile needs.
-        others = tl.where(is_target | (o_v >= S)[None, :], LOWEST, z)
-        new_top = tl.maximum(top, tl.max(others, 1))
-        total = total * tl.exp(top - new_top) + tl.sum(tl.exp(others - new_top[:, None]), 1)
-        top = new_top
-    o_out = i_split.to(tl.int64) * R + o_r
-    tl.store(TOP + o_out, top, mask=m_r)
-    tl.store(TOTAL + o_out, total, mask=m_r)
-    tl.store(TARGET_LOGIT + o_out, target_logit, mask=m_r)
+    row_blocks = tl.cdiv(R, BLOCK_R)
+    if PERSISTENT:
+        for i_tile in tl.range(tl.program_id(0), row_blocks * num_splits, tl.num_programs(0), flatten=True):
+            i_block, i_split = row_block_and_column_block(i_tile, row_blocks, num_splits, GROUP)
+            top, total, target_logit = tile_statistics(
+                X, W, BIAS, TARGET, i_block, i_split, R, S, H, stride_x, stride_w, scale, softcap,
+                True, EVEN_H, TMA, PRECISION, BLOCK_R, BLOCK_V, BLOCK_H,
+            )  # fmt: skip
+            o_r = i_block * BLOCK_R + tl.arange(0, BLOCK_R)
+            m_r = o_r < R
+            o_out = i_split.to(tl.int64) * R + o_r
+            tl.store(TOP + o_out, top, mask=m_r)
+            tl.store(TOTAL + o_out, total, mask=m_r)
+            tl.store(TARGET_LOGIT + o_out, target_logit, mask=m_r)
+    else:
+        i_block, i_split = row_block_and_column_block(tl.program_id(0), row_blocks, num_splits, GROUP)
+        o_r = i_block * BLOCK_R + tl.arange(0, BLOCK_R)
+        m_r = o_r < R
+        top = tl.full((BLOCK_R,), LOWEST, tl.float32)
+        total = tl.zeros((BLOCK_R,), tl.float32)
+        target_logit = tl.zeros((BLOCK_R,), tl.float32)
+        last_tile = tl.minimum((i_split + 1) * tiles_per_split, tl.cdiv(S, BLOCK_V))
+        for i_tile in range(i_split * tiles_per_split, last_tile):
+            of_tile, total_of_tile, target_logit_of_tile = tile_statistics(
+                X, W, BIAS, TARGET, i_block, i_tile, R, S, H, stride_x, stride_w, scale, softcap,
+                False, EVEN_H, TMA, PRECISION, BLOCK_R, BLOCK_V, BLOCK_H,
+            )  # fmt: skip
+            new_top = tl.maximum(top, of_tile)
+            total = total * tl.exp(top - new_top) + total_of_tile * tl.exp(of_tile - new_top)
+            target_logit += target_logit_of_tile
+            top = new_top
+        o_out = i_split.to(tl.int64) * R + o_r
+        tl.store(TOP + o_out, top, mask=m_r)
+        tl.store(TOTAL + o_out, total, mask=m_r)
+        tl.store(TARGET_LOGIT + o_out, target_logit, mask=m_r)
 
 
 @triton.jit(
@@ -142,11 +183,13 @@ def project_log_odds(
     for columns, w in weight:
         w = w.contiguous()
         tile = tile_of(x, w, is_plain, gpu)
+        if weight.is_cast or not is_plain or logit_scale != 1 or w.shape[0] % tile.columns:
+            tile = replace(tile, persistent=False)
         splits, tiles_per_split = vocabulary_splits(rows, w.shape[0], tile, gpu)
         partials.append(x.new_empty(3, splits, rows, dtype=torch.float32))
         launch(
             split_statistics_kernel,
-            (-(-rows // tile.rows) * splits,),
+            (programs(-(-rows // tile.rows) * splits, tile, gpu),),
             *operands(x, w, tile),
             None if bias is None else bias[columns],
             target - columns.start if columns.start else target,
@@ -158,8 +201,9 @@ def project_log_odds(
             w.stride(0),
             tiles_per_split,
             splits,
-            logit_scale,
+            None if tile.persistent else logit_scale,
             logit_softcap,
+            PERSISTENT=tile.persistent,
             **constants(tile, x, gpu),
         )
     partial = partials[0] if len(partials) == 1 else torch.cat(partials, 1)

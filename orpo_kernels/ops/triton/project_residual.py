@@ -21,18 +21,18 @@ from .tiles import constants, operands, programs, tile_of
 
 @triton.jit
 def residual_tile(
-    X, W, BIAS, TARGET, LSE_OTHERS, OUT, i_r, i_v, R, S, H, stride_x, stride_w, stride_out, scale, softcap,
+    X, W, BIAS, TARGET, LSE_OTHERS, OUT, i_block, i_column, R, S, H, stride_x, stride_w, stride_out, scale, softcap,
     EVEN_H: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """The residual's tile whose first row and column are i_r and i_v; see `project_residual_kernel`."""
+    """One tile of the residual; see `project_residual_kernel`."""
     z = logits_tile(
-        X, W, BIAS, i_r, i_v, R, S, H, stride_x, stride_w,
+        X, W, BIAS, i_block, i_column, R, S, H, stride_x, stride_w,
         EVEN_H, TMA, PRECISION, BLOCK_R, BLOCK_V, BLOCK_H,
     )  # fmt: skip
     z, t = transform(z, scale, softcap)
-    o_r = i_r + tl.arange(0, BLOCK_R)
-    o_v = i_v + tl.arange(0, BLOCK_V)
+    o_r = i_block * BLOCK_R + tl.arange(0, BLOCK_R)
+    o_v = i_column * BLOCK_V + tl.arange(0, BLOCK_V)
     m_r = o_r < R
     lse_others = tl.load(LSE_OTHERS + o_r, mask=m_r, other=0.0).to(tl.float32)
     target = tl.load(TARGET + o_r, mask=m_r, other=-1).to(tl.int32)
@@ -76,14 +76,14 @@ def project_residual_kernel(
         for i_tile in tl.range(tl.program_id(0), row_blocks * column_blocks, tl.num_programs(0), flatten=True):
             i_block, i_column = row_block_and_column_block(i_tile, row_blocks, column_blocks, GROUP)
             residual_tile(
-                X, W, BIAS, TARGET, LSE_OTHERS, OUT, i_block * BLOCK_R, i_column * BLOCK_V,
+                X, W, BIAS, TARGET, LSE_OTHERS, OUT, i_block, i_column,
                 R, S, H, stride_x, stride_w, stride_out, scale, softcap,
                 EVEN_H, TMA, PRECISION, BLOCK_R, BLOCK_V, BLOCK_H,
             )  # fmt: skip
     else:  # a loop would cost registers, and on some targets the second block of a multiprocessor
         i_block, i_column = row_block_and_column_block(tl.program_id(0), row_blocks, column_blocks, GROUP)
         residual_tile(
-            X, W, BIAS, TARGET, LSE_OTHERS, OUT, i_block * BLOCK_R, i_column * BLOCK_V,
+            X, W, BIAS, TARGET, LSE_OTHERS, OUT, i_block, i_column,
             R, S, H, stride_x, stride_w, stride_out, scale, softcap,
             EVEN_H, TMA, PRECISION, BLOCK_R, BLOCK_V, BLOCK_H,
         )  # fmt: skip

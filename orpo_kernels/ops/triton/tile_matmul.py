@@ -21,8 +21,8 @@ def logits_tile(
     X,  # (R, H), a pointer, or its tensor descriptor in tiles (BLOCK_R, BLOCK_H)
     W,  # (S, H), a pointer, or its tensor descriptor in tiles (BLOCK_V, BLOCK_H)
     BIAS,  # (S,) or None
-    i_r,  # first row
-    i_v,  # first column
+    i_block,  # of BLOCK_R rows
+    i_column,  # block of BLOCK_V columns
     R,
     S,
     H,
@@ -38,13 +38,14 @@ def logits_tile(
     """fp32 (BLOCK_R, BLOCK_V) tile of `X @ W.T + BIAS`; anything beyond R and S, which the caller masks."""
     o_h = tl.arange(0, BLOCK_H)
     # Rows and columns beyond the end read the last one again: no mask on the operands.
-    o_r = tl.minimum(i_r + tl.arange(0, BLOCK_R), R - 1).to(tl.int64)
-    o_v = tl.minimum(i_v + tl.arange(0, BLOCK_V), S - 1).to(tl.int64)
+    o_r = tl.minimum(i_block * BLOCK_R + tl.arange(0, BLOCK_R), R - 1).to(tl.int64)
+    o_v = tl.minimum(i_column * BLOCK_V + tl.arange(0, BLOCK_V), S - 1).to(tl.int64)
     acc = tl.zeros((BLOCK_R, BLOCK_V), tl.float32)
-    for i_h in range(0, H, BLOCK_H):
-        if TMA:
-            x = X.load([i_r, i_h])
-            w = W.load([i_v, i_h])
+    for i_block_h in range(tl.cdiv(H, BLOCK_H)):
+        i_h = i_block_h * BLOCK_H
+        if TMA:  # first row and column by blocks: as numbers of their own they cost the widest tile's registers
+            x = X.load([i_block * BLOCK_R, i_h])
+            w = W.load([i_column * BLOCK_V, i_h])
         elif EVEN_H:
             x = tl.load(X + o_r[:, None] * stride_x + (i_h + o_h)[None, :])
             w = tl.load(W + o_v[:, None] * stride_w + (i_h + o_h)[None, :])
@@ -54,6 +55,8 @@ def logits_tile(
             w = tl.load(W + o_v[:, None] * stride_w + (i_h + o_h)[None, :], mask=m_h, other=0.0)
         acc = tl.dot(x, w.T, acc, input_precision=PRECISION)
     if BIAS is not None:
-        o_bias = i_v + tl.arange(0, BLOCK_V)  # consecutive, unlike `o_v`: one address instead of one a column
+        o_bias = i_column * BLOCK_V + tl.arange(
+            0, BLOCK_V
+        )  # consecutive, unlike `o_v`: one address instead of one a column
         acc += tl.load(BIAS + o_bias, mask=o_bias < S, other=0.0).to(tl.float32)[None, :]
     return acc

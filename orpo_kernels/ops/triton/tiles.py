@@ -34,7 +34,7 @@ class MatmulTile:
     warps: int
     stages: int
     tma: bool = False  # operands through the tensor memory accelerator
-    persistent: bool = False  # of `project_residual`: a program a multiprocessor, which goes over several tiles
+    persistent: bool = False  # a program a multiprocessor, which goes over several tiles
     group: int = 8  # row blocks that run side by side, and so share a tile of the weight while it is in the L2 cache
 
     def narrow(self, target: Target) -> MatmulTile:
@@ -150,9 +150,14 @@ def pass_tile(vocab_size: int, target: Target) -> RowTile:
 
 
 def vocabulary_splits(rows: int, vocab_size: int, tile: MatmulTile, target: Target) -> tuple[int, int]:
-    """(splits, column tiles of each): enough programs for two waves, no split without a column."""
+    """(splits, column tiles of each): enough programs for two waves, no split without a column.
+
+    Persistent programs have as many tiles as there are, and a split for each.
+    """
     row_blocks = -(-rows // tile.rows)
     tiles = -(-vocab_size // tile.columns)
+    if tile.persistent:
+        return tiles, 1
     wanted = max(-(-vocab_size // COLUMNS_PER_SPLIT), -(-2 * target.processors // row_blocks))
     tiles_per_split = -(-tiles // min(wanted, tiles))
     return -(-tiles // tiles_per_split), tiles_per_split
