@@ -201,17 +201,6 @@ def test_a_run_goes_on_from_what_all_nodes_have(tmp_path, monkeypatch):
             train._latest_of_all(RunFolder(tmp_path))
 
 
-def test_folders_of_earlier_versions_are_ours(runs, tmp_path):
-    """They have no mark."""
-    for place, kind in (("run", "run"), ("sweep/beta-0.1_lr-1e-05", "sweep"), ("compare/orpo", "comparison")):
-        shutil.copytree(runs.finished, tmp_path / place)
-        (tmp_path / place / MARK).unlink()
-        claim(tmp_path / place.partition("/")[0], kind)
-    (tmp_path / "e").mkdir()
-    (tmp_path / "e" / "evaluation.json").write_text('{"models": {}, "files": []}')
-    claim(tmp_path / "e", "evaluation")
-
-
 def test_what_a_folder_held_is_in_it_still(tmp_path):
     def write(content: str) -> None:
         with whole_folder(tmp_path / "model") as scratch:
@@ -280,21 +269,17 @@ def test_a_run_goes_on_with_what_it_was_started_with(which, change, named, input
         assert "Since the run" in said["error"]
         assert named in said["error"]
         assert contents(folder).keys() == before.keys()
-        # A run from before there was a record goes on.
-        (folder / MARK).write_text(sealed({"kind": "run"}))
-        assert resumed((str(model), str(data)), folder)[0] == 0
 
 
-def test_a_run_without_a_mark_goes_on(inputs, runs, tmp_path):
+def test_a_run_without_its_mark_is_nobodys(inputs, runs, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(runs.stopped, folder)
     (folder / MARK).unlink()
-    for checkpoint in (folder / "checkpoints").iterdir():
-        (checkpoint / COMPLETE).write_text("1")
-    status, _, told = resumed(inputs, folder)
-    assert status == 0
-    assert "Going on behind step 3." in told
-    assert_same_result(folder, runs.finished)
+    before = contents(folder)
+    status, said, _ = resumed(inputs, folder)
+    assert status == 2
+    assert "but no run of ours" in said["error"]
+    assert contents(folder) == before
 
 
 # --- damage --------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from ..errors import UserError
 from . import plots
 from .children import run_child
 from .folder import RunFolder, check_claim, claim, write_whole
-from .inputs import check_comparable, check_unchanged, inputs_of
+from .inputs import check_inputs, check_unchanged, inputs_of
 from .pretrained import load_tokenizer
 from .processes import check_alone
 from .records import to_json
@@ -95,10 +95,10 @@ def compare(settings: CompareSettings, console: Console) -> Comparison:
     ]
     _check_are_ours(runs)
     tokenizer = load_tokenizer(settings.model)
-    _, training, held_out, record = load_split(settings, tokenizer, console)
+    _, training, held_out, _ = load_split(settings, tokenizer, console)
     inputs = inputs_of(settings.model, training, held_out)
     for run in runs:
-        check_comparable(RunFolder(run.output), inputs, record)
+        check_inputs(RunFolder(run.output), inputs)
     claim(settings.output, "comparison")
     before = _evaluated("before", settings.model, settings, tokenizer, held_out)
     found = Comparison(len(held_out), [before], [])

@@ -31,9 +31,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ...methods import METHODS
 from ..errors import UserError
 from .manifest import differing, manifest, sealed, unsealed
 from .processes import processes, writes
@@ -82,21 +79,16 @@ class RunFolder:
         """The summary of a run that came to its end. Raises `UserError` if it is damaged."""
         if not self.summary.exists():
             return None
-        written = _record_of(self.path).get("results", {})
-        of_the_summary = {name: entry for name, entry in written.items() if name == self.summary.name}
-        try:
-            summary = json.loads(self.summary.read_text(encoding="utf-8"))
-        except ValueError:
-            summary = None
-        if not isinstance(summary, dict) or differing(self.path, of_the_summary):
+        results = noted(self.path, "results") or {}
+        if differing(self.path, {name: entry for name, entry in results.items() if name == self.summary.name}):
             raise UserError(
                 f"{self.summary} is damaged: it is not what the run wrote. Restore it, or remove it to train again."
             )
-        return summary
+        return json.loads(self.summary.read_text(encoding="utf-8"))
 
     def changed_results(self) -> list[str]:
         """Which of a finished run's results are no longer what it wrote, or gone."""
-        return differing(self.path, _record_of(self.path).get("results", {}))
+        return differing(self.path, noted(self.path, "results") or {})
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write the summary, with which the run is finished, and note what its results are."""
@@ -144,8 +136,8 @@ class RunFolder:
     def remove_damaged_checkpoints(self, tell: Callable[[str], None]) -> None:
         """Until the files of the latest one are as they were written."""
         while (checkpoint := self.latest_checkpoint()) is not None:
-            record = _read_complete(checkpoint)
-            changed = [COMPLETE] if record is None else differing(checkpoint, record["files"])
+            record = _completion(checkpoint)
+            changed = differing(checkpoint, record["files"]) if record else [COMPLETE]
             if not changed:
                 return
             tell(f"The checkpoint of step {step_of(checkpoint)} is damaged: {changed[0]} is not what the run wrote.")
@@ -159,18 +151,13 @@ class RunFolder:
 
     def rewind(self, checkpoint: Path | None) -> None:
         """Forget what was logged behind a checkpoint; without one, all of it. Raises `UserError` for damaged logs."""
-        record = checkpoint and _read_complete(checkpoint)
-        if record and (changed := differing(self.path, record["logs"], appended=True)):
+        logged = _completion(checkpoint)["logs"] if checkpoint else {}
+        if changed := differing(self.path, logged, appended=True):
             raise UserError(_damaged(self.path / changed[0]))
-        for log in (self.metrics, self.evaluations):
-            if not log.path.exists():
-                continue
-            if checkpoint is None:
-                log.replace([])
-            elif record and log.path.name in record["logs"]:
-                log.cut(record["logs"][log.path.name][0])
-            else:
-                log.replace([line for line in log.read() if line["step"] <= step_of(checkpoint)])
+        for log in self.logs():
+            if log.exists():
+                size, _ = logged.get(log.name, (0, ""))
+                write_whole(log, log.read_bytes()[:size])
 
 
 def step_of(checkpoint: Path) -> int:
@@ -190,15 +177,12 @@ def mark_complete(checkpoint: Path, processes: int = 1, logs: Iterable[Path] = (
 
 def processes_of(checkpoint: Path) -> int:
     """By how many processes a complete checkpoint was written."""
-    return (_read_complete(checkpoint) or {"processes": 1})["processes"]
+    return _completion(checkpoint)["processes"]
 
 
-def _read_complete(checkpoint: Path) -> dict[str, Any] | None:
-    """None if it is damaged. Earlier versions wrote the number of processes alone, and before that nothing."""
-    text = (checkpoint / COMPLETE).read_text(encoding="utf-8", errors="replace") or "1"
-    if text.isdecimal():
-        return {"processes": int(text), "files": {}, "logs": {}}
-    return unsealed(text)
+def _completion(checkpoint: Path) -> dict[str, Any]:
+    """What `mark_complete` wrote; nothing if it is damaged."""
+    return unsealed((checkpoint / COMPLETE).read_text(encoding="utf-8", errors="replace")) or {}
 
 
 def _files(folder: Path, patterns: Iterable[str]) -> list[Path]:
@@ -233,7 +217,7 @@ class JsonLines:
 
     def append(self, record: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(_line(record))
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
         """All whole lines; none where there is no file. Raises `UserError` for a line that is none of ours."""
@@ -252,20 +236,9 @@ class JsonLines:
             raise UserError(_damaged(self.path, f"line {number} of it"))
         return record
 
-    def replace(self, records: list[dict[str, Any]]) -> None:
-        write_whole(self.path, "".join(map(_line, records)))
-
-    def cut(self, size: int) -> None:
-        """To its first `size` bytes."""
-        write_whole(self.path, self.path.read_bytes()[:size])
-
 
 def _damaged(path: Path, what: str = "it") -> str:
     return f"{path} is damaged: {what} is not what the run wrote. Restore it, or choose another --output."
-
-
-def _line(record: dict[str, Any]) -> str:
-    return json.dumps(record, ensure_ascii=False) + "\n"
 
 
 # --- whose a folder is ---------------------------------------------------------------------------------------------
@@ -279,7 +252,7 @@ def claim(folder: Path, kind: str) -> None:
     check_claim(folder, kind)
     state = processes()
     state.wait_for_everyone()  # until all have looked, before anybody writes
-    if writes(folder) and _record_of(folder).get("kind") != kind:
+    if writes(folder) and noted(folder, "kind") != kind:
         with _told(folder):
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(folder / MARK, sealed({"kind": kind}))
@@ -291,7 +264,7 @@ def check_claim(folder: Path, kind: str) -> None:
     with _told(folder):
         names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     foreign = [name for name in names if name != f".{MARK}.unfinished"]
-    if not foreign or _record_of(folder).get("kind", kind if _is_from_before(folder, kind) else None) == kind:
+    if not foreign or noted(folder, "kind") == kind:
         return
     more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
     raise UserError(f"{folder} holds {', '.join(foreign[:3])}{more}, but no {kind} of ours: choose another --output.")
@@ -311,28 +284,6 @@ def _record_of(folder: Path) -> dict[str, Any]:
     with suppress(OSError):
         return unsealed((folder / MARK).read_text(encoding="utf-8", errors="replace")) or {}
     return {}
-
-
-def _is_from_before(folder: Path, kind: str) -> bool:
-    """Whether an earlier version, which left no mark, wrote it."""
-    if kind == "evaluation":
-        with suppress(OSError, ValueError):
-            return json.loads((folder / "evaluation.json").read_text(encoding="utf-8")).keys() >= {"models", "files"}
-        return False
-    if kind != "run":
-        names = {"sweep": ["beta-*_lr-*"], "comparison": list(METHODS)}
-        return any(_is_run(path) for name in names.get(kind, ()) for path in folder.glob(name) if path.is_dir())
-    return _is_run(folder)
-
-
-def _is_run(folder: Path) -> bool:
-    run = RunFolder(folder)
-    if noted(folder, "kind") == "run":
-        return True
-    with suppress(OSError, ValueError, yaml.YAMLError):
-        settings = yaml.safe_load(run.settings.read_text(encoding="utf-8"))
-        return bool(run.results()) and settings.keys() >= {"model", "data", "method", "seed", "output"}
-    return False
 
 
 @contextmanager

@@ -58,22 +58,17 @@ def check_number(held_out: float, pairs: int, source: str) -> None:
 def record_of(model: str) -> Record | None:
     """Of the run whose folder `model` is, or whose model it is; None for a model that is no run's.
 
-    Raises `UserError` for a run that has kept no record, and for a damaged one.
+    Raises `UserError` where its record is gone or damaged.
     """
     folder = _run_of(Path(model).expanduser())
     if folder is None:
         return None
     path = folder / NAME
-    if not path.exists():
-        raise UserError(
-            f"{folder} is a run without {NAME}, of an earlier version: what it was trained on is not known, so that no "
-            "pair can be called held out."
-        )
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         return Record(frozenset(found["trained"]), frozenset(found["held_out"]))
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} is damaged, so that no pair can be called held out.") from error
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is gone or damaged, so that no pair can be called held out.") from error
 
 
 def _run_of(model: Path) -> Path | None:

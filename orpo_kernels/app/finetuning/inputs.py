@@ -15,7 +15,6 @@ from ...text.pictures import fingerprint
 from ...transformers import TokenizedPair
 from ..errors import UserError
 from .folder import RunFolder, noted
-from .held_out import NAME, Record, record_of
 from .pretrained import model_manifest
 
 COLUMNS = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")
@@ -26,56 +25,34 @@ def inputs_of(model: str, training: Sequence[TokenizedPair], held_out: Sequence[
     return {"training": _pairs(training), "held_out": _pairs(held_out), "model": model_manifest(model)}
 
 
-def changed_inputs(before: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:
-    """What is not as it was; nothing where it is not known what was."""
-    if not isinstance(before, dict):
-        return []
+def _changed(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What is not as it was."""
     told = {"training": "the pairs to train on", "held_out": "the held-out pairs"}
     changed = [
         f"{told[name]} (then {before[name][0]}, now {now[name][0]})" for name in told if before[name] != now[name]
     ]
-    files = sorted(
-        name
-        for name in before["model"].keys() | now["model"].keys()
-        if before["model"].get(name) != now["model"].get(name)
-    )
-    return changed + ([f"the model's file {files[0]}"] if files else [])
+    then, files = before["model"], now["model"]
+    if others := sorted(name for name in then.keys() | files.keys() if then.get(name) != files.get(name)):
+        changed.append(f"the model's file {others[0]}")
+    return " and ".join(changed)
 
 
 def check_inputs(folder: RunFolder, inputs: dict[str, Any]) -> None:
-    """Refuse to go on with a run that was started with something else, where its folder tells with what."""
-    before = noted(folder.path, "inputs") if folder.results() else None
-    if changed := changed_inputs(before, inputs):
-        raise _changed_since(folder, changed)
-
-
-def check_comparable(folder: RunFolder, inputs: dict[str, Any], record: Record) -> None:
-    """Refuse to set a run beside others that train on `inputs`, also by the little that an earlier version has kept."""
-    check_inputs(folder, inputs)
-    if not folder.results() or noted(folder.path, "inputs") is not None:
-        return
-    summary, now = folder.finished() or {}, inputs["held_out"][0]
-    has_split = (folder.path / NAME).exists()
-    if has_split and (found := record_of(str(folder.path))) and found.held_out != record.held_out:
-        raise _changed_since(folder, ["the held-out prompts"])
-    if (then := summary.get("held_out", now)) != now:
-        raise _changed_since(folder, [f"the held-out pairs (then {then}, now {now})"])
+    """Refuse to go on with a run, or to set it beside others, that was started with something else."""
+    if folder.results() and (changed := _changed(noted(folder.path, "inputs"), inputs)):
+        raise UserError(
+            f"Since the run in {folder.path} was started, {changed} changed: go on with what it was started with, or "
+            "choose another --output."
+        )
 
 
 def check_unchanged(folder: RunFolder, inputs: dict[str, Any]) -> None:
     """Refuse to set a run that has ended beside those that began with `inputs`, if these were changed meanwhile."""
-    if (now := noted(folder.path, "inputs")) and (changed := changed_inputs(inputs, now)):
+    if changed := _changed(inputs, noted(folder.path, "inputs")):
         raise UserError(
-            f"{' and '.join(changed)} changed before the run in {folder.path} began, which cannot be compared with the "
+            f"{changed} changed before the run in {folder.path} began, which cannot be compared with the "
             "others: choose another --output."
         )
-
-
-def _changed_since(folder: RunFolder, changed: list[str]) -> UserError:
-    return UserError(
-        f"Since the run in {folder.path} was started, {' and '.join(changed)} changed: go on with what it was started "
-        "with, or choose another --output."
-    )
 
 
 def _pairs(pairs: Sequence[TokenizedPair]) -> list:

@@ -19,7 +19,7 @@ from rich.console import Console
 from ..errors import Diverged, UserError, save_report
 from . import plots
 from .folder import RunFolder, check_claim, claim, write_whole
-from .inputs import check_comparable, check_unchanged, inputs_of
+from .inputs import check_inputs, check_unchanged, inputs_of
 from .pretrained import compute_dtype, load_tokenizer
 from .processes import processes, writes
 from .records import to_json
@@ -94,6 +94,7 @@ def sweep(settings: SweepSettings, console: Console) -> Sweep:
     for run in grid:
         check_is_ours(run)
     inputs = _same_inputs(settings, grid, console)
+    claim(settings.output, "sweep")
     runs: list[tuple[dict[str, Any], Scores]] = []
     found = Sweep([], [])
     for number, run in enumerate(grid, start=1):
@@ -110,7 +111,6 @@ def sweep(settings: SweepSettings, console: Console) -> Sweep:
             check_unchanged(RunFolder(run.output), inputs)
         gc.collect()  # the model, before the next one is loaded
         found.points = side_by_side(runs, settings.seed) if runs else []
-        claim(settings.output, "sweep")
         if writes(settings.output):
             _write(found, settings.output)
     if not runs:
@@ -128,7 +128,7 @@ def _same_inputs(settings: SweepSettings, grid: Sequence[SweepSettings], console
     split = load_split(settings, load_tokenizer(settings.model), console)
     inputs = inputs_of(settings.model, split.training, split.held_out)
     for run in grid:
-        check_comparable(RunFolder(run.output), inputs, split.record)
+        check_inputs(RunFolder(run.output), inputs)
     return inputs
 
 

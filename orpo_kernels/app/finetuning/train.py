@@ -100,9 +100,8 @@ def train(settings: TrainSettings, console: Console, keep: Callable[[Trained], N
     summary = folder.finished()
     if all(of_all(summary is not None)):
         assert summary is not None
-        if noted(folder.path, "inputs") is not None:  # an earlier version kept no record of them
-            _, training, held_out, _ = load_split(settings, load_tokenizer(settings.model), console)
-            _inputs(folder, settings, training, held_out, console)
+        _, training, held_out, _ = load_split(settings, load_tokenizer(settings.model), console)
+        _inputs(folder, settings, training, held_out, console)
         say(console, f"The run in {settings.output} is finished already.")
         for name in folder.changed_results():
             say(console, f"{name} there is no longer what the run wrote.")
@@ -165,7 +164,7 @@ def _settings_of(folder: RunFolder) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError):
         values = None
     known = noted(folder.path, "settings")
-    if not isinstance(values, dict) or known not in (None, _lasting(values)):
+    if not isinstance(values, dict) or known != _lasting(values):
         raise UserError(
             f"{folder.settings} is damaged: it is not what the run in {folder.path} was started with. Restore it, or "
             "choose another --output."
