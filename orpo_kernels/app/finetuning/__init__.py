@@ -7,6 +7,7 @@ train.py      the run itself, to be killed and resumed at any moment
 evaluate.py   one evaluation, of a model or of two on the same pairs
 sweep.py      runs side by side: lambda and learning rate
 compare.py    runs side by side: methods
+several.py    what these two have in common
 
 What they are made of:
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import json
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -14,20 +14,15 @@ from typing import Any
 from rich.console import Console
 
 from ...methods import METHODS
-from ...transformers import TokenizedPair
 from ..errors import UserError
 from . import plots
 from .children import run_child
-from .folder import RunFolder, check_claim, claim, write_whole
-from .inputs import check_inputs, check_unchanged, inputs_of
-from .pretrained import load_tokenizer
+from .folder import RunFolder, write_whole
 from .processes import check_alone
 from .records import to_json
-from .remarks import say, silence_transformers
 from .scoring import intervals, score_model
 from .settings import CompareSettings, TrainSettings, train_arguments
-from .setup import load_split
-from .train import check_is_ours
+from .several import Shared, begin, outcomes
 
 
 @dataclass(frozen=True)
@@ -88,55 +83,33 @@ def compare(settings: CompareSettings, console: Console) -> Comparison:
     model, and if no run came to its end.
     """
     check_alone("compare")
-    silence_transformers()
-    check_claim(settings.output, "comparison")
     runs = [
         dataclasses.replace(settings, method=name, output=settings.output / name) for name in settings.method_names()
     ]
-    _check_are_ours(runs)
-    tokenizer = load_tokenizer(settings.model)
-    _, training, held_out, _ = load_split(settings, tokenizer, console)
-    inputs = inputs_of(settings.model, training, held_out)
-    for run in runs:
-        check_inputs(RunFolder(run.output), inputs)
-    claim(settings.output, "comparison")
-    before = _evaluated("before", settings.model, settings, tokenizer, held_out)
-    found = Comparison(len(held_out), [before], [])
-    for number, run in enumerate(runs, start=1):
-        console.print(f"Run {number} of {len(runs)}: {run.method}")
-        try:
-            found.outcomes.append(_outcome(run, tokenizer, held_out))
-        except UserError as error:
-            if not RunFolder(run.output).evaluations.read():  # what cannot begin would not elsewhere, either
-                raise
-            found.failed.append(Failure(run.method, str(error), str(run.output)))
-            say(console, str(error))
+    shared = begin("comparison", settings, runs, console)
+    before = _evaluated("before", settings.model, settings, shared)
+    found = Comparison(len(shared.held_out), [before], [])
+    for run, outcome, reason in outcomes(runs, shared, lambda run: run.method, partial(_outcome, shared), console):
+        if outcome is None:
+            found.failed.append(Failure(run.method, reason, str(run.output)))
         else:
-            check_unchanged(RunFolder(run.output), inputs)
+            found.outcomes.append(outcome)
         _write(found, settings.output)
-    if len(found.outcomes) == 1:
-        raise UserError(f"No run came to its end. {found.failed[0].reason}")
     return found
 
 
-def _check_are_ours(runs: list[CompareSettings]) -> None:
-    for run in runs:
-        try:
-            check_is_ours(run)
-        except UserError as error:
-            raise UserError(f"The run in {run.output} cannot begin: {error}") from error
-
-
-def _outcome(run: CompareSettings, tokenizer: Any, held_out: list[TokenizedPair]) -> Outcome:
-    summary = _train(run)
+def _outcome(shared: Shared, run: CompareSettings) -> Outcome:
+    summary, steps = _train(run), RunFolder(run.output).metrics.read()
     costs = {
         "forward_passes": METHODS[run.method]().forward_passes,
-        **_costs(run.output),
+        "steps": len(steps),
+        "tokens_per_step": mean(step["tokens"] for step in steps),
+        "seconds_per_step": median(step["seconds"] for step in steps),
         "reference_seconds": summary["reference_seconds"],
         "peak_memory_bytes": summary["peak_memory_bytes"],
         "output": str(run.output),
     }
-    return _evaluated(run.method, str(run.output), run, tokenizer, held_out, **costs)
+    return _evaluated(run.method, str(run.output), run, shared, **costs)
 
 
 def _train(settings: TrainSettings) -> dict[str, Any]:
@@ -151,21 +124,9 @@ def _train(settings: TrainSettings) -> dict[str, Any]:
     return said
 
 
-def _costs(folder: Path) -> dict[str, Any]:
-    steps = RunFolder(folder).metrics.read()
-    return {
-        "steps": len(steps),
-        "tokens_per_step": mean(step["tokens"] for step in steps),
-        "seconds_per_step": median(step["seconds"] for step in steps),
-    }
-
-
-def _evaluated(
-    name: str, model: str, settings: CompareSettings, tokenizer: Any, held_out: list[TokenizedPair], **costs: Any
-) -> Outcome:
-    found = intervals(score_model(model, tokenizer, held_out, settings), seed=settings.seed)
-    gc.collect()
-    return Outcome(method=name, accuracy=found["accuracy"], log_odds=found["log_odds"], nll=found["nll"], **costs)
+def _evaluated(name: str, model: str, settings: CompareSettings, shared: Shared, **costs: Any) -> Outcome:
+    found = intervals(score_model(model, shared.tokenizer, shared.held_out, settings), seed=settings.seed)
+    return Outcome(method=name, **{metric: found[metric] for metric in ("accuracy", "log_odds", "nll")}, **costs)
 
 
 def _write(found: Comparison, folder: Path) -> None:

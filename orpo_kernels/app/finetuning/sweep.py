@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import itertools
 import json
 import math
@@ -16,18 +15,16 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from ..errors import Diverged, UserError, save_report
+from ..errors import Diverged, UserError
 from . import plots
-from .folder import RunFolder, check_claim, claim, write_whole
-from .inputs import check_inputs, check_unchanged, inputs_of
-from .pretrained import compute_dtype, load_tokenizer
-from .processes import processes, writes
+from .folder import RunFolder, write_whole
+from .pretrained import compute_dtype
+from .processes import writes
 from .records import to_json
-from .remarks import say, silence_transformers
 from .scoring import Scores, intervals, score
 from .settings import SweepSettings, train_arguments
-from .setup import load_split
-from .train import Trained, check_is_ours, train
+from .several import begin, outcomes
+from .train import Trained, train
 
 COMPARED = ("accuracy", "log_odds", "nll")
 
@@ -88,33 +85,22 @@ def sweep(settings: SweepSettings, console: Console) -> Sweep:
     Raises `UserError` as `train` does for what cannot begin, if runs there were started with other pairs or another
     model, and if no run came to its end.
     """
-    silence_transformers()
-    check_claim(settings.output, "sweep")
     grid = [_run(settings, *values) for values in itertools.product(settings.beta_values(), settings.lr_values())]
-    for run in grid:
-        check_is_ours(run)
-    inputs = _same_inputs(settings, grid, console)
-    claim(settings.output, "sweep")
-    runs: list[tuple[dict[str, Any], Scores]] = []
+    shared = begin("sweep", settings, grid, console)
+    finished: list[tuple[dict[str, Any], Scores]] = []
     found = Sweep([], [])
-    for number, run in enumerate(grid, start=1):
-        console.print(f"Run {number} of {len(grid)}: lambda {run.beta:g}, learning rate {run.lr:g}")
-        try:
-            summary = train(run, console, keep=_keep_scores)
-            runs.append((summary, _scores(RunFolder(run.output))))
-        except Exception as error:
-            if not _others_go_on(error, run):
-                raise
-            found.failed.append(_failure(error, run))
-            say(console, f"This run failed: {found.failed[-1].reason}")
+
+    def one(run: SweepSettings) -> tuple[dict[str, Any], Scores]:
+        return train(run, console, keep=_keep_scores), _scores(RunFolder(run.output))
+
+    for run, outcome, reason in outcomes(grid, shared, _named, one, console):
+        if outcome is None:
+            found.failed.append(Failure(run.beta, run.peak_lr, reason, str(run.output)))
         else:
-            check_unchanged(RunFolder(run.output), inputs)
-        gc.collect()  # the model, before the next one is loaded
-        found.points = side_by_side(runs, settings.seed) if runs else []
+            finished.append(outcome)
+            found.points = side_by_side(finished, settings.seed)
         if writes(settings.output):
             _write(found, settings.output)
-    if not runs:
-        raise UserError(f"No run came to its end. The first one: {found.failed[0].reason}")
     return found
 
 
@@ -123,29 +109,8 @@ def _run(settings: SweepSettings, beta: float, lr: float) -> SweepSettings:
     return dataclasses.replace(settings, beta=beta, lr=lr, lrs="", output=output)
 
 
-def _same_inputs(settings: SweepSettings, grid: Sequence[SweepSettings], console: Console) -> dict[str, Any]:
-    """What all runs train on. Raises `UserError` where one that has begun was started with something else."""
-    split = load_split(settings, load_tokenizer(settings.model), console)
-    inputs = inputs_of(settings.model, split.training, split.held_out)
-    for run in grid:
-        check_inputs(RunFolder(run.output), inputs)
-    return inputs
-
-
-def _others_go_on(error: Exception, run: SweepSettings) -> bool:
-    """Whether it is this run's own fault, and every process knows of it.
-
-    What has not come to its first evaluation, before the first step, would not elsewhere, either.
-    """
-    began = bool(RunFolder(run.output).evaluations.read())
-    return began and (isinstance(error, Diverged) or processes().num_processes == 1)
-
-
-def _failure(error: Exception, run: SweepSettings) -> Failure:
-    reason = str(error)
-    if not isinstance(error, UserError):
-        reason = f"{type(error).__name__}: {error} (what led to it is in {save_report(error, run.output)})"
-    return Failure(run.beta, run.peak_lr, " ".join(reason.split()), str(run.output))
+def _named(run: SweepSettings) -> str:
+    return f"lambda {run.beta:g}, learning rate {run.lr:g}"
 
 
 def _keep_scores(trained: Trained) -> None:
