@@ -264,7 +264,7 @@ def test_killed_in_the_middle_of_writing(where, run, model, data, tmp_path):
     def in_a_checkpoint(*_: Any, state: Any = None, **__: Any) -> None:
         folder = tmp_path / "run" / "checkpoints" / f"checkpoint-{state.global_step}"
         if state.global_step < 3:
-            return mark_complete(folder)
+            return mark_complete(folder, logs=RunFolder(tmp_path / "run").logs())
         (folder / "model.safetensors").write_bytes(b"half")
         kill()
 

@@ -25,6 +25,11 @@ class Diverged(UserError):
     """What a model computes is not finite. Every process of a run finds it out at the same step."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, without its end and its full stop; the kind of one that says nothing."""
+    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+
+
 def save_report(error: BaseException, folder: Path | None = None) -> Path | None:
     """Write the command line, the versions and the traceback of an error that nobody has foreseen.
 

@@ -21,6 +21,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 import typer
 import yaml
 
+from ..finetuning.settings import flag_of
 from .console import Output
 from .endings import end
 
@@ -73,7 +74,7 @@ def _parameter(
     name: str, kind: Any, default: Any, argument: bool = False, both: bool = False, **options: Any
 ) -> inspect.Parameter:
     """`both`: a bool with a --no-... beside it."""
-    names = [f"--{name.replace('_', '-')}"] if kind is bool and not both else []
+    names = [flag_of(name)] if kind is bool and not both else []
     declared: Any = typer.Argument(**options) if argument else typer.Option(*names, **options)
     default = inspect.Parameter.empty if default is dataclasses.MISSING else default
     return inspect.Parameter(

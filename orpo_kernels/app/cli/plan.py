@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..finetuning.settings import LARGEST_COUNT, check_counts, setting
 from .console import Output
 from .flags import command
@@ -200,10 +200,9 @@ def _model(text: str) -> Model:
     except UserError:
         raise
     except Exception as error:  # of many kinds: not there, no such architecture, no head
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise UserError(
             f"{text} is no configuration of a causal language model that can be read, neither a folder nor a file nor "
-            f"on the hub, and no head of the form HxV (as in 4096x128256): {reason}."
+            f"on the hub, and no head of the form HxV (as in 4096x128256): {first_line(error)}."
         ) from error
     _, softcap = logit_transform(config.get_text_config(decoder=True))
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -12,8 +12,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import IO, TextIO, cast
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 COMPRESSIONS = (".gz", ".zst")
 # What a file begins with that is no text, and what to do about it.
 NO_TEXT = {
@@ -73,8 +74,10 @@ def library(name: str, source: object) -> ModuleType:
         raise UserError(f"{source} takes {package} to be read: pip install {package}.") from error
 
 
-def first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".")
+def is_pointer(path: Path) -> bool:
+    """Whether Git LFS has left a pointer in place of the file."""
+    with path.open("rb") as file:
+        return file.read(len(LFS_POINTER)) == LFS_POINTER
 
 
 def _damaged(path: Path, error: BaseException) -> UserError:

@@ -12,18 +12,17 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ...text.columns import without_nulls
 from ...text.messages import is_message
-from ..errors import UserError
-from .opening import COMPRESSIONS, explained, first_line, format_of, is_compressed, library, opened
+from ..errors import UserError, first_line
+from .opening import COMPRESSIONS, explained, format_of, is_compressed, is_pointer, library, opened
 
 FORMATS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv")
 _NEXT = re.compile(r"[\s,]*(?=[^\s,])")  # up to what is not between values of JSON
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 ABOUT_DATA = ("dataset_info.json", "dataset_infos.json")  # no rows, in folders of data
 LONGEST_FIELD = 2**31 - 1  # of CSV; its reader would refuse 128 KiB
 
@@ -62,9 +61,8 @@ def read_rows(source: str, split: str = "train") -> Iterator[Row]:
 
 
 def _check_pointer(path: Path) -> None:
-    with path.open("rb") as file:
-        if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise UserError(f"{path} is a pointer of Git LFS, not the data itself: git lfs pull.")
+    if is_pointer(path):
+        raise UserError(f"{path} is a pointer of Git LFS, not the data itself: git lfs pull.")
 
 
 # --- JSON ----------------------------------------------------------------------------------------------------------
@@ -131,42 +129,41 @@ def _are_rows(value: Any) -> bool:
 
 def _one_after_another(text: str) -> Iterator[Any]:
     """The values of a text; behind one that is broken, from the next brace that begins a line."""
-    decoder, place = json.JSONDecoder(object_pairs_hook=_once), 0
-    while rest := _NEXT.match(text, place):
-        try:
-            value, place = decoder.raw_decode(text, rest.end())
-        except _Twice as twice:
-            value, place = Unreadable(str(twice)), text.find("\n{", rest.end())
-        except (ValueError, RecursionError) as error:
-            value, place = Unreadable(f"it is not JSON ({error})"), text.find("\n{", rest.end())
+    place = 0
+    while place >= 0 and (rest := _NEXT.match(text, place)):
+        found = _decoded(_JSON.raw_decode, text, rest.end())
+        value, place = (found, text.find("\n{", rest.end())) if isinstance(found, Unreadable) else found
         yield value
-        if place < 0:
-            return
 
 
 def _parsed(text: str) -> Any:
-    try:
-        return json.loads(text, object_pairs_hook=_once)
-    except _Twice as twice:
-        return Unreadable(str(twice))
-    except (ValueError, RecursionError) as error:
-        return Unreadable(f"it is not JSON ({error})")
-
-
-class _Twice(ValueError):
-    """An object that has a key twice, of which JSON's reader would drop the first. The message is the reason."""
-
-
-def _once(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(items)
-    if len(found) < len(items):
-        twice = next(key for key, count in Counter(key for key, _ in items).items() if count > 1)
-        raise _Twice(f"it has {twice!r} twice")
-    return found
+    return _decoded(_JSON.decode, text)
 
 
 def _is_json(text: str) -> bool:
     return not isinstance(_parsed(text), Unreadable)
+
+
+def _decoded(decode: Callable, *arguments: Any) -> Any:
+    """What `decode` returns, or why the text is unreadable."""
+    try:
+        return decode(*arguments)
+    except Unreadable as twice:
+        return twice
+    except (ValueError, RecursionError) as error:
+        return Unreadable(f"it is not JSON ({error})")
+
+
+def _once(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, if it has no key twice, of which JSON's reader would drop the first."""
+    found = dict(items)
+    if len(found) < len(items):
+        twice = next(key for key, count in Counter(key for key, _ in items).items() if count > 1)
+        raise Unreadable(f"it has {twice!r} twice")
+    return found
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_once)
 
 
 # --- CSV -----------------------------------------------------------------------------------------------------------

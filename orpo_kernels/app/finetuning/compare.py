@@ -126,7 +126,7 @@ def _train(settings: TrainSettings) -> dict[str, Any]:
 
 def _evaluated(name: str, model: str, settings: CompareSettings, shared: Shared, **costs: Any) -> Outcome:
     found = intervals(score_model(model, shared.tokenizer, shared.held_out, settings), seed=settings.seed)
-    return Outcome(method=name, **{metric: found[metric] for metric in ("accuracy", "log_odds", "nll")}, **costs)
+    return Outcome(method=name, accuracy=found["accuracy"], log_odds=found["log_odds"], nll=found["nll"], **costs)
 
 
 def _write(found: Comparison, folder: Path) -> None:

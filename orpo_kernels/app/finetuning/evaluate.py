@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Any
 
-import numpy as np
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import Progress
 
 from ..data import Preferences
 from ..errors import UserError
 from . import plots
 from .folder import check_claim, claim, write_whole
-from .held_out import Record, check_number, held_out_prompts, keys, record_of
+from .held_out import Record, check_number, held_out_prompts, keys, known_record, record_of
 from .pretrained import load_tokenizer
 from .processes import check_alone
 from .records import to_json
@@ -48,7 +46,10 @@ def evaluate(settings: EvaluateSettings, console: Console) -> dict[str, Any]:
     asked, trained_on = _asked(settings, offered, names, console)
     which, left_out = _taken_by_all(asked, pairs, console)
     claim(settings.output, "evaluation")
-    scores = {name: _score(name, tokenizers[name], _at(which, pairs[name]), settings, console) for name in names}
+    scores = {
+        name: score_model(name, tokenizers[name], [pairs[name].tokens[i] for i in which], settings, console)
+        for name in names
+    }
 
     values, histogram, result = (settings.output / name for name in ("pairs.jsonl", "margins.png", "evaluation.json"))
     against = scores.get(settings.against)
@@ -61,8 +62,7 @@ def evaluate(settings: EvaluateSettings, console: Console) -> dict[str, Any]:
         "difference": against and intervals(scores[settings.model], against, seed=settings.seed),
         "files": [str(path) for path in (result, values, histogram)],
     }
-    rows = [offered.rows[i] for i in which]
-    write_whole(values, "".join(_line(index, row, scores) for index, row in enumerate(rows)))
+    write_whole(values, "".join(_line(at, offered.rows[i], scores) for at, i in enumerate(which)))
     plots.margins(scores, histogram)
     write_whole(result, to_json(record, indent=2) + "\n")
     return record
@@ -75,17 +75,21 @@ def _asked(
     settings: EvaluateSettings, offered: Preferences, names: Sequence[str], console: Console
 ) -> tuple[list[int], int]:
     """(indices of the pairs to evaluate, how many pairs a model was trained on)."""
-    everything = list(range(len(offered.pairs)))
-    if not settings.eval_split:
-        return everything, _say_what_was_trained_on(offered, names, console)
-    records = {name: record for name in names if (record := record_of(name)) is not None}
+    # A run whose record is damaged has no pair that can be called held out.
+    find = record_of if settings.eval_split else partial(known_record, console=console)
+    records = {name: record for name in names if (record := find(name)) is not None}
     prompts = keys(offered.pairs)
-    held_out = _held_out(settings, offered, records, console)
-    trained = frozenset[str]().union(*(record.trained for record in records.values()))
+    trained = {prompt for record in records.values() for prompt in record.trained}
     trained_on = sum(prompt in trained for prompt in prompts)
+    if not settings.eval_split:
+        if trained_on:
+            of_all = f"{trained_on} of {len(prompts)} pairs were trained on"
+            say(console, f"{of_all}; --eval-split takes the held-out ones.")
+        return list(range(len(prompts))), trained_on
+    held_out = _held_out(settings, offered, records, console)
     if trained_on:
         say(console, f"{trained_on} pairs are left out: {' or '.join(records)} was trained on their prompts.")
-    which = [i for i in everything if prompts[i] in held_out and prompts[i] not in trained]
+    which = [i for i, prompt in enumerate(prompts) if prompt in held_out and prompt not in trained]
     if not which:
         by = f" by {' or '.join(records)}" if records else ""
         raise UserError(
@@ -97,40 +101,23 @@ def _asked(
 
 def _held_out(
     settings: EvaluateSettings, offered: Preferences, records: dict[str, Record], console: Console
-) -> frozenset[str]:
+) -> Collection[str]:
     """The prompts that runs have held out; without a run, those that `train` would hold out."""
     number = held_out_number(settings.eval_split)
     assert number is not None  # the settings have looked
-    check_number(number, len(offered.pairs), settings.data)
     if not records:
         return held_out_prompts(offered.pairs, number, settings.seed, settings.data)
-    prompts = frozenset[str]().union(*(record.held_out for record in records.values()))
+    check_number(number, len(offered.pairs), settings.data)
+    prompts = {prompt for record in records.values() for prompt in record.held_out}
     found = sum(prompt in prompts for prompt in keys(offered.pairs))
     say(console, f"{found} of {len(offered.pairs)} pairs are held out by {' or '.join(records)}, whatever the number.")
     return prompts
 
 
-def _say_what_was_trained_on(offered: Preferences, names: Sequence[str], console: Console) -> int:
-    """How many pairs a model was trained on by a run that has kept a record."""
-    trained: set[str] = set()
-    for name in names:
-        try:
-            record = record_of(name)
-        except UserError as unknown:
-            say(console, str(unknown))
-        else:
-            trained |= record.trained if record else set()
-    count = sum(prompt in trained for prompt in keys(offered.pairs))
-    if count:
-        say(console, f"{count} of {len(offered.pairs)} pairs were trained on; --eval-split takes the held-out ones.")
-    return count
-
-
 def _taken_by_all(asked: Sequence[int], pairs: dict[str, Pairs], console: Console) -> tuple[list[int], dict[str, int]]:
     """(indices of the pairs that every model can take, how many each cannot)."""
-    taken = {name: set(one.taken) for name, one in pairs.items()}
-    left_out = {name: sum(i not in indices for i in asked) for name, indices in taken.items()}
-    which = [i for i in asked if all(i in indices for indices in taken.values())]
+    left_out = {name: sum(i not in one.tokens for i in asked) for name, one in pairs.items()}
+    which = [i for i in asked if all(i in one.tokens for one in pairs.values())]
     if not which:
         raise UserError(f"There is no pair that {' and '.join(pairs)} can take.")
     if len(which) < len(asked):
@@ -139,27 +126,7 @@ def _taken_by_all(asked: Sequence[int], pairs: dict[str, Pairs], console: Consol
     return which, left_out
 
 
-def _at(which: Sequence[int], pairs: Pairs) -> list:
-    """The tokens of the offered pairs at some indices."""
-    place = {offered: index for index, offered in enumerate(pairs.taken)}
-    return [pairs.tokenized[place[i]] for i in which]
-
-
-# --- what they say -------------------------------------------------------------------------------------------------
-
-
-def _score(name: str, tokenizer: Any, pairs: list, settings: EvaluateSettings, console: Console) -> Scores:
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(escape(f"Rating by {name}"), total=len(pairs))
-        try:
-            return score_model(name, tokenizer, pairs, settings, lambda count: progress.advance(task, count))
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{name} cannot be evaluated. {error}") from error
-
-
-def _line(index: int, row: int, scores: dict[str, Scores]) -> str:
+def _line(at: int, row: int, scores: dict[str, Scores]) -> str:
     fields = ("chosen_logps", "rejected_logps", "log_odds")
-    values: dict[str, Any] = {
-        name: {field: float(np.asarray(getattr(one, field))[index]) for field in fields} for name, one in scores.items()
-    }
+    values = {name: {field: float(getattr(one, field)[at]) for field in fields} for name, one in scores.items()}
     return to_json({"row": row, **values}) + "\n"

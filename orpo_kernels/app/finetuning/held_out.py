@@ -7,14 +7,17 @@ them. The run's folder keeps the two sides as `split.json`; an evaluation of the
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from ..data import prompt_key, split_pairs
 from ..errors import UserError
 from .folder import RunFolder, write_whole
+from .remarks import say
 
 NAME = "split.json"
 
@@ -71,16 +74,22 @@ def record_of(model: str) -> Record | None:
         raise UserError(f"{path} is gone or damaged, so that no pair can be called held out.") from error
 
 
+def known_record(model: str, console: Console) -> Record | None:
+    """`record_of`; also None, with a remark, where that is gone or damaged."""
+    try:
+        return record_of(model)
+    except UserError as unknown:
+        say(console, str(unknown))
+        return None
+
+
 def _run_of(model: Path) -> Path | None:
     """The run folder that is `model`, or that the folder `model` (the result, or a checkpoint) lies in."""
     if not model.is_dir():
         return None
     for folder in (model, model.resolve().parent, model.resolve().parent.parent):
         run = RunFolder(folder)
-        if run.settings.exists() and model.resolve() in _models(run):
+        models = (run.path, run.model, run.merged, *run.checkpoints.glob("checkpoint-*"))
+        if run.settings.exists() and model.resolve() in [path.resolve() for path in models]:
             return folder
     return None
-
-
-def _models(run: RunFolder) -> Collection[Path]:
-    return [path.resolve() for path in (run.path, run.model, run.merged, *run.checkpoints.glob("checkpoint-*"))]

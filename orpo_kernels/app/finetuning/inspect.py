@@ -91,10 +91,9 @@ def _to_show(settings: InspectSettings, preferences: Preferences) -> list[int]:
 
 def _uncut(pairs: Pairs, tokenizer: Any) -> Iterator[TokenizedPair]:
     """All pairs that the tokenizer can take, whatever their length."""
-    taken = dict(zip(pairs.taken, pairs.tokenized, strict=True))
     tokenize = tokenization_of(tokenizer)
     for index, pair in enumerate(pairs.offered.pairs):
-        tokenized = taken.get(index)
+        tokenized = pairs.tokens.get(index)
         if tokenized is None or "cut_tokens" in tokenized:
             try:
                 tokenized = tokenize(pair, tokenizer)

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
@@ -36,14 +36,14 @@ from transformers.utils import cached_file
 
 from ...transformers.fitting import positions_of
 from ...transformers.images import Processor
-from ..errors import UserError
+from ..data.opening import is_pointer
+from ..errors import UserError, first_line
 from .manifest import Manifest, manifest
 from .remarks import say
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
-POINTER = b"version https://git-lfs.github.com/spec/"
 # Files beside the weights that make the model what it is; and of those, what does not.
 COMPANIONS = ("*.json", "*.jinja", "*.py", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
 NO_COMPANIONS = ("*.index.json", "adapter_*", "trainer_state.json", "*_results.json", "README*", "requirements.txt")
@@ -60,7 +60,7 @@ def model_folder(name: str) -> str:
             raise UserError(f"There is no folder {name}.")
         return name
     for folder in (Path(name), Path(name) / "model"):
-        if (folder / "config.json").exists() or _has_adapters(folder):
+        if (folder / "config.json").exists() or (folder / "adapter_config.json").exists():
             return str(folder)
     raise UserError(f"{name} holds no model: there is no config.json in it, nor in a folder model there.")
 
@@ -74,15 +74,14 @@ def compute_dtype(name: str) -> torch.dtype:
 
 def load_tokenizer(name: str) -> Any:
     """The tokenizer; of a model that sees pictures, the processor, if it can be loaded and served."""
-    folder = model_folder(name)
-    _check_files(name, Path(folder))
+    folder = _checked_folder(name)
     if _sees_pictures(config_of(name)):
         try:
             processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trusts_code())
             Processor(processor)
         except Exception as error:  # of any library: a model of text may be all that is wanted
-            reason = str(error).strip().partition("\n")[0]
-            logger.warning("%s has no processor for pictures, so that only text is served: %.300s", name, reason)
+            told = "%s has no processor for pictures, so that only text is served: %.300s"
+            logger.warning(told, name, first_line(error))
         else:
             return processor
     with _loading(name, "a tokenizer"):
@@ -107,12 +106,11 @@ def load_model(name: str, dtype: torch.dtype, console: Console | None = None) ->
     What the checkpoint has beside the model is told on `console`. Raises `UserError` for weights that are missing, cut
     off, of another shape, not finite, or of layers that the model does not have.
     """
-    folder = model_folder(name)
-    _check_files(name, Path(folder))
-    if _has_adapters(Path(folder)):
-        model = _with_merged_adapters(name, folder, dtype, console)
-    else:
+    folder, base = _checked_folder(name), base_of(name)
+    if base is None:
         model = _load_whole(name, folder, dtype, console)
+    else:
+        model = _with_merged_adapters(name, folder, base, dtype, console)
     if bad := not_finite(model):
         raise UserError(
             f"{name} has values that are not finite (NaN or infinite) in {_some(bad)}: a run that diverged, or a "
@@ -142,16 +140,9 @@ def with_adapters(model: Any, rank: int, without: Iterable[str] = ()) -> Any:
 def not_finite(model: nn.Module) -> list[str]:
     """The names of the weights that have NaN or infinite values."""
     weights = {name: weight.detach() for name, weight in model.named_parameters() if weight.numel()}
-    return [name for name, weight in weights.items() if weight.dtype in _HEADER.values() and not _is_finite(weight)]
-
-
-def _is_finite(weight: Tensor) -> bool:
-    low, high = torch.aminmax(weight)  # NaN, if there is any; and no mask as large as the weight
-    return bool(low.isfinite() & high.isfinite())
-
-
-def _has_adapters(folder: Path) -> bool:
-    return (folder / "adapter_config.json").exists()
+    # Both ends are NaN, if there is any; and this makes no mask as large as the weight.
+    ends = {name: torch.aminmax(weight) for name, weight in weights.items() if weight.dtype in _HEADER.values()}
+    return [name for name, (low, high) in ends.items() if not low.isfinite() & high.isfinite()]
 
 
 def trusts_code() -> bool | None:
@@ -173,10 +164,8 @@ def _loading(name: str, what: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
-        raise UserError(
-            f"{name} cannot be loaded as {what}, neither as a folder nor from the hub: {reason}."
-        ) from error
+        told = f"{name} cannot be loaded as {what}, neither as a folder nor from the hub: {first_line(error)}."
+        raise UserError(told) from error
 
 
 def _load_whole(name: str, folder: str, dtype: torch.dtype, console: Console | None, **options: Any) -> Any:
@@ -230,15 +219,12 @@ def _some(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
-def _with_merged_adapters(name: str, folder: str, dtype: torch.dtype, console: Console | None) -> Any:
+def _with_merged_adapters(name: str, folder: str, base_name: str, dtype: torch.dtype, console: Console | None) -> Any:
     with _loading(name, "adapters"):
         from peft import PeftConfig, PeftModel
 
         config = PeftConfig.from_pretrained(folder)
-    base_name = base_of(name) or ""
-    base_folder = model_folder(base_name)
-    _check_files(base_name, Path(base_folder))
-    base = _load_whole(base_name, base_folder, dtype, console, revision=config.revision or "main")
+    base = _load_whole(base_name, _checked_folder(base_name), dtype, console, revision=config.revision or "main")
     with _loading(name, "adapters"):
         if (rows := _rows_with_adapters(folder, base.config)) > len(base.get_input_embeddings().weight):
             base.resize_token_embeddings(rows)
@@ -304,22 +290,20 @@ def base_of(name: str) -> str | None:
 
 def model_manifest(name: str) -> Manifest:
     """Of the files that decide what is trained: config, weights and tokenizer; of adapters, those of the base too."""
-    folder = files_folder(name)
-    configs = [path for path in (folder / "config.json", folder / "adapter_config.json") if path.exists()]
-    found = manifest(folder, {*configs, *weight_files(folder), *_matching(folder, TOKENIZER)})
-    base = base_of(name)
-    below = {f"{base}/{file}": entry for file, entry in model_manifest(base).items()} if base else {}
-    return {**found, **below}
+    folder, base = files_folder(name), base_of(name)
+    configs_and_tokenizer = _matching(folder, ("config.json", "adapter_config.json", *TOKENIZER))
+    found = manifest(folder, {*configs_and_tokenizer, *weight_files(folder)})
+    below = model_manifest(base) if base else {}
+    return {**found, **{f"{base}/{file}": entry for file, entry in below.items()}}
 
 
-def _check_files(name: str, folder: Path) -> None:
-    """Refuse files that are not what they are called."""
+def _checked_folder(name: str) -> str:
+    """`model_folder`. Raises `UserError` for files in it that are not what they are called."""
+    folder = Path(model_folder(name))
     if not folder.is_dir():
-        return
+        return name
     for path in {*weight_files(folder), *_matching(folder, COMPANIONS)}:
-        with path.open("rb") as file:
-            is_pointer = file.read(len(POINTER)) == POINTER
-        if is_pointer:
+        if is_pointer(path):
             raise UserError(
                 f"{path} is a pointer of Git LFS, not the file itself: run `git lfs pull` in {folder}, or download "
                 f"{path.name}."
@@ -327,6 +311,7 @@ def _check_files(name: str, folder: Path) -> None:
     for path in weight_files(folder):
         if path.suffix == ".safetensors":
             _header(path)
+    return str(folder)
 
 
 def _matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
@@ -393,16 +378,14 @@ def stored_dtypes(name: str) -> dict[str, torch.dtype]:
     """Of each floating-point weight, the dtype it has in its file; of adapters, those of their base."""
     if base := base_of(name):
         return stored_dtypes(base)
-    dtypes: dict[str, torch.dtype] = {}
+    dtypes: dict[str, Any] = {}
     for path in weight_files(files_folder(name)):
         if path.suffix == ".safetensors":
-            dtypes |= {
-                key: _HEADER[entry["dtype"]] for key, entry in _header(path).items() if entry["dtype"] in _HEADER
-            }
+            dtypes |= {key: _HEADER.get(entry["dtype"]) for key, entry in _header(path).items()}
         else:
             weights = torch.load(path, map_location="meta", weights_only=True)
-            dtypes |= {key: weight.dtype for key, weight in weights.items() if weight.dtype in _HEADER.values()}
-    return dtypes
+            dtypes |= {key: weight.dtype for key, weight in weights.items()}
+    return {key: dtype for key, dtype in dtypes.items() if dtype in _HEADER.values()}
 
 
 # --- what fits it --------------------------------------------------------------------------------------------------

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import track
 
 from ...transformers import EncoderDecoderCollator, PreferenceCollator, TokenizedPair, causal_lm_orpo_loss
 from ...transformers.batches import batch_on
 from ...transformers.packing import IGNORE_INDEX
 from ...transformers.sharing import automatic_packing
-from ..errors import Diverged
+from ..errors import Diverged, UserError
 from .pretrained import compute_dtype, load_model
 from .settings import EvaluateSettings, TrainSettings
 from .setup import has_images
@@ -69,12 +72,18 @@ def score_model(
     tokenizer: Any,
     pairs: Sequence[TokenizedPair],
     settings: EvaluateSettings | TrainSettings,
-    on_batch: Callable[[int], None] = lambda pairs: None,
+    console: Console | None = None,
 ) -> Scores:
-    """`score`, by the model of that name, loaded as the settings say onto the GPU where there is one."""
+    """`score`, by the model of that name, loaded as the settings say onto the GPU where there is one.
+
+    Raises `UserError` for a model that cannot be loaded or evaluated.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_model(name, compute_dtype(settings.dtype)).to(device)
-    return score(model, tokenizer, pairs, settings.batch_size, on_batch)
+    try:
+        model = load_model(name, compute_dtype(settings.dtype)).to(device)
+        return score(model, tokenizer, pairs, settings.batch_size, console, f"Rating by {name}")
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{name} cannot be evaluated. {error}") from error
 
 
 @torch.no_grad()
@@ -83,9 +92,10 @@ def score(
     tokenizer: Any,
     pairs: Sequence[TokenizedPair],
     batch_size: int,
-    on_batch: Callable[[int], None] = lambda pairs: None,
+    console: Console | None = None,
+    title: str = "Rating",
 ) -> Scores:
-    """Score the pairs in their order; `on_batch` is told how many more are done. One pass, no gradient.
+    """Score the pairs in their order, with a bar on a terminal. One pass, no gradient.
 
     Raises `Diverged` where a value is not finite.
     """
@@ -96,12 +106,13 @@ def score(
         collate = EncoderDecoderCollator.of(collate, model)
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i]["chosen_input_ids"]))  # similar lengths: less padding
     values = np.empty((3, len(pairs)))
-    for start in range(0, len(order), batch_size):
+    starts = range(0, len(order), batch_size)
+    hidden = console is None or not console.is_terminal
+    for start in track(starts, escape(title), console=console, transient=True, disable=hidden):
         chunk = order[start : start + batch_size]
         batch = batch_on(collate([pairs[i] for i in chunk]), model.device)
         out = causal_lm_orpo_loss(model, **batch, prompt_nll=False)
         values[:, chunk] = torch.stack([out.chosen_logps, out.rejected_logps, out.log_odds]).cpu().numpy()
-        on_batch(len(chunk))
     if broken := int((~np.isfinite(values)).any(0).sum()):
         raise Diverged(f"Its log-probabilities are not finite for {broken} of {len(pairs)} pairs.")
     chosen, rejected, log_odds = values

@@ -26,6 +26,11 @@ def setting(default: Any = dataclasses.MISSING, help: str = "", **options: Any) 
     return dataclasses.field(default=default, metadata={"help": help, **options})
 
 
+def flag_of(name: str) -> str:
+    """The flag of the command line for a field."""
+    return f"--{name.replace('_', '-')}"
+
+
 @dataclass(frozen=True)
 class DataSettings:
     """Which model, which pairs, and how they become tokens.
@@ -77,7 +82,7 @@ class DataSettings:
         """Refuse what has no effect beside the other settings, if it is among the names `given`."""
         for name, why in self._idle():
             if name in given:
-                raise UserError(f"--{name.replace('_', '-')} {why}.")
+                raise UserError(f"{flag_of(name)} {why}.")
 
     def _idle(self) -> Iterator[tuple[str, str]]:
         """Settings that have no effect beside the others, each with the end of a sentence that begins with its name."""
@@ -86,11 +91,11 @@ class DataSettings:
 
     def ignored_columns(self) -> list[str]:
         """`ignore_columns` as a list."""
-        return [name.strip() for name in self.ignore_columns.split(",") if name.strip()]
+        return _words_in(self.ignore_columns)
 
     def column_names(self) -> dict[str, str]:
         """`columns` as a mapping of field to column."""
-        parts = [part.partition("=") for part in self.columns.split(",") if part.strip()]
+        parts = [part.partition("=") for part in _words_in(self.columns)]
         if not all(field.strip() and column.strip() for field, _, column in parts):
             raise UserError(f"--columns is {self.columns!r}; write it like prompt=question,chosen=good,rejected=bad.")
         return {field.strip(): column.strip() for field, _, column in parts}
@@ -120,7 +125,7 @@ class InspectSettings(DataSettings):
 
     def row_numbers(self) -> list[int]:
         """`rows` as numbers."""
-        parts = [part.strip() for part in self.rows.split(",") if part.strip()]
+        parts = _words_in(self.rows)
         if not all(part.isdecimal() and int(part) for part in parts):
             raise UserError(f"--rows is {self.rows!r}; write numbers of rows, from 1, with commas, like 3,17.")
         return [int(part) for part in parts]
@@ -136,10 +141,9 @@ class TrainSettings(DataSettings):
     beta: float | None = setting(
         None,
         "Strength of the preference (ORPO's lambda). By default the method's own: 0.1, of simpo 2.",
-        metavar="FLOAT",
         rich_help_panel="Loss",
     )
-    gamma: float | None = setting(None, "SimPO's margin. By default 1.", metavar="FLOAT", rich_help_panel="Loss")
+    gamma: float | None = setting(None, "SimPO's margin. By default 1.", rich_help_panel="Loss")
     prompt_nll: bool | None = setting(
         None,
         "Whether the NLL covers the prompt as well. By default it does for orpo alone, as in TRL.",
@@ -147,25 +151,18 @@ class TrainSettings(DataSettings):
         both=True,
     )
     sparse_eps: float | None = setting(
-        None,
-        "Approximate the backward pass: leave out probabilities below this.",
-        metavar="FLOAT",
-        rich_help_panel="Loss",
+        None, "Approximate the backward pass: leave out probabilities below this.", rich_help_panel="Loss"
     )
-    lr: float | None = setting(None, "Peak learning rate. By default 1e-5, with --lora 1e-4.", metavar="FLOAT")
+    lr: float | None = setting(None, "Peak learning rate. By default 1e-5, with --lora 1e-4.")
     epochs: int = setting(1, "Passes over the training pairs.")
-    max_steps: int | None = setting(None, "Stop after so many optimizer steps.", metavar="INTEGER")
+    max_steps: int | None = setting(None, "Stop after so many optimizer steps.")
     batch_size: int = setting(8, "Pairs in a micro-batch, in each process.")
     grad_accum: int = setting(1, "Micro-batches in an optimizer step.")
     eval_split: str = setting(
         "0.1", "What to hold out: a share, a number of pairs (0: none), another split of the data set, or a file."
     )
-    eval_every: int | None = setting(
-        None, "Steps between two evaluations. By default a quarter of the run.", metavar="INTEGER"
-    )
-    save_every: int | None = setting(
-        None, "Steps between two checkpoints. By default a tenth of the run.", metavar="INTEGER"
-    )
+    eval_every: int | None = setting(None, "Steps between two evaluations. By default a quarter of the run.")
+    save_every: int | None = setting(None, "Steps between two checkpoints. By default a tenth of the run.")
     lora: bool = setting(False, "Train low-rank adapters (LoRA) of the linear layers in place of the weights.")
     lora_rank: int = setting(16, "Rank of the adapters.")
     freeze_vision: bool = setting(False, "For a model that sees pictures: train its language part alone.")
@@ -211,16 +208,14 @@ class TrainSettings(DataSettings):
         if self.method in ("dpo", "simpo") and self.prompt_nll:  # what the others say they do anyway
             yield "prompt_nll", f"is for losses with an NLL, which {self.method} has not; leave it out"
         if held_out_number(self.eval_split) == 0:
-            yield (
-                "eval_every",
-                f"is for held-out pairs, but --eval-split {self.eval_split} holds out none; leave it out",
-            )
+            why = f"is for held-out pairs, but --eval-split {self.eval_split} holds out none; leave it out"
+            yield "eval_every", why
         if self.max_steps is not None:
             yield "epochs", "and --max-steps both say how long to train; give one of them"
 
-    def method_options(self) -> dict[str, float | bool]:
-        """What is set of the method's own options, beside beta."""
-        options = {"gamma": self.gamma, "prompt_nll": self.prompt_nll}
+    def loss_options(self) -> dict[str, float | bool]:
+        """What is set of the loss's options, beside beta."""
+        options = {"gamma": self.gamma, "prompt_nll": self.prompt_nll, "sparse_eps": self.sparse_eps}
         return {name: value for name, value in options.items() if value is not None}
 
     @property
@@ -325,9 +320,14 @@ def _words(settings: TrainSettings, kind: type[TrainSettings]) -> list[str]:
         value = getattr(settings, field.name)
         if not field.metadata or field.name in ("model", "data", "output") or value == field.default:
             continue
-        flag = f"--{field.name.replace('_', '-')}"
+        flag = flag_of(field.name)
         words += ([flag] if value else [f"--no-{flag[2:]}"]) if isinstance(value, bool) else [flag, f"{value}"]
     return [*words, "--output", f"{settings.output}"]
+
+
+def _words_in(text: str) -> list[str]:
+    """What stands between commas."""
+    return [word for part in text.split(",") if (word := part.strip())]
 
 
 def held_out_number(text: str) -> float | None:
@@ -362,7 +362,7 @@ def check_counts(settings: Any, least: int, *names: str) -> None:
         value = getattr(settings, name)
         if value is not None and not least <= value <= LARGEST_COUNT:
             bound = f"at most {LARGEST_COUNT}" if value > least else f"at least {least}"
-            raise UserError(f"--{name.replace('_', '-')} is {value}, but has to be {bound}.")
+            raise UserError(f"{flag_of(name)} is {value}, but has to be {bound}.")
 
 
 def _check_seed(settings: Any) -> None:

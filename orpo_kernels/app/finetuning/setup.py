@@ -15,7 +15,7 @@ from ...transformers.encoder_decoder_collator import tokenize_in_two_parts
 from ...transformers.images import tokenizer_of
 from ..data import Preferences, load_preferences, split_pairs
 from ..errors import UserError
-from .held_out import Record, held_out_prompts, keys, record_of
+from .held_out import Record, held_out_prompts, keys, known_record
 from .pretrained import config_of, rows_and_positions
 from .remarks import say
 from .settings import DataSettings, TrainSettings, held_out_number
@@ -26,16 +26,18 @@ class Pairs:
     """Preferences, and what the tokenizer made of each.
 
     Attributes:
-        preferences: the pairs that the tokenizer takes.
-        tokenized: each of them as tokens.
-        offered: all pairs of the source, of which the tokenizer has refused some.
-        taken: the index in `offered` of each that it takes.
+        offered: all pairs of the source.
+        preferences: those that the tokenizer takes.
+        tokens: of each of these, by its index in `offered`.
     """
 
-    preferences: Preferences
-    tokenized: list[TokenizedPair]
     offered: Preferences
-    taken: list[int]
+    preferences: Preferences
+    tokens: dict[int, TokenizedPair]
+
+    @property
+    def tokenized(self) -> list[TokenizedPair]:
+        return list(self.tokens.values())
 
     def by_prompt(self) -> list[tuple[str, TokenizedPair]]:
         """The key of each one's prompt (`data.prompt_key`), and its tokens."""
@@ -56,17 +58,17 @@ def load_pairs(settings: DataSettings, tokenizer: Any, console: Console, source:
     max_length = min(settings.max_length, positions or settings.max_length)
     options: Any = {"max_length": max_length, "too_long": "cut" if settings.too_long == "cut" else "refuse"}
     tokenize = tokenization_of(tokenizer)
-    tokenized, refused = [], {}
+    tokens, refused = {}, {}
     shown = track(preferences.pairs, "Tokenising", console=console, transient=True, disable=not console.is_terminal)
     for index, pair in enumerate(shown):
         try:
-            tokenized.append(tokenize(pair, given, **options))
+            tokens[index] = tokenize(pair, given, **options)
         except UnusablePair as unusable:
             refused[index] = str(unusable)
         except (ValueError, TypeError) as error:  # of the tokenizer: no offsets, no EOS, no template
             raise UserError(f"{settings.model} has no tokenizer for these pairs. {error}") from error
-    taken = [index for index in range(len(preferences.pairs)) if index not in refused]
-    pairs = Pairs(preferences.without(refused), tokenized, preferences, taken)
+    pairs = Pairs(preferences, preferences.without(refused), tokens)
+    tokenized = pairs.tokenized
     say(console, pairs.preferences.describe())
     if not tokenized:
         first = pairs.preferences.problems[0]
@@ -125,7 +127,8 @@ def load_split(settings: TrainSettings, tokenizer: Any, console: Console) -> Spl
 
     Raises `UserError` where nothing is left to train on, and where pairs are to be held out and none is left.
     """
-    before = _trained_before(settings.model, console)
+    known = known_record(settings.model, console)
+    before = known.trained if known else frozenset()
     pairs = load_pairs(settings, tokenizer, console)
     number = held_out_number(settings.eval_split)
     if number is None:
@@ -135,9 +138,10 @@ def load_split(settings: TrainSettings, tokenizer: Any, console: Console) -> Spl
         training, held_out = pairs.by_prompt(), elsewhere.by_prompt()
     else:
         prompts = held_out_prompts(pairs.offered.pairs, number, settings.seed, settings.data)
-        training = [(key, pair) for key, pair in pairs.by_prompt() if key not in prompts]
         asked = [key for key in keys(pairs.offered.pairs) if key in prompts]
-        held_out = [(key, pair) for key, pair in pairs.by_prompt() if key in prompts]
+        training, held_out = (
+            [one for one in pairs.by_prompt() if (one[0] in prompts) is side] for side in (False, True)
+        )
     if not training:
         raise UserError(
             f"--eval-split {settings.eval_split} leaves no pair of {settings.data} to train on: give "
@@ -167,18 +171,8 @@ def load_split(settings: TrainSettings, tokenizer: Any, console: Console) -> Spl
 
 def _can_be_split(pairs: Pairs, seed: int) -> bool:
     """Whether the least that can be held out, which is one prompt, leaves a pair to train on."""
-    least = set(keys(pairs.offered.pairs[i] for i in split_pairs(pairs.offered.pairs, 1, seed)[1]))
-    return any(key not in least for key, _ in pairs.by_prompt())
-
-
-def _trained_before(model: str, console: Console) -> frozenset[str]:
-    """The prompts that the model was trained on by an earlier run."""
-    try:
-        record = record_of(model)
-    except UserError as unknown:
-        say(console, str(unknown))
-        return frozenset()
-    return record.trained if record else frozenset()
+    training, _ = split_pairs(pairs.offered.pairs, 1, seed)
+    return not pairs.tokens.keys().isdisjoint(training)
 
 
 def _elsewhere(settings: TrainSettings, tokenizer: Any, console: Console) -> Pairs:

@@ -41,7 +41,10 @@ def begin(kind: str, settings: TrainSettings, runs: Sequence[TrainSettings], con
     silence_transformers()
     check_claim(settings.output, kind)
     for run in runs:
-        check_is_ours(run)
+        try:
+            check_is_ours(run)
+        except UserError as error:
+            raise UserError(f"The run in {run.output} cannot begin: {error}") from error
     tokenizer = load_tokenizer(settings.model)
     _, training, held_out, _ = load_split(settings, tokenizer, console)
     inputs = inputs_of(settings.model, training, held_out)

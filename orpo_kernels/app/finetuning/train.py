@@ -25,7 +25,6 @@ from ...transformers.lm_head import resolve_lm_head
 from ...transformers.probe import verify_lm_head
 from ...transformers.trainer import PreferenceTrainer
 from ...transformers.versions import sampling, save_where_asked
-from ..data import Preferences
 from ..errors import Diverged, UserError
 from . import plots
 from .folder import (
@@ -40,14 +39,13 @@ from .folder import (
     whole_folder,
     write_whole,
 )
-from .held_out import Record
 from .inputs import check_inputs, inputs_of
 from .pretrained import compute_dtype, load_model, load_tokenizer, not_finite, save_as_it_came, with_adapters
 from .processes import of_all, processes, writes
 from .progress import ProgressBar, Recorder
 from .remarks import say, silence_transformers
 from .settings import TrainSettings
-from .setup import has_images, load_split
+from .setup import Split, has_images, load_split
 
 EVALUATIONS, CHECKPOINTS = 4, 10  # in a run, by default
 WARMUP = 0.1  # of the steps; the learning rate rises and then falls to 0, both linearly
@@ -98,34 +96,34 @@ def train(settings: TrainSettings, console: Console, keep: Callable[[Trained], N
     state.wait_for_everyone()  # until all have looked, before anybody writes
     folder = RunFolder(settings.output, writes(settings.output))
     summary = folder.finished()
-    if all(of_all(summary is not None)):
-        assert summary is not None
-        _, training, held_out, _ = load_split(settings, load_tokenizer(settings.model), console)
-        _inputs(folder, settings, training, held_out, console)
-        say(console, f"The run in {settings.output} is finished already.")
-        for name in folder.changed_results():
-            say(console, f"{name} there is no longer what the run wrote.")
-        folder.clean()
-        return summary
-
+    is_finished = all(of_all(summary is not None))
     with told_when_full(folder.path):
-        checkpoint = _where_to_go_on(folder, console)
+        checkpoint = None if is_finished else _where_to_go_on(folder, console)
         tokenizer = load_tokenizer(settings.model)
-        pairs, training, held_out, record = load_split(settings, tokenizer, console)
-        inputs = _inputs(folder, settings, training, held_out, console)
+        split = load_split(settings, tokenizer, console)
+        with console.status("Hashing the model's files …") if console.is_terminal else nullcontext():
+            inputs = inputs_of(settings.model, split.training, split.held_out)
+        check_inputs(folder, inputs)
+        if is_finished:
+            assert summary is not None
+            say(console, f"The run in {settings.output} is finished already.")
+            for name in folder.changed_results():
+                say(console, f"{name} there is no longer what the run wrote.")
+            folder.clean()
+            return summary
         claim(folder.path, "run")
         if folder.is_written:
-            _begin(folder, settings, inputs, pairs.preferences, record)
+            _begin(folder, settings, inputs, split)
         state.wait_for_everyone()
         recorder = Recorder(folder)
-        trainer = _trainer(settings, folder, tokenizer, training, held_out, [recorder, *_tensorboard(folder)], console)
+        trainer = _trainer(settings, folder, tokenizer, split, [recorder, *_tensorboard(folder)], console)
         with ProgressBar(console, recorder, trainer.args.max_steps) as bar:
             trainer.add_callback(bar)
             _run(trainer, folder, checkpoint)
         if folder.is_written:
-            keep(Trained(trainer.model, tokenizer, held_out, folder, settings))
-            counts = {"pairs": len(training), "held_out": len(held_out), "problems": len(pairs.preferences.problems)}
-            _end(folder, settings, counts, trainer.reference_seconds)
+            keep(Trained(trainer.model, tokenizer, split.held_out, folder, settings))
+            plots.curves(folder.metrics.read(), folder.evaluations.read(), folder.curves)
+            folder.finish(_summary(settings, folder, split, trainer.reference_seconds))
         state.wait_for_everyone()
         if folder.is_written:
             folder.clean()
@@ -145,12 +143,10 @@ def check_is_ours(settings: TrainSettings) -> None:
         return
     if not settings.resume:
         raise UserError(f"{folder.path} holds a run already: go on with it (--resume), or choose another --output.")
-    ours, theirs = _plain(settings), _settings_of(folder)
-    defaults = {field.name: field.default for field in dataclasses.fields(TrainSettings)}
+    ours, theirs = _lasting(_plain(settings)), _lasting(_settings_of(folder))
     for name in sorted(ours.keys() | theirs.keys()):
-        began, now = (values.get(name, defaults.get(name)) for values in (theirs, ours))
-        if name not in MAY_CHANGE and began != now:
-            began, now = ("(default)" if value is None else value for value in (began, now))
+        began, now = (values.get(name, "(default)") for values in (theirs, ours))
+        if began != now:
             raise UserError(
                 f"The run in {folder.path} has {name} {began}, but now it is {now}: go on with what it was started "
                 f"with (--config {folder.settings}), or choose another --output."
@@ -189,7 +185,12 @@ def _where_to_go_on(folder: RunFolder, console: Console) -> Path | None:
         folder.rewind(checkpoint)
     state.wait_for_everyone()
     if checkpoint:
-        _check_processes(folder, checkpoint)
+        then, now = processes_of(checkpoint), state.num_processes
+        if then != now:
+            raise UserError(
+                f"The run in {folder.path} was started with {then} processes and would go on with {now}, whose steps "
+                f"are others: launch {then}, or choose another --output."
+            )
         console.print(f"Going on behind step {step_of(checkpoint)}.")
     elif began:
         console.print("There is no checkpoint to go on from: the run begins anew.")
@@ -209,53 +210,23 @@ def _latest_of_all(folder: RunFolder) -> Path | None:
     return found[max(common)] if common else None
 
 
-def _inputs(
-    folder: RunFolder, settings: TrainSettings, training: list, held_out: list, console: Console
-) -> dict[str, Any]:
-    """What the run trains on. Raises `UserError` where the run in the folder was started with something else."""
-    with console.status("Hashing the model's files …") if console.is_terminal else nullcontext():
-        inputs = inputs_of(settings.model, training, held_out)
-    check_inputs(folder, inputs)
-    return inputs
-
-
-def _check_processes(folder: RunFolder, checkpoint: Path) -> None:
-    began, now = processes_of(checkpoint), processes().num_processes
-    if began != now:
-        raise UserError(
-            f"The run in {folder.path} was started with {began} processes and would go on with {now}, whose steps are "
-            f"others: launch {began}, or choose another --output."
-        )
-
-
-def _begin(
-    folder: RunFolder, settings: TrainSettings, inputs: dict[str, Any], preferences: Preferences, record: Record
-) -> None:
+def _begin(folder: RunFolder, settings: TrainSettings, inputs: dict[str, Any], split: Split) -> None:
     """From here on the folder holds a run. (Until it has got somewhere, it is not in the way of the next try.)"""
     values = _plain(settings)
     note(folder.path, inputs=inputs, settings=_lasting(values))
     write_whole(folder.settings, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
-    write_whole(folder.problems, preferences.problem_lines())
-    record.write(folder.path)
-
-
-def _end(folder: RunFolder, settings: TrainSettings, counts: dict[str, int], reference_seconds: float) -> None:
-    """With its summary the run is finished."""
-    plots.curves(folder.metrics.read(), folder.evaluations.read(), folder.curves)
-    folder.finish({**_summary(settings, folder, counts), "reference_seconds": round(reference_seconds, 3)})
+    write_whole(folder.problems, split.pairs.preferences.problem_lines())
+    split.record.write(folder.path)
 
 
 def _plain(settings: TrainSettings) -> dict[str, Any]:
     """What a configuration file takes."""
-    values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(TrainSettings)}
-    return {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in values.items()
-        if value is not None and name != "resume"
-    }
+    names = [field.name for field in dataclasses.fields(TrainSettings) if field.name != "resume"]
+    values = {name: value for name in names if (value := getattr(settings, name)) is not None}
+    return {**values, "output": str(settings.output)}
 
 
-def _summary(settings: TrainSettings, folder: RunFolder, counts: dict[str, int]) -> dict[str, Any]:
+def _summary(settings: TrainSettings, folder: RunFolder, split: Split, reference_seconds: float) -> dict[str, Any]:
     steps, evaluations = folder.metrics.read(), folder.evaluations.read()
     seconds, tokens = (sum(step[name] for step in steps) for name in ("seconds", "tokens"))
     return {
@@ -264,7 +235,9 @@ def _summary(settings: TrainSettings, folder: RunFolder, counts: dict[str, int])
         "method": settings.method,
         "beta": method_named(settings.method, beta=settings.beta).beta,
         "lr": settings.peak_lr,
-        **counts,
+        "pairs": len(split.training),
+        "held_out": len(split.held_out),
+        "problems": len(split.pairs.preferences.problems),
         "processes": processes().num_processes,
         "steps": len(steps),
         "seconds": round(seconds, 3),
@@ -273,6 +246,7 @@ def _summary(settings: TrainSettings, folder: RunFolder, counts: dict[str, int])
         "before": evaluations[0] if evaluations else None,
         "after": evaluations[-1] if evaluations else None,
         "output": str(folder.path),
+        "reference_seconds": round(reference_seconds, 3),
     }
 
 
@@ -283,20 +257,17 @@ def _trainer(
     settings: TrainSettings,
     folder: RunFolder,
     tokenizer: Any,
-    training: list,
-    held_out: list,
+    split: Split,
     callbacks: list,
     console: Console,
 ) -> PreferenceTrainer:
+    training, held_out = split.training, split.held_out
     dtype = compute_dtype(settings.dtype)
     set_seed(settings.seed)
     # Weights that are trained stay float32, or steps as small as a fine-tune's would round to nothing.
     model = load_model(settings.model, dtype if settings.lora else torch.float32, console)
     if folder.is_written:
         save_where_asked(model)
-    loss_options: dict[str, Any] = settings.method_options()
-    if settings.sparse_eps is not None:
-        loss_options["sparse_eps"] = settings.sparse_eps
     try:
         frozen = freeze_vision(model) if settings.freeze_vision else []
         trainer = PreferenceTrainer(
@@ -311,7 +282,7 @@ def _trainer(
             eval_dataset=held_out or None,
             method=settings.method,
             beta=settings.beta,
-            loss_options=loss_options,
+            loss_options=settings.loss_options(),
             callbacks=callbacks,
         )
         _try(trainer, training[0])
