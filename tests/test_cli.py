@@ -370,7 +370,7 @@ def test_the_latest_complete_checkpoint_counts(tmp_path):
         (checkpoint / "model.safetensors").write_bytes(b"")
         if step < 12:
             mark_complete(checkpoint)
-    assert folder.latest_checkpoint() == folder.checkpoints / "checkpoint-10"
+    assert folder.complete_checkpoints()[-1] == folder.checkpoints / "checkpoint-10"
     assert not (folder.checkpoints / "checkpoint-12").exists()
 
 

@@ -437,7 +437,7 @@ def test_templates_by_name_are_a_checkpoints_own(tmp_path):
         mark_complete(templates.parent)
     (templates / "tool_use.jinja").write_text("cut o")
     folder.remove_damaged_checkpoints(lambda _: None)
-    assert folder.latest_checkpoint() == folder.checkpoints / "checkpoint-2"
+    assert folder.complete_checkpoints()[-1] == folder.checkpoints / "checkpoint-2"
     folder.clean()
     assert not folder.checkpoints.exists()
 

@@ -36,6 +36,9 @@ def save_report(error: BaseException, folder: Path | None = None) -> Path | None
     Into `folder` where it holds something already (an empty one stays free for the next try), else into the current
     folder, else into that of temporary files. Returns the file, or None where no place can be written to.
     """
+    lines = [f"command line: {sys.argv}", f"python {platform.python_version()} on {platform.platform()}"]
+    lines += [f"{package} {version_of(package) or '(not installed)'}" for package in PACKAGES]
+    report = "\n".join([*lines, "", "".join(traceback.format_exception(error))])
     places = [Path(), Path(tempfile.gettempdir())]
     if folder is not None and folder.is_dir() and any(folder.iterdir()):
         places.insert(0, folder)
@@ -43,21 +46,16 @@ def save_report(error: BaseException, folder: Path | None = None) -> Path | None
     for place in places:
         try:
             with (place / name).open("x", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(_report(error))
+                file.write(report)
         except OSError:
             continue
         return place / name
     return None
 
 
-def _report(error: BaseException) -> str:
-    lines = [f"command line: {sys.argv}", f"python {platform.python_version()} on {platform.platform()}"]
-    lines += [f"{package} {_version(package)}" for package in PACKAGES]
-    return "\n".join([*lines, "", "".join(traceback.format_exception(error))])
-
-
-def _version(package: str) -> str:
+def version_of(package: str) -> str | None:
+    """None where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
-        return "(not installed)"
+        return None

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import platform
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from .errors import version_of
 
 PACKAGES = ("orpo-kernels", "torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy")
 
@@ -25,7 +26,7 @@ def describe() -> dict[str, Any]:
         "bf16_gemm_hardware": has_bf16_gemm(),
         "gpu": gpu() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: version_of(name) for name in PACKAGES},
     }
 
 
@@ -62,10 +63,3 @@ def _cpuinfo() -> dict[str, str]:
     path = Path("/proc/cpuinfo")
     first = path.read_text().partition("\n\n")[0].splitlines() if path.exists() else []
     return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first)}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -20,34 +20,26 @@ from ..errors import UserError, save_report
 from . import BAD_INPUT, INTERRUPTED, UNFORESEEN
 from .console import Output, flush
 
-ClickException = typer.BadParameter.__mro__[2]  # which typer has of its own, or from click, and does not name
+ClickException: Any = typer.BadParameter.__mro__[2]  # which typer has of its own, or from click, and does not name
 
 # What to do about an error of the file system.
+ELSEWHERE = "choose another place"
 ADVICE = {
-    errno.EACCES: "change its permissions, or choose another place",
-    errno.EPERM: "change its permissions, or choose another place",
-    errno.EROFS: "choose another place",
-    errno.ENOTDIR: "part of it is a file, not a folder: choose another place",
-    errno.EISDIR: "it is a folder, not a file: choose another place",
-    errno.EEXIST: "it is there already, and no folder: choose another place",
-    errno.ENOTEMPTY: "choose another place",
+    **dict.fromkeys((errno.EACCES, errno.EPERM), f"change its permissions, or {ELSEWHERE}"),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), f"make room on that disk, or {ELSEWHERE}"),
+    **dict.fromkeys((errno.EROFS, errno.ENOTEMPTY), ELSEWHERE),
+    errno.ENOTDIR: f"part of it is a file, not a folder: {ELSEWHERE}",
+    errno.EISDIR: f"it is a folder, not a file: {ELSEWHERE}",
+    errno.EEXIST: f"it is there already, and no folder: {ELSEWHERE}",
     errno.ENOENT: "it is not there, or no longer",
     errno.ENAMETOOLONG: "choose a shorter name",
-    errno.ELOOP: "its links lead in a circle: choose another place",
-    errno.ENOSPC: "make room on that disk, or choose another place",
-    errno.EDQUOT: "make room on that disk, or choose another place",
+    errno.ELOOP: f"its links lead in a circle: {ELSEWHERE}",
     errno.EFBIG: "the limit (ulimit -f) or the file system has to allow larger files",
     errno.EMFILE: "the limit (ulimit -n) has to allow more open files",
-    errno.EIO: "the disk has an error: choose another place",
+    errno.EIO: f"the disk has an error: {ELSEWHERE}",
 }
-# The same from libraries that say it in words of their own: safetensors, PyTorch.
-WORDS = {
-    "No space left on device": errno.ENOSPC,
-    "Disk quota exceeded": errno.EDQUOT,
-    "File too large": errno.EFBIG,
-    "Permission denied": errno.EACCES,
-    "Read-only file system": errno.EROFS,
-}
+# Those that libraries say in words (safetensors, PyTorch).
+WORDS = {os.strerror(code): code for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)}
 OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError")
 NO_MEMORY_WORDS = ("can't allocate memory", "Cannot allocate memory", "out of memory")
 
@@ -77,7 +69,9 @@ def _sentence(error: BaseException, folder: Path | None) -> str | None:
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, ClickException):
-        return _of_a_flag(error)
+        context = getattr(error, "ctx", None)
+        help = f" See {context.command_path} --help." if context else ""
+        return f"{error.format_message().rstrip('.')}.{help}"
     if type(error).__name__ in OUT_OF_MEMORY or any(words in str(error) for words in NO_MEMORY_WORDS):
         return "The memory is full: give a smaller --batch-size or --max-length, or take a smaller model."
     code = error.errno if isinstance(error, OSError) else None
@@ -87,12 +81,6 @@ def _sentence(error: BaseException, folder: Path | None) -> str | None:
     path = getattr(error, "filename", None) or folder
     subject = f"{os.fspath(path)!s} cannot be used" if path is not None else "A file cannot be used"
     return f"{subject} ({os.strerror(code)}): {ADVICE[code]}."
-
-
-def _of_a_flag(error: Any) -> str:
-    context = getattr(error, "ctx", None)
-    help = f" See {context.command_path} --help." if context else ""
-    return f"{error.format_message().rstrip('.')}.{help}"
 
 
 def leave(status: int) -> int:

@@ -50,10 +50,13 @@ def _told(found: Inspection) -> list[Any]:
     figures = table("Lengths in tokens, before any cut", "", *next(iter(record["lengths"].values())))
     for name, values in record["lengths"].items():
         figures.add_row(LENGTHS[name], *(f"{value:.0f}" for value in values.values()))
+    layouts = ", ".join(f"{count} as {name}" for name, count in record["layouts"].items())
+    refused, cut = len(record["problems"]), record["cut_pairs"]
     return [
         figures,
         f"\n{LENGTHS['pair'].capitalize()}:\n{_histogram(found.lengths['pair'])}\n",
-        _summary(record),
+        f"Of {record['data']}: {record['pairs']} pairs ({layouts}), {refused} rows cannot be used, {cut} pairs are cut "
+        f"to {record['max_length']} tokens and lose {record['cut_tokens']}.",
         f"Written: {', '.join(record['files'])}",
     ]
 
@@ -70,12 +73,3 @@ def _histogram(values: np.ndarray) -> str:
         bar = "#" * max(int(count > 0), round(WIDTH * count / counts.max()))
         lines.append(f"{low:7} to {low + width - 1:7} {bar:{WIDTH}} {count}")
     return "\n".join(lines)
-
-
-def _summary(record: dict[str, Any]) -> str:
-    layouts = ", ".join(f"{count} as {name}" for name, count in record["layouts"].items())
-    refused, cut = len(record["problems"]), record["cut_pairs"]
-    return (
-        f"Of {record['data']}: {record['pairs']} pairs ({layouts}), {refused} rows cannot be used, {cut} pairs are cut "
-        f"to {record['max_length']} tokens and lose {record['cut_tokens']}."
-    )

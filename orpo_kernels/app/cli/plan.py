@@ -41,17 +41,6 @@ class PlanSettings:
             raise UserError(f"--share is {self.share:g}, but has to be more than 0 and at most 1.")
 
 
-@dataclass(frozen=True)
-class Model:
-    """What the plan needs of a model; 0 parameters where only its head is known."""
-
-    hidden_size: int
-    vocab_size: int
-    bias: bool = False
-    softcap: bool = False
-    parameters: int = 0
-
-
 @command(PlanSettings)
 def plan(settings: PlanSettings, output: Output) -> None:
     """Say what head and loss cost: FLOP and bytes of every schedule and of every other implementation.
@@ -69,26 +58,23 @@ def plan(settings: PlanSettings, output: Output) -> None:
     from .. import costs
     from ..gpus import gpu_named
 
-    model = _model(settings.model)
+    head, parameters = _model(settings.model)
     try:
         gpu = gpu_named(settings.gpu)
     except (ValueError, OverflowError) as error:
         raise UserError(f"--gpu {error}") from error
     dtype = getattr(torch, settings.dtype)
     case = costs.Case(
-        hidden_size=model.hidden_size,
-        vocab_size=model.vocab_size,
+        **head,
         sequences=2 * settings.batch,
         length=settings.length,
         rows=max(1, round(settings.share * 2 * settings.batch * settings.length)),
         dtype=dtype,
         trained=not settings.lora,
-        bias=model.bias,
-        softcap=model.softcap,
     )
-    state = costs.training_state_bytes(model.parameters, 0 if settings.lora else model.parameters, dtype)
+    state = costs.training_state_bytes(parameters, 0 if settings.lora else parameters, dtype)
     # A cost has the gradient of the head's weight in it, which the state of a whole model has as well.
-    own = case.gradient_bytes - case.hidden_bytes if model.parameters else -case.weight_bytes
+    own = case.gradient_bytes - case.hidden_bytes if parameters else -case.weight_bytes
     left = gpu.memory - state - case.hidden_bytes + own
     ours = costs.ours(case, budget=max(1, min(gpu.memory // 16, left)), target=gpu.target)
     everyone = [*ours, *costs.peers(case)]
@@ -97,14 +83,14 @@ def plan(settings: PlanSettings, output: Output) -> None:
         **{name: value for name, value in asdict(case).items() if name != "dtype"},
         "dtype": settings.dtype,
         "gpu": asdict(gpu),
-        "parameters": model.parameters,
+        "parameters": parameters,
         "training_state_bytes": state,
         "left_bytes": left,
         "recommended": ours[0].name.removeprefix("ours, "),
         "why": ours[0].plan.reason if ours[0].plan else "",
         "costs": [_record(cost, gpu, left) for cost in everyone],
     }
-    output.result(record, _table(settings, case, gpu, everyone, left), *_sentences(model, gpu, state, left, ours))
+    output.result(record, _table(settings, case, gpu, everyone, left), *_sentences(parameters, gpu, state, left, ours))
 
 
 def _record(cost: Cost, gpu: GPU, left: int) -> dict[str, Any]:
@@ -135,29 +121,22 @@ def _table(settings: PlanSettings, case: Case, gpu: GPU, everyone: list[Cost], l
     for index, cost in enumerate(everyone):
         fits = Text("yes", "green") if cost.bytes <= left else Text("no", "red")
         least = f"{1e3 * cost.flops / gpu.flops:.3g}" if gpu.flops else "?"
-        cells: list[Any] = [
-            cost.name,
-            str(cost.gemms),
-            f"{cost.flops / 1e12:.3g}",
-            f"{cost.bytes / GIB:.3f}",
-            fits,
-            least,
-        ]
+        figures: list[Any] = [str(cost.gemms), f"{cost.flops / 1e12:.3g}", f"{cost.bytes / GIB:.3f}", fits, least]
         last_of_ours = cost.name.startswith("ours") and not everyone[index + 1].name.startswith("ours")
-        table.add_row(*cells, cost.note, style="bold" if index == 0 else None, end_section=last_of_ours)
+        table.add_row(cost.name, *figures, cost.note, style="bold" if index == 0 else None, end_section=last_of_ours)
     table.caption = (
         "GiB: the peak beside hidden states and weight, with their gradients. ms: an estimate at the data sheet's peak"
     )
     return table
 
 
-def _sentences(model: Model, gpu: GPU, state: int, left: int, ours: list[Cost]) -> list[str]:
+def _sentences(parameters: int, gpu: GPU, state: int, left: int, ours: list[Cost]) -> list[str]:
     from ...engine.work import format_bytes
 
     said = []
-    if model.parameters:
+    if parameters:
         said.append(
-            f"{model.parameters / 1e9:.3g} billion parameters: weights, gradients and AdamW take {format_bytes(state)} "
+            f"{parameters / 1e9:.3g} billion parameters: weights, gradients and AdamW take {format_bytes(state)} "
             f"of {gpu.name}'s {format_bytes(gpu.memory)}."
         )
     if left <= 0:
@@ -176,13 +155,13 @@ def _sentences(model: Model, gpu: GPU, state: int, left: int, ours: list[Cost]) 
     return said
 
 
-def _model(text: str) -> Model:
-    """From the configuration; parameters are counted on tensors without data."""
+def _model(text: str) -> tuple[dict[str, Any], int]:
+    """(what a `Case` has of the head, parameters). These are counted on tensors without data; 0 for a bare head."""
     hidden_size, _, vocab_size = text.partition("x")
     if all(size.isdecimal() and len(size) <= len(str(LARGEST_COUNT)) for size in (hidden_size, vocab_size)):
-        sizes = int(hidden_size), int(vocab_size)
-        if all(0 < size <= LARGEST_COUNT for size in sizes):
-            return Model(*sizes)
+        bare = {"hidden_size": int(hidden_size), "vocab_size": int(vocab_size)}
+        if all(0 < size <= LARGEST_COUNT for size in bare.values()):
+            return bare, 0
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -196,7 +175,7 @@ def _model(text: str) -> Model:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         head = model.get_output_embeddings()
-        vocab_size, hidden_size = head.weight.shape
+        sizes = dict(zip(("vocab_size", "hidden_size"), head.weight.shape, strict=True))
     except UserError:
         raise
     except Exception as error:  # of many kinds: not there, no such architecture, no head
@@ -206,4 +185,4 @@ def _model(text: str) -> Model:
         ) from error
     _, softcap = logit_transform(config.get_text_config(decoder=True))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Model(hidden_size, vocab_size, head.bias is not None, softcap is not None, parameters)
+    return {**sizes, "bias": head.bias is not None, "softcap": softcap is not None}, parameters

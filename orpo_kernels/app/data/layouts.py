@@ -104,8 +104,8 @@ def _pair(fields: Fields, layout: Layout | None, chosen: Any, rejected: Any) -> 
     if found == "text":
         return found, _text(fields, chosen, rejected)
     readers: dict[Layout, Callable] = {"chat": _chat, "conversation": _conversation, "transcript": _transcript}
-    prompt, *answers = readers[found](fields, chosen, rejected)
-    return found, _named(_with_system(fields, prompt), *answers)
+    prompt, chosen, rejected = readers[found](fields, chosen, rejected)
+    return found, {"prompt": _with_system(fields, prompt), "chosen": chosen, "rejected": rejected}
 
 
 def _recognise(fields: Fields, chosen: Any, rejected: Any) -> Layout:
@@ -129,15 +129,11 @@ def _recognise(fields: Fields, chosen: Any, rejected: Any) -> Layout:
     return "text" if all(isinstance(side, str) for side in sides) else "chat"
 
 
-def _named(prompt: Any, chosen: Any, rejected: Any) -> dict[str, Any]:
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-
-
 # --- the layouts: (prompt, chosen, rejected) -----------------------------------------------------------------------
 
 
 def _text(fields: Fields, chosen: Any, rejected: Any) -> dict[str, Any]:
-    pair = _named(fields.question(), chosen, rejected)
+    pair = {"prompt": fields.question(), "chosen": chosen, "rejected": rejected}
     for name, part in pair.items():
         if not isinstance(part, str):
             raise BadRow(f"its {name} is a {kind(part)}, not a string")
@@ -257,7 +253,9 @@ def _options(fields: Fields) -> dict[str, Any]:
         raise BadRow(f"its chat_template_kwargs is a {kind(template_options)}, not an object")
     if fields.has("enable_thinking"):
         template_options = {**template_options, "enable_thinking": _flag(fields.get("enable_thinking"))}
-    return {**options, **({"chat_template_kwargs": dict(template_options)} if template_options else {})}
+    if template_options:
+        options["chat_template_kwargs"] = dict(template_options)
+    return options
 
 
 def _weight(value: Any) -> float:
@@ -314,8 +312,10 @@ def _without_marks(pair: dict[str, Any]) -> tuple[dict[str, Any], set[str]]:
 
 def _check(pair: Mapping[str, Any]) -> None:
     """Refuse what there is nothing to learn from, or what no tokenizer takes."""
-    if not all(map(_encodable, strings(pair))):
-        raise BadRow("it holds bytes or a surrogate that are not UTF-8")
+    try:
+        "".join(strings(pair)).encode()
+    except UnicodeEncodeError as error:
+        raise BadRow("it holds bytes or a surrogate that are not UTF-8") from error
     prompt = pair["prompt"]
     if not isinstance(prompt, str) and prompt[-1]["role"] not in ("user", "tool"):
         raise BadRow(f"the last message of its prompt is by {prompt[-1]['role']!r}, not by 'user' or 'tool'")
@@ -335,11 +335,3 @@ def _check_answer(name: str, answer: Any) -> None:
             )
     if not messages or not says_something(messages[-1]):
         raise BadRow(f"its {name} answer is empty")
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

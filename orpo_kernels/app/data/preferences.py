@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -14,7 +14,7 @@ from ...text.messages import BadMessages
 from ...text.pictures import beside
 from ..errors import UserError
 from .layouts import Layout, read_row
-from .reading import Row, Unreadable, read_rows
+from .reading import Unreadable, read_rows
 
 SHOWN_PROBLEMS = 3
 
@@ -119,25 +119,22 @@ def load_preferences(
         )
     if layout != "auto" and layout not in get_args(Layout):
         raise UserError(f"There is no layout {layout!r}; the layouts are auto, {', '.join(get_args(Layout))}.")
-    rows = _without(ignore_columns, read_rows(source, split))
-    preferences = _collect(source, rows, None if layout == "auto" else layout, columns)
+    preferences = _collect(source, split, None if layout == "auto" else layout, columns, ignore_columns)
     if not preferences.pairs:
         raise UserError(f"{source} holds no usable pair. {_why_none(preferences)}")
     return preferences
 
 
-def _without(columns: Collection[str], rows: Iterable[Row]) -> Iterator[Row]:
-    for number, row in rows:
-        yield number, {k: v for k, v in row.items() if k not in columns} if isinstance(row, Mapping) else row
-
-
-def _collect(source: str, rows: Iterable[Row], layout: Layout | None, columns: Mapping[str, str]) -> Preferences:
+def _collect(
+    source: str, split: str, layout: Layout | None, columns: Mapping[str, str], ignore_columns: Collection[str]
+) -> Preferences:
     preferences, ignored = Preferences(source), set()
-    for number, row in rows:
+    for number, row in read_rows(source, split):
         try:
             if isinstance(row, Unreadable):
                 raise BadRow(str(row))
-            reading = read_row(row, layout, columns)
+            read = {k: v for k, v in row.items() if k not in ignore_columns} if isinstance(row, Mapping) else row
+            reading = read_row(read, layout, columns)
         except BadMessages as bad:
             unread = tuple(bad.columns) if isinstance(bad, UnreadColumns) else ()
             preferences.problems.append(Problem(number, str(bad), unread))

@@ -46,7 +46,9 @@ def read_rows(source: str, split: str = "train") -> Iterator[Row]:
         if path.is_dir():
             return _folder(path, split)
         if not path.exists():
-            return _named(source, split)
+            if source.startswith((".", "/", "~")) or format_of(path) in FORMATS:
+                raise UserError(f"There is no file {source}.")
+            return _data_set(source, split)
         if path.stat().st_size == 0:
             raise UserError(f"{source} is empty.")
         _check_pointer(path)
@@ -291,12 +293,6 @@ def _check_all_read(path: Path, files: list[Path]) -> None:
             f"{path} has files that would not be read: {', '.join(unread)}. Files of one folder have one format, and "
             "either all of their names say a split (train, test, ...) or none; or give one file."
         )
-
-
-def _named(source: str, split: str) -> Iterator[Row]:
-    if source.startswith((".", "/", "~")) or format_of(Path(source)) in FORMATS:
-        raise UserError(f"There is no file {source}.")
-    return _data_set(source, split)
 
 
 def _data_set(source: str, split: str) -> Iterator[Row]:

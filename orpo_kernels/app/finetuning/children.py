@@ -38,11 +38,8 @@ def run_child(command: list[str]) -> tuple[int, str]:
 
 def _end(child: subprocess.Popen) -> None:
     """Ctrl-C in a terminal has reached the child as well; what was sent to this process alone is passed on."""
-    with suppress(subprocess.TimeoutExpired):
-        child.wait(1)
-        return
-    child.send_signal(signal.SIGINT)
-    with suppress(subprocess.TimeoutExpired):
-        child.wait(PATIENCE)
-        return
-    child.kill()
+    for seconds, signal_behind in ((1, signal.SIGINT), (PATIENCE, signal.SIGKILL)):
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(seconds)
+            return
+        child.send_signal(signal_behind)

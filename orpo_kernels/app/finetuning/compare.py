@@ -7,7 +7,6 @@ import json
 import sys
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
@@ -76,11 +75,9 @@ def compare(settings: CompareSettings, console: Console) -> Comparison:
     """Train by each method and evaluate, the model before training first.
 
     The runs are run folders in `settings.output`; `compare.json` and `compare.png` there show them together. Each run
-    is a process of its own, so that its memory is its own. A comparison that was stopped goes on with `resume`. A run
-    that has begun and fails is named, and the others go on.
+    is a process of its own, so that its memory is its own. A comparison that was stopped goes on with `resume`.
 
-    Raises `UserError` as `train` does for what cannot begin, if runs there were started with other pairs or another
-    model, and if no run came to its end.
+    Raises `UserError` as `several.begin` and `several.outcomes` do.
     """
     check_alone("compare")
     runs = [
@@ -94,7 +91,9 @@ def compare(settings: CompareSettings, console: Console) -> Comparison:
             found.failed.append(Failure(run.method, reason, str(run.output)))
         else:
             found.outcomes.append(outcome)
-        _write(found, settings.output)
+        write_whole(settings.output / "compare.json", to_json(dataclasses.asdict(found), indent=2) + "\n")
+        if len(found.outcomes) > 1:
+            plots.comparison(found.outcomes, settings.output / "compare.png")
     return found
 
 
@@ -127,9 +126,3 @@ def _train(settings: TrainSettings) -> dict[str, Any]:
 def _evaluated(name: str, model: str, settings: CompareSettings, shared: Shared, **costs: Any) -> Outcome:
     found = intervals(score_model(model, shared.tokenizer, shared.held_out, settings), seed=settings.seed)
     return Outcome(method=name, accuracy=found["accuracy"], log_odds=found["log_odds"], nll=found["nll"], **costs)
-
-
-def _write(found: Comparison, folder: Path) -> None:
-    write_whole(folder / "compare.json", to_json(dataclasses.asdict(found), indent=2) + "\n")
-    if len(found.outcomes) > 1:
-        plots.comparison(found.outcomes, folder / "compare.png")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ from ..data import Preferences
 from ..errors import UserError
 from . import plots
 from .folder import check_claim, claim, write_whole
-from .held_out import Record, check_number, held_out_prompts, keys, known_record, record_of
+from .held_out import check_number, held_out_prompts, keys, known_record, record_of
 from .pretrained import load_tokenizer
 from .processes import check_alone
 from .records import to_json
@@ -86,7 +86,15 @@ def _asked(
             of_all = f"{trained_on} of {len(prompts)} pairs were trained on"
             say(console, f"{of_all}; --eval-split takes the held-out ones.")
         return list(range(len(prompts))), trained_on
-    held_out = _held_out(settings, offered, records, console)
+    number = held_out_number(settings.eval_split)
+    assert number is not None  # the settings have looked
+    check_number(number, len(prompts), settings.data)
+    if records:  # what they have held out; without a run, what `train` would hold out
+        held_out = frozenset[str]().union(*(record.held_out for record in records.values()))
+        found = f"{sum(prompt in held_out for prompt in prompts)} of {len(prompts)} pairs are held out"
+        say(console, f"{found} by {' or '.join(records)}, whatever the number.")
+    else:
+        held_out = held_out_prompts(offered.pairs, number, settings.seed, settings.data)
     if trained_on:
         say(console, f"{trained_on} pairs are left out: {' or '.join(records)} was trained on their prompts.")
     which = [i for i, prompt in enumerate(prompts) if prompt in held_out and prompt not in trained]
@@ -97,21 +105,6 @@ def _asked(
             "Without --eval-split all of them are evaluated."
         )
     return which, trained_on
-
-
-def _held_out(
-    settings: EvaluateSettings, offered: Preferences, records: dict[str, Record], console: Console
-) -> Collection[str]:
-    """The prompts that runs have held out; without a run, those that `train` would hold out."""
-    number = held_out_number(settings.eval_split)
-    assert number is not None  # the settings have looked
-    if not records:
-        return held_out_prompts(offered.pairs, number, settings.seed, settings.data)
-    check_number(number, len(offered.pairs), settings.data)
-    prompts = {prompt for record in records.values() for prompt in record.held_out}
-    found = sum(prompt in prompts for prompt in keys(offered.pairs))
-    say(console, f"{found} of {len(offered.pairs)} pairs are held out by {' or '.join(records)}, whatever the number.")
-    return prompts
 
 
 def _taken_by_all(asked: Sequence[int], pairs: dict[str, Pairs], console: Console) -> tuple[list[int], dict[str, int]]:

@@ -93,11 +93,9 @@ class RunFolder:
     def finish(self, summary: dict[str, Any]) -> None:
         """Write the summary, with which the run is finished, and note what its results are."""
         write_whole(self.summary, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-        files = [path for place in (self.model, self.merged) for path in place.rglob("*") if path.is_file()]
-        files += [
-            path for path in (*self.logs(), self.problems, self.scores, self.curves, self.summary) if path.exists()
-        ]
-        note(self.path, results=manifest(self.path, files))
+        files = [*self.model.rglob("*"), *self.merged.rglob("*"), *self.logs()]
+        files += [self.problems, self.scores, self.curves, self.summary]
+        note(self.path, results=manifest(self.path, filter(Path.is_file, files)))
 
     def clean(self) -> None:
         """Remove what a finished run does not need."""
@@ -112,11 +110,6 @@ class RunFolder:
         """In their order, those that are not complete as well."""
         found = [path for path in self.checkpoints.glob("checkpoint-*") if re.fullmatch(r".*-\d+", path.name)]
         return sorted((path for path in found if _files(path, OF_A_CHECKPOINT)), key=step_of)
-
-    def latest_checkpoint(self) -> Path | None:
-        """The latest complete one. Those that are not complete are removed."""
-        complete = self.complete_checkpoints()
-        return complete[-1] if complete else None
 
     def complete_checkpoints(self) -> list[Path]:
         """In their order. Those that are not complete are removed."""
@@ -135,7 +128,7 @@ class RunFolder:
 
     def remove_damaged_checkpoints(self, tell: Callable[[str], None]) -> None:
         """Until the files of the latest one are as they were written."""
-        while (checkpoint := self.latest_checkpoint()) is not None:
+        for checkpoint in reversed(self.complete_checkpoints()):
             record = _completion(checkpoint)
             changed = differing(checkpoint, record["files"]) if record else [COMPLETE]
             if not changed:
@@ -145,8 +138,7 @@ class RunFolder:
 
     def remove_old_checkpoints(self) -> None:
         """All but the latest two."""
-        complete = [path for path in self._checkpoints() if (path / COMPLETE).exists()]
-        for checkpoint in complete[:-KEPT_CHECKPOINTS]:
+        for checkpoint in self.complete_checkpoints()[:-KEPT_CHECKPOINTS]:
             _remove_checkpoint(checkpoint)
 
     def rewind(self, checkpoint: Path | None) -> None:
@@ -231,8 +223,7 @@ class JsonLines:
             record = json.loads(line)
         except ValueError:
             record = None
-        numbers = [record.get(key) for key in self.keys] if isinstance(record, dict) else [None]
-        if not all(isinstance(value, (int, float)) for value in numbers):
+        if not isinstance(record, dict) or not all(isinstance(record.get(key), (int, float)) for key in self.keys):
             raise UserError(_damaged(self.path, f"line {number} of it"))
         return record
 
@@ -323,7 +314,14 @@ def whole_folder(path: Path) -> Iterator[Path]:
     scratch.mkdir(parents=True)
     yield scratch
     if path.exists():
-        _copy_missing(path, scratch)
+        # What is at the top of it and was not written anew.
+        shutil.copytree(
+            path,
+            scratch,
+            symlinks=True,
+            dirs_exist_ok=True,
+            ignore=lambda at, names: [name for name in names if Path(at) == path and (scratch / name).exists()],
+        )
     _sync_tree(scratch)
     if path.exists():
         shutil.rmtree(before, ignore_errors=True)
@@ -331,16 +329,6 @@ def whole_folder(path: Path) -> Iterator[Path]:
     scratch.rename(path)
     shutil.rmtree(before, ignore_errors=True)
     _sync(path.parent)
-
-
-def _copy_missing(source: Path, target: Path) -> None:
-    for held in source.iterdir():
-        if (target / held.name).exists():
-            continue
-        if held.is_dir():
-            shutil.copytree(held, target / held.name, symlinks=True)
-        else:
-            shutil.copy2(held, target / held.name, follow_symlinks=False)
 
 
 @contextmanager

@@ -65,10 +65,16 @@ def inspect(settings: InspectSettings, console: Console) -> Inspection:
     lengths = _lengths(_uncut(pairs, tokenizer))
     plots.lengths({LENGTHS[name]: values for name, values in lengths.items()}, settings.max_length, plot)
     write_whole(problems, pairs.preferences.problem_lines())
+    cut = [lost for pair in pairs.tokenized if (lost := pair.get("cut_tokens"))]
     record = {
         "data": settings.data,
         "model": settings.model,
-        **_counts(pairs),
+        "pairs": len(pairs.tokenized),
+        "layouts": dict(Counter(pairs.preferences.layouts)),
+        "ignored": pairs.preferences.ignored,
+        "problems": [dataclasses.asdict(problem) for problem in pairs.preferences.problems],
+        "cut_pairs": len(cut),
+        "cut_tokens": sum(cut),
         "max_length": settings.max_length,
         "lengths": {name: _figures(values) for name, values in lengths.items()},
         "files": [str(problems), str(plot)],
@@ -113,18 +119,6 @@ def _lengths(pairs: Iterable[TokenizedPair]) -> dict[str, np.ndarray]:
 
 def _prompt(labels: Sequence[int]) -> int:
     return next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)
-
-
-def _counts(pairs: Pairs) -> dict[str, Any]:
-    cut = [lost for pair in pairs.tokenized if (lost := pair.get("cut_tokens"))]
-    return {
-        "pairs": len(pairs.tokenized),
-        "layouts": dict(Counter(pairs.preferences.layouts)),
-        "ignored": pairs.preferences.ignored,
-        "problems": [dataclasses.asdict(problem) for problem in pairs.preferences.problems],
-        "cut_pairs": len(cut),
-        "cut_tokens": sum(cut),
-    }
 
 
 def _figures(values: np.ndarray) -> dict[str, float]:

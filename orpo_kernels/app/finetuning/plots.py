@@ -15,9 +15,9 @@ from .folder import write_whole
 from .progress import SHOWN_OVER
 
 if TYPE_CHECKING:
-    from .comparison import Outcome
+    from .compare import Outcome
     from .scoring import Scores
-    from .search import Point
+    from .sweep import Point
 
 PANELS = {"loss": "loss", "nll_loss": "NLL", "log_odds": "log-odds", "accuracy": "preference accuracy"}
 

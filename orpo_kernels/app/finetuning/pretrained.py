@@ -345,7 +345,11 @@ def save_as_it_came(model: Any, name: str, folder: Path) -> None:
 
     Casts the model itself. Raises `UserError` if a value is beyond its dtype.
     """
-    _cast_as_stored(model, name)
+    stored = stored_dtypes(name)
+    usual = Counter(stored.values()).most_common(1)[0][0] if stored else torch.float32
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.dtype in _HEADER.values():
+            tensor.data = tensor.data.to(stored.get(key, usual))
     if bad := not_finite(model):
         raise UserError(f"{bad[0]} is beyond the range of {name}'s dtype, {model.get_parameter(bad[0]).dtype}.")
     files = companions(name)
@@ -363,15 +367,6 @@ def companions(name: str) -> dict[str, Path]:
     found = [path for path in _matching(folder, COMPANIONS) if not any(fnmatch(path.name, no) for no in NO_COMPANIONS)]
     below = companions(base) if base else {}
     return {**below, **{path.name: path for path in found}}
-
-
-def _cast_as_stored(model: nn.Module, name: str) -> None:
-    stored = stored_dtypes(name)
-    usual = Counter(stored.values()).most_common(1)[0][0] if stored else torch.float32
-    state = model.state_dict(keep_vars=True)
-    for key, tensor in state.items():
-        if tensor.dtype in _HEADER.values():
-            tensor.data = tensor.data.to(stored.get(key, usual))
 
 
 def stored_dtypes(name: str) -> dict[str, torch.dtype]:

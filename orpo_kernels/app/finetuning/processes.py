@@ -33,18 +33,13 @@ def of_all(value: T) -> list[T]:
     return gather_object([value]) if processes().num_processes > 1 else [value]
 
 
-def has_several_nodes() -> bool:
-    """As the launcher says it."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", processes().num_processes)) < processes().num_processes
-
-
 def writes(folder: Path) -> bool:
     """Whether this process writes into `folder`; to be called by every process.
 
     The first of all does, and the first on every node that does not see what that one writes.
     """
     state = processes()
-    if not has_several_nodes():
+    if int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes)) == state.num_processes:  # all are on one node
         return state.is_main_process
     (token,) = broadcast_object_list([secrets.token_hex(8)])
     probe = folder.absolute().with_name(f".{folder.name}.{token}")

@@ -8,7 +8,6 @@ import sys
 import time
 from collections import deque
 from statistics import mean
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -114,12 +113,12 @@ def peak_memory() -> int:
 
 
 class ProgressBar(TrainerCallback):
-    """A bar with the latest means beside it; a line now and then where there is no terminal."""
+    """A bar with the latest means beside it, while `bar` is open; a line now and then where there is no terminal."""
 
     def __init__(self, console: Console, recorder: Recorder, steps: int) -> None:
         self.console, self.recorder, self.steps = console, recorder, steps
         self._recent: deque[dict[str, Any]] = deque(maxlen=SHOWN_OVER)
-        self._bar = Progress(
+        self.bar = Progress(
             TextColumn("Training"),
             BarColumn(bar_width=16),
             MofNCompleteColumn(),
@@ -128,14 +127,7 @@ class ProgressBar(TrainerCallback):
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task("", total=steps, live="")
-
-    def __enter__(self) -> ProgressBar:
-        self._bar.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._bar.stop()
+        self._task = self.bar.add_task("", total=steps, live="")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         if "eval_loss" in logs:
@@ -149,7 +141,7 @@ class ProgressBar(TrainerCallback):
         means = {name: _mean([one[name] for one in self._recent]) for name in (*LOGGED, "tokens_per_second")}
         memory = f"{self.recorder.latest['memory_bytes'] / 2**30:.1f} GiB"
         live = f"{_told(means)}  {means['tokens_per_second']:,.0f} tokens/s  {memory}"
-        self._bar.update(self._task, completed=step, live=live)
+        self.bar.update(self._task, completed=step, live=live)
         if not self.console.is_terminal and step % max(1, self.steps // 10) == 0:
             self.console.print(f"step {step}/{self.steps}: {live}", soft_wrap=True)
 

@@ -13,8 +13,6 @@ from ..errors import UserError
 
 MethodName = Literal["orpo", "sft", "dpo", "simpo", "cpo"]
 DType = Literal["auto", "float32", "fp32", "bfloat16", "bf16"]
-Packing = Literal["auto", "shared", "padded"]
-TooLong = Literal["cut", "leave-out"]
 DataLayout = Literal["auto", "text", "chat", "conversation", "transcript"]
 
 LARGEST_COUNT = 2**31 - 1
@@ -65,7 +63,7 @@ class DataSettings:
     max_length: int = setting(
         1024, "The most tokens that a prompt and an answer may have together.", rich_help_panel="Data"
     )
-    too_long: TooLong = setting(
+    too_long: Literal["cut", "leave-out"] = setting(
         "cut", "What becomes of pairs with more tokens: cut, or left out and named as problems.", rich_help_panel="Data"
     )
     dtype: DType = setting(
@@ -170,7 +168,7 @@ class TrainSettings(DataSettings):
     gradient_checkpointing: bool = setting(
         False, "Take less memory and more time: keep few activations, compute the others again."
     )
-    packing: Packing = setting(
+    packing: Literal["auto", "shared", "padded"] = setting(
         "auto",
         "Whether both answers share one prompt (shared) or each has its own (padded). auto: shared where that is exact "
         "and fast; measure: both are timed first.",

@@ -139,9 +139,8 @@ def load_split(settings: TrainSettings, tokenizer: Any, console: Console) -> Spl
     else:
         prompts = held_out_prompts(pairs.offered.pairs, number, settings.seed, settings.data)
         asked = [key for key in keys(pairs.offered.pairs) if key in prompts]
-        training, held_out = (
-            [one for one in pairs.by_prompt() if (one[0] in prompts) is side] for side in (False, True)
-        )
+        training = [(key, pair) for key, pair in pairs.by_prompt() if key not in prompts]
+        held_out = [(key, pair) for key, pair in pairs.by_prompt() if key in prompts]
     if not training:
         raise UserError(
             f"--eval-split {settings.eval_split} leaves no pair of {settings.data} to train on: give "

@@ -8,7 +8,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -79,11 +78,9 @@ def sweep(settings: SweepSettings, console: Console) -> Sweep:
     """Train once for each pair of lambda and learning rate.
 
     The runs are folders in `settings.output` without a model; `sweep.json` and `sweep.png` there show them together.
-    A sweep that was stopped goes on with `resume`: finished runs are read, the one that was under way is resumed. A run
-    that has begun and fails, as one that diverges, is named, and the others go on.
+    A sweep that was stopped goes on with `resume`: finished runs are read, the one that was under way is resumed.
 
-    Raises `UserError` as `train` does for what cannot begin, if runs there were started with other pairs or another
-    model, and if no run came to its end.
+    Raises `UserError` as `several.begin` and `several.outcomes` do.
     """
     grid = [_run(settings, *values) for values in itertools.product(settings.beta_values(), settings.lr_values())]
     shared = begin("sweep", settings, grid, console)
@@ -100,7 +97,9 @@ def sweep(settings: SweepSettings, console: Console) -> Sweep:
             finished.append(outcome)
             found.points = side_by_side(finished, settings.seed)
         if writes(settings.output):
-            _write(found, settings.output)
+            write_whole(settings.output / "sweep.json", to_json(found.record(), indent=2) + "\n")
+            if found.points:
+                plots.sweep(found.points, settings.output / "sweep.png")
     return found
 
 
@@ -138,22 +137,20 @@ def side_by_side(runs: Sequence[tuple[dict[str, Any], Scores]], seed: int = 0) -
     points = []
     for summary, scores in runs:
         least, base = min((run for run in runs if run[0]["lr"] == summary["lr"]), key=lambda run: run[0]["beta"])
-        metrics = scores.metrics()
+        metrics, difference = scores.metrics(), None
+        if least is not summary:
+            found = intervals(scores, base, seed)
+            difference = {name: found[name] for name in COMPARED}
         values: dict[str, Any] = {name: float(metrics[name]) for name in COMPARED}
         point = Point(
             **values,
             **{name: summary[name] for name in ("beta", "lr", "seconds", "output")},
-            difference=None if least is summary else _difference(scores, base, seed),
+            difference=difference,
             as_good=_within_one_error(scores, best),
             held_out=len(scores.log_odds),
         )
         points.append(point)
     return points
-
-
-def _difference(scores: Scores, base: Scores, seed: int) -> dict[str, dict[str, float]]:
-    found = intervals(scores, base, seed)
-    return {name: found[name] for name in COMPARED}
 
 
 def _within_one_error(scores: Scores, best: Scores) -> bool:
@@ -167,12 +164,6 @@ def _within_one_error(scores: Scores, best: Scores) -> bool:
     difference = (lost - won) / pairs
     error = math.sqrt(((lost + won) / pairs - difference**2) / pairs)
     return bool(difference <= error)
-
-
-def _write(found: Sweep, folder: Path) -> None:
-    write_whole(folder / "sweep.json", to_json(found.record(), indent=2) + "\n")
-    if found.points:
-        plots.sweep(found.points, folder / "sweep.png")
 
 
 def winner(points: list[Point]) -> Point:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from math import ceil
@@ -117,8 +117,9 @@ def train(settings: TrainSettings, console: Console, keep: Callable[[Trained], N
         state.wait_for_everyone()
         recorder = Recorder(folder)
         trainer = _trainer(settings, folder, tokenizer, split, [recorder, *_tensorboard(folder)], console)
-        with ProgressBar(console, recorder, trainer.args.max_steps) as bar:
-            trainer.add_callback(bar)
+        progress = ProgressBar(console, recorder, trainer.args.max_steps)
+        trainer.add_callback(progress)
+        with progress.bar:
             _run(trainer, folder, checkpoint)
         if folder.is_written:
             keep(Trained(trainer.model, tokenizer, split.held_out, folder, settings))
@@ -143,7 +144,7 @@ def check_is_ours(settings: TrainSettings) -> None:
         return
     if not settings.resume:
         raise UserError(f"{folder.path} holds a run already: go on with it (--resume), or choose another --output.")
-    ours, theirs = _lasting(_plain(settings)), _lasting(_settings_of(folder))
+    ours, theirs = _lasting(_plain(settings)), _settings_of(folder)
     for name in sorted(ours.keys() | theirs.keys()):
         began, now = (values.get(name, "(default)") for values in (theirs, ours))
         if began != now:
@@ -154,13 +155,11 @@ def check_is_ours(settings: TrainSettings) -> None:
 
 
 def _settings_of(folder: RunFolder) -> dict[str, Any]:
-    """What a run was started with. Raises `UserError` if the file is gone or is not what the run wrote."""
-    try:
-        values = yaml.safe_load(folder.settings.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        values = None
-    known = noted(folder.path, "settings")
-    if not isinstance(values, dict) or known != _lasting(values):
+    """What a run was started with, and may not change. Raises `UserError` if the file is not what the run wrote."""
+    known, values = noted(folder.path, "settings"), None
+    with suppress(OSError, ValueError, AttributeError, yaml.YAMLError):
+        values = _lasting(yaml.safe_load(folder.settings.read_text(encoding="utf-8")))
+    if values is None or values != known:
         raise UserError(
             f"{folder.settings} is damaged: it is not what the run in {folder.path} was started with. Restore it, or "
             "choose another --output."
