@@ -16,9 +16,8 @@ from ...methods import METHODS
 from ..errors import UserError
 from . import plots
 from .children import run_child
-from .folder import RunFolder, write_whole
+from .folder import RunFolder, write_json
 from .processes import check_alone
-from .records import to_json
 from .scoring import intervals, score_model
 from .settings import CompareSettings, TrainSettings, train_arguments
 from .several import Shared, begin, outcomes
@@ -91,7 +90,7 @@ def compare(settings: CompareSettings, console: Console) -> Comparison:
             found.failed.append(Failure(run.method, reason, str(run.output)))
         else:
             found.outcomes.append(outcome)
-        write_whole(settings.output / "compare.json", to_json(dataclasses.asdict(found), indent=2) + "\n")
+        write_json(settings.output / "compare.json", dataclasses.asdict(found))
         if len(found.outcomes) > 1:
             plots.comparison(found.outcomes, settings.output / "compare.png")
     return found

@@ -11,7 +11,7 @@ from rich.console import Console
 from ..data import Preferences
 from ..errors import UserError
 from . import plots
-from .folder import check_claim, claim, write_whole
+from .folder import check_claim, claim, write_json, write_whole
 from .held_out import check_number, held_out_prompts, keys, known_record, record_of
 from .pretrained import load_tokenizer
 from .processes import check_alone
@@ -64,7 +64,7 @@ def evaluate(settings: EvaluateSettings, console: Console) -> dict[str, Any]:
     }
     write_whole(values, "".join(_line(at, offered.rows[i], scores) for at, i in enumerate(which)))
     plots.margins(scores, histogram)
-    write_whole(result, to_json(record, indent=2) + "\n")
+    write_json(result, record)
     return record
 
 
@@ -88,8 +88,8 @@ def _asked(
         return list(range(len(prompts))), trained_on
     number = held_out_number(settings.eval_split)
     assert number is not None  # the settings have looked
-    check_number(number, len(prompts), settings.data)
     if records:  # what they have held out; without a run, what `train` would hold out
+        check_number(number, len(prompts), settings.data)
         held_out = frozenset[str]().union(*(record.held_out for record in records.values()))
         found = f"{sum(prompt in held_out for prompt in prompts)} of {len(prompts)} pairs are held out"
         say(console, f"{found} by {' or '.join(records)}, whatever the number.")

@@ -34,6 +34,7 @@ from typing import Any
 from ..errors import UserError
 from .manifest import differing, manifest, sealed, unsealed
 from .processes import processes, writes
+from .records import to_json
 
 COMPLETE = "complete"
 MARK = ".orpo-kernels.json"
@@ -92,7 +93,7 @@ class RunFolder:
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write the summary, with which the run is finished, and note what its results are."""
-        write_whole(self.summary, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+        write_json(self.summary, summary)
         files = [*self.model.rglob("*"), *self.merged.rglob("*"), *self.logs()]
         files += [self.problems, self.scores, self.curves, self.summary]
         note(self.path, results=manifest(self.path, filter(Path.is_file, files)))
@@ -299,6 +300,11 @@ def write_whole(path: Path, content: str | bytes) -> None:
         os.fsync(file.fileno())
     os.replace(scratch, path)
     _sync(path.parent)
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """`write_whole`, for people and machines."""
+    write_whole(path, to_json(record, indent=2) + "\n")
 
 
 @contextmanager

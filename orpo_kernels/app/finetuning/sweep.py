@@ -16,10 +16,9 @@ from rich.console import Console
 
 from ..errors import Diverged, UserError
 from . import plots
-from .folder import RunFolder, write_whole
+from .folder import RunFolder, write_json, write_whole
 from .pretrained import compute_dtype
 from .processes import writes
-from .records import to_json
 from .scoring import Scores, intervals, score
 from .settings import SweepSettings, train_arguments
 from .several import begin, outcomes
@@ -97,7 +96,7 @@ def sweep(settings: SweepSettings, console: Console) -> Sweep:
             finished.append(outcome)
             found.points = side_by_side(finished, settings.seed)
         if writes(settings.output):
-            write_whole(settings.output / "sweep.json", to_json(found.record(), indent=2) + "\n")
+            write_json(settings.output / "sweep.json", found.record())
             if found.points:
                 plots.sweep(found.points, settings.output / "sweep.png")
     return found

@@ -109,7 +109,8 @@ def train(settings: TrainSettings, console: Console, keep: Callable[[Trained], N
             say(console, f"The run in {settings.output} is finished already.")
             for name in folder.changed_results():
                 say(console, f"{name} there is no longer what the run wrote.")
-            folder.clean()
+            if folder.is_written:
+                folder.clean()
             return summary
         claim(folder.path, "run")
         if folder.is_written:
