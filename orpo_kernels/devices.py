@@ -1,4 +1,4 @@
-"""Devices without float64: Apple's GPUs (MPS) and Intel's Arc cards (XPU).
+"""What differs between types of devices, and those without float64: Apple's GPUs (MPS) and Intel's Arc cards (XPU).
 
 All that is computed of a number a row (labels to rows, sums over sequences, odds ratio) is computed in float64. Where a
 device has none, it makes the numbers (`statistics_dtype`) and the host does the rest: rows are there, and so is what
@@ -7,14 +7,45 @@ belongs to them. Loss, metrics and gradients are on the device as anywhere else.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-WITHOUT_FLOAT64 = ("mps",)  # and some of the XPUs, which say so
+
+@dataclass(frozen=True)
+class Kind:
+    """A type of device.
+
+    Attributes:
+        backend: the best for its tensors, where it can be used.
+        rows_backend: the best for what is done with a few numbers a row. A CPU whose is "triton" stands for a GPU.
+        has_float64: False where none of its devices has.
+        memory: bytes of each, to be asked for if None.
+    """
+
+    backend: str = "torch"
+    rows_backend: str = "torch"
+    has_float64: bool = True
+    memory: int | None = None
+
+
+# By `torch.device.type`; torch calls AMD's GPUs cuda as well. What stands for another device is entered here.
+GPU_KIND = Kind("triton", "triton")
+KINDS = {"cpu": Kind("native", "native"), "cuda": GPU_KIND, "xpu": GPU_KIND, "mps": Kind(has_float64=False)}
+
+
+def kind_of(device: torch.device) -> Kind:
+    return KINDS.get(device.type, Kind())
+
+
+def is_host(device: torch.device) -> bool:
+    """Whether to look at a number there is not to wait for it."""
+    return device.type == "cpu" and kind_of(device).rows_backend != "triton"
 
 
 def has_float64(device: torch.device) -> bool:
-    return device.type not in WITHOUT_FLOAT64 and (device.type != "xpu" or _xpu_has_float64(device.index))
+    return kind_of(device).has_float64 and (device.type != "xpu" or _xpu_has_float64(device.index))
 
 
 def _xpu_has_float64(index: int | None) -> bool:

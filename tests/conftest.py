@@ -64,16 +64,17 @@ def _drawings(request, monkeypatch) -> None:
 @pytest.fixture(params=["torch", "native", "triton"])
 def backend(request, monkeypatch) -> str:
     """Each of the backends in turn, chosen by backend="auto" on the CPU; Triton is interpreted there."""
+    from orpo_kernels.devices import KINDS, Kind
     from orpo_kernels.ops import why_not
 
     if request.param == "torch":
-        monkeypatch.setattr("orpo_kernels.ops.CPU_TYPES", ())
+        monkeypatch.setitem(KINDS, "cpu", Kind())
     if request.param == "native" and (reason := why_not("native", torch.device("cpu"))):
         pytest.skip(reason)
     if request.param == "triton":
         if not HAS_TRITON:
             pytest.skip("triton is not installed")
-        monkeypatch.setattr("orpo_kernels.ops.GPU_TYPES", ("cpu", "cuda", "xpu"))
+        monkeypatch.setitem(KINDS, "cpu", Kind("triton", rows_backend="native"))
     return request.param
 
 
@@ -107,10 +108,11 @@ def small_chunks():
 def fake_gpu(monkeypatch):
     """An H100 of fake CPU tensors: Triton wrappers whose launches do nothing, a GPU's tiles and GEMMs."""
     pytest.importorskip("triton")
+    from orpo_kernels.devices import GPU_KIND, KINDS
     from orpo_kernels.ops.triton.launch import Target
 
     monkeypatch.setattr("triton.runtime.interpreter.InterpretedFunction.run", lambda self, *args, **options: None)
     monkeypatch.setattr("orpo_kernels.ops.triton.launch.INTERPRETER", Target("cuda", 90, 132))
-    monkeypatch.setattr("orpo_kernels.ops.GPU_TYPES", ("cpu",))
+    monkeypatch.setitem(KINDS, "cpu", GPU_KIND)
     monkeypatch.setattr("torch._subclasses.FakeTensor.data_ptr", lambda tensor: tensor.storage_offset())
     monkeypatch.setattr("torch._subclasses.FakeTensor.is_cuda", True)  # where GEMMs widen their result

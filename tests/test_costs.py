@@ -15,6 +15,7 @@ from benchmarks.contest import memory, peers
 from orpo_kernels import Rows, orpo_loss_from_rows
 from orpo_kernels.app import costs
 from orpo_kernels.app.gpus import DATA_SHEETS, gpu_named
+from orpo_kernels.devices import GPU_KIND, KINDS
 
 GIB = 2**30
 SHAPES = [memory.Shape(16, 512), memory.Shape(16, 256, rows=3440), memory.Shape(2, 4096)]
@@ -87,7 +88,7 @@ def test_our_bytes_are_what_the_loss_allocates_on_a_gpu(name, trained, dtype, fa
     case = replace(CASES[name], trained=trained, dtype=dtype)
     monkeypatch.setattr(Rows, "largest_pair", lambda rows: case.largest_pair)  # which would be read on the host
     for budget in (5 * GIB, GIB // 2):
-        monkeypatch.setattr("orpo_kernels.engine.planning.default_budget", lambda device, budget=budget: budget)
+        monkeypatch.setitem(KINDS, "cpu", replace(GPU_KIND, memory=16 * budget))
         for place, cost in enumerate(costs.ours(case, budget)):
             schedule, gradient = cost.plan.schedule, cost.plan.schedule != "evaluation"
             assert cost.plan.group_rows is None
@@ -102,7 +103,7 @@ def test_groups_of_pairs_are_known_and_take_no_more_than_is_said(head, dtype, fa
     budgets = {(4096, 128256): 3 * GIB, (2304, 256000): 4 * GIB, (576, 49152): GIB // 2}
     pairs, length = 32, 256
     case = costs.Case(*head, 2 * pairs, length, pairs * 400, dtype=dtype)
-    monkeypatch.setattr("orpo_kernels.engine.planning.default_budget", lambda device: budgets[head])
+    monkeypatch.setitem(KINDS, "cpu", replace(GPU_KIND, memory=16 * budgets[head]))
     monkeypatch.setattr(Rows, "pair_sizes", lambda rows: [400] * pairs)
     cost = costs.ours(case, budgets[head])[0]
     assert cost.plan.group_rows is not None

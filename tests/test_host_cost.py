@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from benchmarks.contest import host
 from orpo_kernels import orpo_loss
+from orpo_kernels.devices import GPU_KIND, KINDS
 from orpo_kernels.ops import is_interpreted, why_not
 
 # Views, and memory that nobody fills, do no work.
@@ -88,9 +89,7 @@ def operations_of_a_gpu(monkeypatch) -> Operations:
             return run(kernel, *arguments, **options)
 
     monkeypatch.setattr(InterpretedFunction, "run", launched)
-    monkeypatch.setattr("orpo_kernels.ops.CPU_TYPES", ())
-    monkeypatch.setattr("orpo_kernels.ops.GPU_TYPES", ("cpu",))
-    monkeypatch.setattr("orpo_kernels.engine.checks.HOSTS", ())
+    monkeypatch.setitem(KINDS, "cpu", GPU_KIND)
     return operations
 
 

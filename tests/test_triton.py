@@ -24,6 +24,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed")
 
 from orpo_kernels import ops, orpo_loss_from_rows, reference
+from orpo_kernels.devices import GPU_KIND, KINDS
 from orpo_kernels.engine import checks
 from orpo_kernels.engine.gemm import WeightSlices
 from orpo_kernels.engine.objective import Denominators, odds_ratio_loss
@@ -398,9 +399,7 @@ def test_rows_are_within(position, target):
 
 def test_a_gpu_checks_its_rows_by_the_kernels(monkeypatch):
     """Of tensors on a CPU that stands in for one: the error is raised where the verdict is looked at, here at once."""
-    monkeypatch.setattr(ops, "CPU_TYPES", ())
-    monkeypatch.setattr(ops, "GPU_TYPES", ("cpu", "cuda"))
-    monkeypatch.setattr(checks, "HOSTS", ())
+    monkeypatch.setitem(KINDS, "cpu", GPU_KIND)
     inside = torch.tensor([0, 6], device=DEVICE)
     assert ops.host_ops(inside) is triton_ops
     checks.check_rows("labels", inside, 7, inside, 7)

@@ -28,6 +28,7 @@ from orpo_kernels import (
 )
 from orpo_kernels.app import doctor
 from orpo_kernels.compat.liger import LigerFusedLinearORPOLoss
+from orpo_kernels.devices import KINDS, Kind
 from orpo_kernels.methods import METHODS
 from orpo_kernels.rows import rows_from_labels
 from orpo_kernels.transformers import PreferenceCollator, causal_lm_orpo_loss
@@ -53,7 +54,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def _device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("orpo_kernels.devices.WITHOUT_FLOAT64", (NARROW.type,))
+    monkeypatch.setitem(KINDS, NARROW.type, Kind(has_float64=False))
     # A parameter here is what others' quantized ones are: of a class of its own.
     monkeypatch.setattr("orpo_kernels.transformers.lm_head._check_parameter", lambda parameter: None)
     with narrow_device():

@@ -43,6 +43,7 @@ from benchmarks.contest import memory
 from benchmarks.shapes import SHAPES, ModelShape
 from orpo_kernels import orpo_loss_from_rows
 from orpo_kernels.app.gpus import DATA_SHEETS, GPU
+from orpo_kernels.devices import KINDS, Kind
 from orpo_kernels.engine.schedules import recompute, resident, single_pass, sparse
 from orpo_kernels.engine.work import COLUMNS_PER_SPLIT
 from orpo_kernels.ops import torch_ops
@@ -287,7 +288,7 @@ def _as_on(gpu: GPU) -> Iterator[Recorder]:
             stack.enter_context(mock.patch.object(module, "matmul_into", recorder.matmul_into))
         stack.enter_context(mock.patch("orpo_kernels.engine.head.select", return_value=recorder.ops))
         stack.enter_context(mock.patch("orpo_kernels.engine.planning.resolve", return_value="triton"))
-        stack.enter_context(mock.patch("orpo_kernels.engine.planning.default_budget", return_value=gpu.memory // 16))
+        stack.enter_context(mock.patch.dict(KINDS, cpu=Kind("triton", memory=gpu.memory)))
         yield recorder
 
 

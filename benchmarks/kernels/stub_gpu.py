@@ -32,6 +32,7 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from orpo_kernels import ops
+from orpo_kernels.devices import GPU_KIND, KINDS
 
 KIB = 1024
 
@@ -222,7 +223,7 @@ def stub_gpu(name: str, compile: bool = True) -> Iterator[StubGPU]:
     driver.set_active(gpu)
     with contextlib.ExitStack() as patches:
         # CPU tensors are this GPU's.
-        patches.enter_context(mock.patch.object(ops, "GPU_TYPES", ("cpu", *ops.GPU_TYPES)))
+        patches.enter_context(mock.patch.dict(KINDS, cpu=GPU_KIND))
         # A fake tensor has no address, only the alignment of its place in its storage.
         patches.enter_context(mock.patch.object(FakeTensor, "data_ptr", _fake_address))
         if not compile:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..devices import is_host
 from ..ops import host_ops, is_readable
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-HOSTS = ("cpu",)  # where to look at numbers is not to wait for them
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -59,7 +59,7 @@ def check_rows(name: str, position: Tensor, num_positions: int, target: Tensor, 
     if not target.numel() or not is_readable(target):
         return
     are_within = host_ops(target).are_within(position, num_positions, target, vocab_size)
-    if target.device.type not in HOSTS:
+    if not is_host(target.device):
         torch._assert_async(
             are_within,
             f"{name} holds a token id outside [0, {vocab_size}), the rows of the weight, or rows.position a position "
@@ -85,7 +85,7 @@ def check_pair_weight(weight: Tensor | None) -> None:
     if weight is None or not weight.numel() or not is_readable(weight):
         return
     valid = ((weight >= 0) & (weight < torch.inf)).all()
-    if weight.device.type != "cpu":
+    if not is_host(weight.device):
         torch._assert_async(valid, "pair_weight holds a weight that is negative or not finite")
     elif not valid:
         index = int(((weight >= 0) & (weight < torch.inf)).logical_not().nonzero()[0])

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..devices import kind_of
+
 STARVED_ROWS = 256  # of a chunk: with fewer, two GEMMs through the library cost more than three inside kernels
 COLUMNS_PER_SPLIT = 4096  # of the vocabulary, whose statistics a fused forward pass takes apart: 12 bytes a row
 # The same by kinds of GPU whose programs are persistent in 16 bits: the columns of a tile (ops/triton/tiles.py).
@@ -236,8 +238,9 @@ def gemm_dtype(dtype: torch.dtype, device: torch.device, backend: str = "torch")
     """
     if device.type != "cpu" or backend == "triton" or dtype not in (torch.bfloat16, torch.float16):
         return dtype
-    has = _cpu_has_amx_fp16 if dtype == torch.float16 else _cpu_has_bf16
-    return dtype if has() else torch.float32
+    if dtype == torch.float16:
+        return dtype if torch.cpu._is_amx_fp16_supported() else torch.float32
+    return dtype if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -245,14 +248,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _cpu_has_bf16() -> bool:
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-
-
-def _cpu_has_amx_fp16() -> bool:
-    return torch.cpu._is_amx_fp16_supported()
-
-
+@functools.cache
 def target_of(device: torch.device) -> str | None:
     """The kind of GPU, as its maker calls it ("sm_90", "gfx942"); None for another device, or one that is not here."""
     if device.type != "cuda" or not torch.cuda.is_available():
@@ -265,9 +261,14 @@ def target_of(device: torch.device) -> str | None:
 
 def default_budget(device: torch.device) -> int:
     """A sixteenth of the device's memory, bytes."""
+    return (kind_of(device).memory or _memory(device)) // 16
+
+
+@functools.cache
+def _memory(device: torch.device) -> int:
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory // 16
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 16
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def format_bytes(size: float) -> str:

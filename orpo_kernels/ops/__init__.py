@@ -14,12 +14,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..devices import has_float64
+from ..devices import has_float64, kind_of
 
 BACKENDS = ("auto", "torch", "native", "triton")
 MODULES = {"torch": ".torch_ops", "native": ".native", "triton": ".triton"}
-GPU_TYPES = ("cuda", "xpu")  # torch calls AMD's GPUs cuda as well
-CPU_TYPES = ("cpu",)  # where "auto" is native
 NO_FLOAT64 = "has no float64, which Triton's kernels need; eager torch serves it, with rows on the host"
 
 
@@ -35,7 +33,7 @@ def backends() -> dict[str, str]:
 
 def devices() -> list[str]:
     """The kinds of device whose tensors could be used here, the CPU first."""
-    return ["cpu", *(kind for kind in (*GPU_TYPES, "mps") if getattr(torch, kind).is_available())]
+    return ["cpu", *(kind for kind in ("cuda", "xpu", "mps") if getattr(torch, kind).is_available())]
 
 
 def resolve(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
@@ -50,7 +48,7 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype = torch.float
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, it must be one of {', '.join(map(repr, BACKENDS))}")
     if backend == "auto":
-        best = "triton" if device.type in GPU_TYPES else "native" if device.type in CPU_TYPES else "torch"
+        best = kind_of(device).backend
         return best if why_not(best, device, dtype) is None else "torch"
     if reason := why_not(backend, device, dtype):
         raise RuntimeError(f'backend="{backend}": {reason}; use backend="auto" or backend="torch"')
@@ -73,7 +71,7 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype = torch.float
             return "float64 is for checking, which eager torch does; Triton's kernels take fp32, fp16 and bf16"
         if not has_float64(device):
             return f"{device.type} {NO_FLOAT64}"
-        if device.type not in GPU_TYPES and not is_interpreted():
+        if kind_of(device).backend != "triton" and not is_interpreted():
             return f"the tensors are on {device.type} and Triton's kernels need a GPU (TRITON_INTERPRET=1 emulates one)"
     return None
 
@@ -105,10 +103,9 @@ def select(backend: str, device: torch.device, dtype: torch.dtype = torch.float3
 
 def host_ops(tensor: Tensor) -> ModuleType:
     """The module for what is done with a few numbers a row where `tensor`, of any dtype, is: a backend's, or eager."""
-    kind = tensor.device.type
-    name = "native" if kind in CPU_TYPES else "triton" if kind in GPU_TYPES else "torch"
-    is_host = is_readable(tensor) and not torch.compiler.is_compiling()
-    return _module(name if is_host and why_not(name, tensor.device) is None else "torch")
+    name = kind_of(tensor.device).rows_backend
+    is_real = is_readable(tensor) and not torch.compiler.is_compiling()
+    return _module(name if is_real and why_not(name, tensor.device) is None else "torch")
 
 
 @functools.cache
