@@ -56,6 +56,12 @@ class PairLoss(NamedTuple):
     valid_pairs: Tensor  # (B,) bool
     grad: Tensor  # (R,) float64, dloss / d token_log_odds
 
+    @classmethod
+    def empty(cls, token_log_odds: Tensor, rows: Rows) -> PairLoss:
+        """For a kernel to write into."""
+        numbers = token_log_odds.new_empty(3 + 3 * rows.num_pairs)
+        return cls(numbers, numbers.new_empty(rows.num_pairs, dtype=torch.bool), torch.empty_like(token_log_odds))
+
     def to(self, device: torch.device) -> PairLoss:
         """The same on the device that the token log-odds came from, in the dtype that it has."""
         dtype = statistics_dtype(device)

@@ -132,11 +132,7 @@ def odds_ratio(
     token_log_odds: Tensor, rows: Rows, sums: SequenceSums | None, alpha: float, beta: float, counts: Denominators
 ) -> PairLoss:
     """See `objective.odds_ratio`."""
-    loss = PairLoss(
-        numbers=token_log_odds.new_empty(3 + 3 * rows.num_pairs),
-        valid_pairs=token_log_odds.new_empty(rows.num_pairs, dtype=torch.bool),
-        grad=torch.empty_like(token_log_odds),
-    )
+    loss = PairLoss.empty(token_log_odds, rows)
     of_rows = (token_log_odds, rows.sequence, rows.scored, rows.nll_weight)
     joined = None if sums is None else torch.cat(sums)
     call(_native.odds_ratio, *of_rows, joined, rows.pair_weight, float(alpha), float(beta), *counts, *loss)
@@ -168,19 +164,3 @@ def count_rows(rows: Rows) -> Tensor:
 def are_within(position: Tensor, num_positions: int, target: Tensor, vocab_size: int) -> bool:
     """See `torch_ops.are_within`."""
     return call(_native.are_within, position, num_positions, target, vocab_size)
-
-
-# What a backend has; beside it `host_ops` finds `label_rows`, `count_rows` and `are_within` here.
-__all__ = [
-    "column_statistics",
-    "gather_columns",
-    "gather_rows",
-    "odds_ratio",
-    "project_log_odds",
-    "project_residual",
-    "recomputed_residual_",
-    "residual_",
-    "scatter_rows_",
-    "sequence_sums",
-    "statistics",
-]

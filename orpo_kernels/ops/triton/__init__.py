@@ -1,11 +1,13 @@
 """The operations of `torch_ops` as Triton kernels, one a file with its host wrapper beneath. fp32, fp16 and bf16."""
 
-from .are_within import are_within as are_within
+# ruff: noqa: F401
+
+from .are_within import are_within
 from .column_statistics import column_statistics
-from .count_rows import count_rows as count_rows
+from .count_rows import count_rows
 from .gather_columns import gather_columns
 from .gather_rows import gather_rows
-from .label_rows import label_rows as label_rows
+from .label_rows import label_rows
 from .odds_ratio import odds_ratio
 from .project_log_odds import project_log_odds
 from .project_residual import project_residual
@@ -14,18 +16,3 @@ from .residual import residual_
 from .scatter_rows import scatter_rows_
 from .sequence_sums import sequence_sums
 from .statistics import statistics
-
-# What a backend has; beside it `host_ops` finds `label_rows`, `count_rows` and `are_within` here.
-__all__ = [
-    "column_statistics",
-    "gather_columns",
-    "gather_rows",
-    "odds_ratio",
-    "project_log_odds",
-    "project_residual",
-    "recomputed_residual_",
-    "residual_",
-    "scatter_rows_",
-    "sequence_sums",
-    "statistics",
-]

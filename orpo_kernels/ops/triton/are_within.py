@@ -39,16 +39,6 @@ def are_within_kernel(
 def are_within(position: Tensor, num_positions: int, target: Tensor, vocab_size: int) -> Tensor:
     """See `torch_ops.are_within`."""
     verdict = torch.empty((), dtype=torch.bool, device=position.device)
-    launch(
-        are_within_kernel,
-        (1,),
-        position,
-        target,
-        verdict,
-        position.shape[0],
-        num_positions,
-        vocab_size,
-        BLOCK=BLOCK,
-        num_warps=8,
-    )
+    numbers = len(position), num_positions, vocab_size
+    launch(are_within_kernel, (1,), position, target, verdict, *numbers, BLOCK=BLOCK, num_warps=8)
     return verdict

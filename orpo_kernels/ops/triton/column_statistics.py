@@ -53,18 +53,7 @@ def column_statistics(residual: Tensor, row_weight: Tensor) -> tuple[Tensor, Ten
     rows, vocab_size = residual.shape
     peak = row_weight.new_empty(vocab_size)
     mass = torch.empty_like(peak)
-    launch(
-        column_statistics_kernel,
-        (triton.cdiv(vocab_size, BLOCK_V),),
-        residual,
-        row_weight,
-        peak,
-        mass,
-        rows,
-        vocab_size,
-        residual.stride(0),
-        BLOCK_B=BLOCK_B,
-        BLOCK_V=BLOCK_V,
-        num_warps=4,
-    )
+    vectors, sizes = (row_weight, peak, mass), (rows, vocab_size, residual.stride(0))
+    blocks = {"BLOCK_B": BLOCK_B, "BLOCK_V": BLOCK_V, "num_warps": 4}
+    launch(column_statistics_kernel, (triton.cdiv(vocab_size, BLOCK_V),), residual, *vectors, *sizes, **blocks)
     return peak, mass

@@ -59,17 +59,7 @@ def count_rows_kernel(
 def count_rows(rows: Rows) -> Tensor:
     """See `objective.count_rows`."""
     counts = rows.nll_weight.new_empty(2)
-    launch(
-        count_rows_kernel,
-        (1,),
-        rows.sequence,
-        rows.scored,
-        rows.nll_weight,
-        rows.sequence.new_empty(2 * rows.num_pairs, dtype=torch.int32),
-        counts,
-        len(rows),
-        rows.num_pairs,
-        BLOCK=BLOCK,
-        num_warps=8,
-    )
+    has_rows = rows.sequence.new_empty(2 * rows.num_pairs, dtype=torch.int32)
+    vectors = rows.sequence, rows.scored, rows.nll_weight, has_rows, counts
+    launch(count_rows_kernel, (1,), *vectors, len(rows), rows.num_pairs, BLOCK=BLOCK, num_warps=8)
     return counts

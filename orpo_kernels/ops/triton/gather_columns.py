@@ -47,16 +47,6 @@ def gather_columns(residual: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     rows, count = residual.shape[0], columns.shape[0]
     entries = residual.new_empty(rows, count)
     sums = residual.new_empty(rows, dtype=torch.float64)
-    launch(
-        gather_columns_kernel,
-        (rows,),
-        residual,
-        columns,
-        entries,
-        sums,
-        count,
-        residual.stride(0),
-        BLOCK_A=BLOCK_A,
-        num_warps=16,
-    )
+    tensors = residual, columns, entries, sums
+    launch(gather_columns_kernel, (rows,), *tensors, count, residual.stride(0), BLOCK_A=BLOCK_A, num_warps=16)
     return entries, sums

@@ -37,17 +37,7 @@ def gather_rows(hidden: Tensor, position: Tensor, coefficient: Tensor | None, dt
     """See `torch_ops.gather_rows`."""
     hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
     out = hidden.new_empty(position.shape[0], hidden.shape[1], dtype=dtype)
-    launch(
-        gather_rows_kernel,
-        (out.shape[0],),
-        hidden,
-        position,
-        coefficient,
-        out,
-        hidden.shape[1],
-        hidden.stride(0),
-        out.stride(0),
-        BLOCK_H=BLOCK_H,
-        num_warps=4,
-    )
+    sizes = hidden.shape[1], hidden.stride(0), out.stride(0)
+    tensors = hidden, position, coefficient, out
+    launch(gather_rows_kernel, (out.shape[0],), *tensors, *sizes, BLOCK_H=BLOCK_H, num_warps=4)
     return out

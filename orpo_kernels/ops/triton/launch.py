@@ -63,3 +63,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     is_elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if is_elsewhere else contextlib.nullcontext():
         kernel[grid](*arguments, **constants, enable_fp_fusion=True)
+
+
+def launch_rows(kernel: Any, tile: Any, logits: Tensor, *vectors: Tensor, **constants: Any) -> None:
+    """`launch` with a program for each row of the logits (C, V), `tile.columns` of it at a time."""
+    sizes = logits.shape[1], logits.stride(0)
+    constants |= {"BLOCK_V": tile.columns, "num_warps": tile.warps}
+    launch(kernel, (len(logits),), logits, *vectors, *sizes, **constants)

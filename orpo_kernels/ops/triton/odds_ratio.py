@@ -6,7 +6,6 @@ few numbers), so that no program waits for another; the first program also sums 
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -138,27 +137,10 @@ def odds_ratio(
     token_log_odds: Tensor, rows: Rows, sums: SequenceSums | None, alpha: float, beta: float, counts: Denominators
 ) -> PairLoss:
     """See `objective.odds_ratio`."""
-    loss = PairLoss(
-        numbers=token_log_odds.new_empty(3 + 3 * rows.num_pairs),
-        valid_pairs=token_log_odds.new_empty(rows.num_pairs, dtype=torch.bool),
-        grad=torch.empty_like(token_log_odds),
-    )
-    launch(
-        odds_ratio_kernel,
-        (max(1, -(-len(rows) // BLOCK)),),
-        token_log_odds,
-        rows.sequence,
-        rows.scored,
-        rows.nll_weight,
-        rows.pair_weight,
-        *(sums or sequence_sums(token_log_odds, rows)),
-        *counts,
-        *loss,
-        len(rows),
-        rows.num_pairs,
-        float(alpha),
-        float(beta),
-        BLOCK=BLOCK,
-        num_warps=4,
-    )
+    loss = PairLoss.empty(token_log_odds, rows)
+    of_rows = token_log_odds, rows.sequence, rows.scored, rows.nll_weight, rows.pair_weight
+    sums = sums or sequence_sums(token_log_odds, rows)
+    numbers = len(rows), rows.num_pairs, float(alpha), float(beta)
+    grid = (max(1, -(-len(rows) // BLOCK)),)
+    launch(odds_ratio_kernel, grid, *of_rows, *sums, *counts, *loss, *numbers, BLOCK=BLOCK, num_warps=4)
     return loss

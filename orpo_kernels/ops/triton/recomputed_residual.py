@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device_math import transform
-from .launch import current_target, launch
+from .launch import current_target, launch_rows
 from .tiles import row_tile
 
 
@@ -50,18 +50,5 @@ def recomputed_residual_(
     logits: Tensor, target: Tensor, lse_others: Tensor, logit_scale: float, logit_softcap: float | None
 ) -> None:
     """See `torch_ops.recomputed_residual_`. The rows of `logits` may lie apart, its columns not."""
-    rows, vocab_size = logits.shape
-    tile = row_tile(vocab_size, logits.dtype, current_target())
-    launch(
-        recomputed_residual_kernel,
-        (rows,),
-        logits,
-        target,
-        lse_others,
-        vocab_size,
-        logits.stride(0),
-        logit_scale,
-        logit_softcap,
-        BLOCK_V=tile.columns,
-        num_warps=tile.warps,
-    )
+    tile = row_tile(logits.shape[1], logits.dtype, current_target())
+    launch_rows(recomputed_residual_kernel, tile, logits, target, lse_others, scale=logit_scale, softcap=logit_softcap)

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device_math import LOWEST, joined, online, transform
-from .launch import current_target, launch
+from .launch import current_target, launch_rows
 from .tiles import pass_tile, row_tile
 
 
@@ -79,24 +79,12 @@ def residual_kernel(
 
 def residual_(logits: Tensor, target: Tensor, logit_scale: float, logit_softcap: float | None) -> Tensor:
     """See `torch_ops.residual_`. The rows of `logits` may lie apart, its columns not."""
-    rows, vocab_size = logits.shape
-    log_odds = logits.new_empty(rows, dtype=torch.float64)
-    gpu = current_target()
+    vocab_size, gpu = logits.shape[1], current_target()
+    log_odds = logits.new_empty(logits.shape[0], dtype=torch.float64)
     tile = row_tile(vocab_size, logits.dtype, gpu)
     is_one = vocab_size <= tile.columns
     tile = tile if is_one else pass_tile(vocab_size, gpu)
-    launch(
-        residual_kernel,
-        (rows,),
-        logits,
-        target,
-        log_odds,
-        vocab_size,
-        logits.stride(0),
-        logit_scale,
-        logit_softcap,
-        ONE_TILE=is_one,
-        BLOCK_V=tile.columns,
-        num_warps=tile.warps,
+    launch_rows(
+        residual_kernel, tile, logits, target, log_odds, scale=logit_scale, softcap=logit_softcap, ONE_TILE=is_one
     )
     return log_odds

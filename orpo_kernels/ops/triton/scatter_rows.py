@@ -54,18 +54,6 @@ def scatter_rows_(out: Tensor, position: Tensor, rows: Tensor, coefficient: Tens
         ordered, order = position, torch.arange(position.shape[0], device=position.device)
     else:
         ordered, order = position.sort(stable=True)
-    launch(
-        scatter_rows_kernel,
-        (position.shape[0],),
-        out,
-        ordered,
-        order,
-        rows,
-        coefficient,
-        position.shape[0],
-        out.shape[1],
-        out.stride(0),
-        rows.stride(0),
-        BLOCK_H=BLOCK_H,
-        num_warps=4,
-    )
+    tensors = out, ordered, order, rows, coefficient
+    sizes = len(position), out.shape[1], out.stride(0), rows.stride(0)
+    launch(scatter_rows_kernel, (len(position),), *tensors, *sizes, BLOCK_H=BLOCK_H, num_warps=4)

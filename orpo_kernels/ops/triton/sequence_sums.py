@@ -63,17 +63,6 @@ def sequence_sums(token_log_odds: Tensor, rows: Rows) -> SequenceSums:
     """See `objective.sequence_sums`."""
     sequences = 2 * rows.num_pairs
     sums = SequenceSums(*torch.empty(3, sequences, dtype=torch.float64, device=token_log_odds.device))
-    launch(
-        sequence_sums_kernel,
-        (sequences,),
-        token_log_odds,
-        rows.sequence,
-        rows.scored,
-        rows.nll_weight,
-        rows.known.offsets,
-        *sums,
-        len(rows),
-        BLOCK=BLOCK,
-        num_warps=4,
-    )
+    of_rows = token_log_odds, rows.sequence, rows.scored, rows.nll_weight, rows.known.offsets
+    launch(sequence_sums_kernel, (sequences,), *of_rows, *sums, len(rows), BLOCK=BLOCK, num_warps=4)
     return sums

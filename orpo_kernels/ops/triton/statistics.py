@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device_math import LOWEST, joined, online, transform
-from .launch import current_target, launch
+from .launch import current_target, launch_rows
 from .tiles import pass_tile
 
 
@@ -51,22 +51,8 @@ def statistics(
     logits: Tensor, target: Tensor, logit_scale: float, logit_softcap: float | None
 ) -> tuple[Tensor, Tensor]:
     """See `torch_ops.statistics`. The rows of `logits` may lie apart, its columns not."""
-    rows, vocab_size = logits.shape
-    log_odds = logits.new_empty(rows, dtype=torch.float64)
+    log_odds = logits.new_empty(logits.shape[0], dtype=torch.float64)
     lse_others = torch.empty_like(log_odds)
-    tile = pass_tile(vocab_size, current_target())
-    launch(
-        statistics_kernel,
-        (rows,),
-        logits,
-        target,
-        log_odds,
-        lse_others,
-        vocab_size,
-        logits.stride(0),
-        logit_scale,
-        logit_softcap,
-        BLOCK_V=tile.columns,
-        num_warps=tile.warps,
-    )
+    tile = pass_tile(logits.shape[1], current_target())
+    launch_rows(statistics_kernel, tile, logits, target, log_odds, lse_others, scale=logit_scale, softcap=logit_softcap)
     return log_odds, lse_others
