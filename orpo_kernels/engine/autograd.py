@@ -25,8 +25,8 @@ from ..parallel import Group
 from ..rows import Rows
 from .gemm import even_chunks
 from .objective import Denominators, PairLoss
-from .projection import HeadOptions
-from .schedules import TABLE, Gradients
+from .projection import Gradients, HeadOptions
+from .schedules import TABLE
 from .work import FACTOR_SLICE, accumulation_dtype
 
 

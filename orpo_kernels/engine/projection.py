@@ -200,3 +200,17 @@ class Projection:
 
     def empty_stats(self) -> Tensor:
         return self.hidden.new_empty(self.num_rows, dtype=statistics_dtype(self.hidden.device))
+
+
+@dataclass
+class Gradients:
+    """Where a backward pass leaves its results; None is not wanted.
+
+    hidden (N, H) and bias (V,) are accumulated into. weight (V, H) is written, or accumulated into if `accumulate`;
+    it may have the last columns alone.
+    """
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    accumulate: bool = False

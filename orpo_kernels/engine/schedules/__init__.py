@@ -22,7 +22,6 @@ from __future__ import annotations
 from types import ModuleType
 
 from . import evaluation, recompute, resident, single_pass, sparse
-from .gradients import Gradients
 
 TABLE: dict[str, ModuleType] = {
     "evaluation": evaluation,
@@ -32,4 +31,4 @@ TABLE: dict[str, ModuleType] = {
     "sparse": sparse,
 }
 
-__all__ = ["TABLE", "Gradients", "evaluation", "recompute", "resident", "single_pass", "sparse"]
+__all__ = ["TABLE", "evaluation", "recompute", "resident", "single_pass", "sparse"]

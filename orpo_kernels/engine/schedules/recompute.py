@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from ..gemm import COLUMN_MULTIPLE, even_chunks, matmul_into
-from ..projection import Projection
+from ..projection import Gradients, Projection
 from ..work import Chunks, Memory, Work
 from .evaluation import statistics
-from .gradients import Gradients
 from .resident import bias_gradient, head_gradient
 
 NEEDS_NO_LOGITS = True

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from ..gemm import even_chunks, matmul_into
-from ..projection import Projection
+from ..projection import Gradients, Projection
 from ..work import FACTOR_SLICE, Chunks, Memory, Work
-from .gradients import Gradients
 
 NEEDS_NO_LOGITS = False
 NOTE = "holds the residual, rows x V"

@@ -10,9 +10,8 @@ import itertools
 from torch import Tensor
 
 from ..gemm import matmul_into
-from ..projection import Projection
+from ..projection import Gradients, Projection
 from ..work import Chunks, Memory, Work
-from .gradients import Gradients
 
 NEEDS_NO_LOGITS = False
 NOTE = "frozen head: all is done in the forward pass"

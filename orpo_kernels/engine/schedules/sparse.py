@@ -37,9 +37,8 @@ from torch import Tensor
 
 from ...sparsity import record_block
 from ..gemm import COLUMN_MULTIPLE, WeightSlices, even_chunks, matmul_into, matmul_long
-from ..projection import Projection
+from ..projection import Gradients, Projection
 from ..work import Chunks, Memory, Work
-from .gradients import Gradients
 from .resident import bias_gradient
 
 NEEDS_NO_LOGITS = False
@@ -215,32 +214,33 @@ def head_gradients(p: Projection, blocks: list[Block], coefficient: Tensor, grad
     """The gradients of weight and bias, a slice of the vocabulary at a time."""
     places = list(zip(blocks, row_slices(blocks), strict=True))
     tails = Tails.of(places, p)
-    sums: list[WeightSum | BiasSum] = []
-    if grads.weight is not None:
-        sums.append(WeightSum(p, tails, coefficient, grads.weight, grads.accumulate))
     if grads.bias is not None:
-        sums.append(BiasSum(p, tails, coefficient, grads.bias))
+        grads.bias[:, None].addmm_(tails.profiles.t(), tails.row_sums(coefficient[:, None]))
+    weight = None if grads.weight is None else WeightSum(p, tails, coefficient, grads.weight)
     for i_slice, columns in enumerate(vocabulary_slices(p)):
-        for one in sums:
-            one.begin(columns, tails.profiles[:, columns].t())
+        if weight is not None:
+            weight.begin(columns, tails.profiles[:, columns].t())
         for block, rows in places:
             index, residual = residual_within(p, block, rows, columns, i_slice)
-            for one in sums:
-                one.add(index, residual, rows)
-        for one in sums:
-            one.finish()
+            if grads.bias is not None:
+                bias = bias_gradient(residual, coefficient[rows])[:, None]
+                add_rows_(p, grads.bias[columns, None], index, bias)
+            if weight is not None:
+                weight.add(index, residual, rows)
+        if weight is not None:
+            weight.finish()
 
 
 class WeightSum:
     """The gradient of the weight, summed in fp32 and written once: a slice's tails, its blocks, its end."""
 
-    def __init__(self, p: Projection, tails: Tails, coefficient: Tensor, out: Tensor, accumulate: bool) -> None:
-        self.p, self.out, self.accumulate = p, out, accumulate
+    def __init__(self, p: Projection, tails: Tails, coefficient: Tensor, out: Tensor) -> None:
+        self.p, self.out = p, out
         x, self.factor = p.scaled_hidden(coefficient)
         self.x = x[:, x.shape[1] - out.shape[1] :]  # all other columns of the weight are frozen
         self.tail_states = tails.row_sums(self.x)
         self.workspace: Tensor | None = None  # one for all slices: fresh pages would cost more than the sums
-        if out.dtype != p.sum_dtype or accumulate:
+        if out.dtype != p.sum_dtype:
             self.workspace = out.new_empty(min(p.plan.limits.sparse_columns, len(out)), out.shape[1], dtype=p.sum_dtype)
 
     def begin(self, columns: slice, profiles: Tensor) -> None:
@@ -263,24 +263,7 @@ class WeightSum:
         if self.factor is not None:
             self.total.mul_(self.factor)
         if self.workspace is not None:
-            self.slice.add_(self.total) if self.accumulate else self.slice.copy_(self.total)
-
-
-class BiasSum:
-    """The gradient of the bias, added up where it is."""
-
-    def __init__(self, p: Projection, tails: Tails, coefficient: Tensor, out: Tensor) -> None:
-        self.p, self.out, self.coefficient = p, out, coefficient
-        self.tail_numbers = tails.row_sums(coefficient[:, None])
-
-    def begin(self, columns: slice, profiles: Tensor) -> None:
-        self.slice = self.out[columns, None].addmm_(profiles, self.tail_numbers)
-
-    def add(self, index: Tensor | None, residual: Tensor, rows: slice) -> None:
-        add_rows_(self.p, self.slice, index, bias_gradient(residual, self.coefficient[rows])[:, None])
-
-    def finish(self) -> None:
-        pass
+            self.slice.copy_(self.total)
 
 
 class Tails(NamedTuple):
