@@ -123,27 +123,23 @@ class Rows:
 
         Raises `ValueError` or `TypeError` for tensors that cannot be of these rows.
         """
-        rows = copy.copy(self)._with(Known(**vars(self.known) | known))
-        rows._check_known()
-        return rows
+        expected = {"counts": ((2,), torch.float64), "offsets": ((2 * self.num_pairs + 1,), torch.int64)}
+        for name, (shape, dtype) in expected.items():
+            tensor = known.get(name)
+            if tensor is None:
+                continue
+            if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+                raise ValueError(
+                    f"Rows.known.{name} is {tuple(tensor.shape)} of {tensor.dtype}, but {self.num_pairs} pairs ask for "
+                    f"{shape} of {dtype}"
+                )
+            if tensor.device != self.position.device:
+                raise TypeError(f"Rows.known.{name} is on {tensor.device}, but the rows are on {self.position.device}")
+        return copy.copy(self)._with(Known(**vars(self.known) | known))
 
     def _with(self, known: Known) -> Rows:
         object.__setattr__(self, "known", known)  # of rows that nobody else has yet
         return self
-
-    def _check_known(self) -> None:
-        expected = {"counts": ((2,), torch.float64), "offsets": ((2 * self.num_pairs + 1,), torch.int64)}
-        for name, (shape, dtype) in expected.items():
-            known = getattr(self.known, name)
-            if known is None:
-                continue
-            if tuple(known.shape) != shape or known.dtype != dtype:
-                raise ValueError(
-                    f"Rows.known.{name} is {tuple(known.shape)} of {known.dtype}, but {self.num_pairs} pairs ask for "
-                    f"{shape} of {dtype}"
-                )
-            if known.device != self.position.device:
-                raise TypeError(f"Rows.known.{name} is on {known.device}, but the rows are on {self.position.device}")
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Rows:
         """The same rows for another device. Built by a collator on the CPU they need no synchronisation on a GPU.
@@ -159,7 +155,8 @@ class Rows:
 
     def select(self, index: Tensor) -> Rows:
         """The rows at `index` (int64 or bool), still numbered as pairs of the whole batch. Nothing is known of them."""
-        return self._map(lambda vector: vector[index])
+        vectors: dict[str, Any] = {name: getattr(self, name)[index] for name in DTYPES}
+        return replace(self, **vectors)
 
     def by_sequence(self) -> Rows:
         """The rows in the order of their sequences, with the offsets. Nothing is read on the host."""
@@ -179,7 +176,9 @@ class Rows:
 
         From a device without float64 they come in fp32.
         """
-        return self._keeping(pair_weight=_at_rows(pair_weight))
+        if pair_weight is not None and (home := rows_device(pair_weight.device)) != pair_weight.device:
+            pair_weight = moved(pair_weight, home, torch.float64)
+        return self._keeping(pair_weight=pair_weight)
 
     def with_nll_weight(self, nll_weight: Tensor) -> Rows:
         """The same rows, weighing `nll_weight` (R,) float64 in the NLL. What they count is known no more."""
@@ -217,10 +216,6 @@ class Rows:
         """With changes that leave true what is known."""
         return replace(self, **changes)._with(self.known)
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> Rows:
-        vectors: dict[str, Any] = {name: function(getattr(self, name)) for name in DTYPES}
-        return replace(self, **vectors)
-
 
 def rows_from_labels(
     labels: Tensor,
@@ -245,8 +240,7 @@ def rows_from_labels(
         ValueError: odd batch, shapes that do not fit together, unknown reduction.
         TypeError: labels that are not int64, weights that are not float64, or that are on different devices.
     """
-    check_labels(labels, nll_labels, nll_reduction)
-    labels, nll_labels = _labels_at_rows(labels, nll_labels)
+    labels, nll_labels = checked_labels(labels, nll_labels, nll_reduction)
     rows = host_ops(labels).label_rows(labels, nll_labels, shift, ignore_index, nll_reduction == "sequence")
     return rows if pair_weight is None else rows.weighted(pair_weight)
 
@@ -266,8 +260,7 @@ def padded_rows(
     pair_weight: Tensor | None = None,
 ) -> Rows:
     """`rows_from_labels` before the rows that count for nothing are dropped: as many as labels, whatever they hold."""
-    check_labels(labels, nll_labels, nll_reduction)
-    labels, nll_labels = _labels_at_rows(labels, nll_labels)
+    labels, nll_labels = checked_labels(labels, nll_labels, nll_reduction)
     pairs, length = labels.shape[0] // 2, labels.shape[1]
     own_nll = nll_labels is not None
     nll_labels = nll_labels if nll_labels is not None else labels[:pairs]
@@ -309,19 +302,8 @@ def averaged_over_sequences(rows: Rows, groups: Groups) -> Rows:
     return rows.with_nll_weight(rows.nll_weight / sums.clamp(min=1)[rows.sequence])
 
 
-def _labels_at_rows(labels: Tensor, nll_labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    device = rows_device(labels.device)
-    return labels.to(device), None if nll_labels is None else nll_labels.to(device)
-
-
-def _at_rows(pair_weight: Tensor | None) -> Tensor | None:
-    """Weights of pairs as they are, but for those that a device without float64 can hold in fp32 alone."""
-    if pair_weight is None or rows_device(pair_weight.device) == pair_weight.device:
-        return pair_weight
-    return moved(pair_weight, rows_device(pair_weight.device), torch.float64)
-
-
-def check_labels(labels: Tensor, nll_labels: Tensor | None, nll_reduction: str) -> None:
+def checked_labels(labels: Tensor, nll_labels: Tensor | None, nll_reduction: str) -> tuple[Tensor, Tensor | None]:
+    """The labels, where rows of theirs are."""
     check_reduction(nll_reduction)
     if labels.dim() != 2:
         raise ValueError(f"labels has shape {tuple(labels.shape)}, it must be (2B, T): chosen sequences, then rejected")
@@ -331,8 +313,9 @@ def check_labels(labels: Tensor, nll_labels: Tensor | None, nll_reduction: str) 
         )
     if labels.dtype != torch.int64:
         raise TypeError(f"labels is {labels.dtype}, it must be torch.int64")
+    device = rows_device(labels.device)
     if nll_labels is None:
-        return
+        return labels.to(device), None
     expected = (labels.shape[0] // 2, labels.shape[1])
     if nll_labels.shape != expected:
         raise ValueError(
@@ -343,6 +326,7 @@ def check_labels(labels: Tensor, nll_labels: Tensor | None, nll_reduction: str) 
         raise TypeError(f"nll_labels is {nll_labels.dtype}, it must be torch.int64")
     if nll_labels.device != labels.device:
         raise TypeError(f"nll_labels is on {nll_labels.device}, but labels is on {labels.device}")
+    return labels.to(device), nll_labels.to(device)
 
 
 def check_reduction(nll_reduction: str) -> None:

@@ -64,11 +64,6 @@ class Sparsity:
         lengths = torch.linalg.vector_norm(hidden, dim=1, dtype=dtype)
         return share * longest, share @ lengths
 
-    def add(self, share: float, mass: Tensor) -> None:
-        self.shares.append(share)
-        self.sizes.append(mass.shape[0])
-        self.masses.append(mass)
-
 
 _measured: ContextVar[Sparsity | None] = ContextVar("measured_sparsity", default=None)
 
@@ -90,4 +85,6 @@ def measured_sparsity(measured: Sparsity | None = None) -> Iterator[Sparsity]:
 def record_block(share: float, dropped_mass: Tensor) -> None:
     """Called by the schedule."""
     if (measured := _measured.get()) is not None:
-        measured.add(share, dropped_mass)
+        measured.shares.append(share)
+        measured.sizes.append(dropped_mass.shape[0])
+        measured.masses.append(dropped_mass)

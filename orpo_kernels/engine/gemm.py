@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 # 16-bit operands with an fp32 result: in torch for CUDA since 2.8, for ROCm since 2.10 (pytorch#162600).
 WIDENS = torch.version.hip is None or tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
-
 
 # Slices of the vocabulary begin and end here: their rows are aligned for the GEMM, and kernels can store vectors.
 COLUMN_MULTIPLE = 128
@@ -72,12 +72,10 @@ def matmul_long(a: Tensor, b: Tensor, parts: int = 16) -> Tensor:
 
 def matmul_into(out: Tensor, a: Tensor, b: Tensor, accumulate: bool = False) -> None:
     """`out = a @ b` or `out += a @ b`. On a GPU the product is not rounded before it joins a wider `out`."""
-    if out.dtype == a.dtype:
-        torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
-    elif a.is_cuda and WIDENS and out.dtype == torch.float32 and a.dtype != torch.float64:
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out) if accumulate else torch.mm(
-            a, b, out_dtype=out.dtype, out=out
-        )
+    widens = a.is_cuda and WIDENS and out.dtype == torch.float32 and a.dtype in (torch.float16, torch.bfloat16)
+    if out.dtype == a.dtype or widens:
+        dtype: dict[str, Any] = {"out_dtype": out.dtype} if widens else {}
+        torch.addmm(out, a, b, **dtype, out=out) if accumulate else torch.mm(a, b, **dtype, out=out)
     elif accumulate:
         out.add_(torch.mm(a, b))
     else:

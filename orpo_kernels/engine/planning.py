@@ -190,8 +190,11 @@ def _choose(
     work: Work, schedule: str, budget: int, budget_given: bool, largest_pair: int | None
 ) -> tuple[str, str, int | None]:
     """The schedule, why, and the rows of a group (None: one group of everything)."""
-    if work.sparse_eps is not None:
-        _check_sparse(work, schedule)
+    if work.sparse_eps is not None and schedule != "auto":
+        raise ValueError(
+            f"sparse_eps={work.sparse_eps:.3g} is a schedule of its own, but schedule is {schedule!r}: leave one of "
+            'them out (schedule="auto", sparse_eps=None)'
+        )
     if not (work.needs_hidden or work.needs_head):
         return "evaluation", "nothing requires grad", None
     if work.sparse_eps is not None:
@@ -229,14 +232,6 @@ def _choose(
     if schedule == "resident":
         return "resident", f"asked for, though {why_not}", None
     return "recompute", why_not, None
-
-
-def _check_sparse(work: Work, schedule: str) -> None:
-    if schedule != "auto":
-        raise ValueError(
-            f"sparse_eps={work.sparse_eps:.3g} is a schedule of its own, but schedule is {schedule!r}: leave one of "
-            'them out (schedule="auto", sparse_eps=None)'
-        )
 
 
 def _sized(work: Work, name: str, reason: str, group_rows: int | None, budget: int) -> Plan:
