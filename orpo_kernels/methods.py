@@ -18,7 +18,6 @@ model, and `orpo_kernels.transformers.trainer.PreferenceTrainer` in training. `m
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from types import ModuleType
 from typing import Any, ClassVar, NamedTuple
@@ -311,9 +310,9 @@ def options_of(method: type[Method]) -> list[str]:
     return [field.name for field in fields(method)]
 
 
-def all_options(methods: Iterable[type[Method]] = METHODS.values()) -> set[str]:
+def all_options() -> set[str]:
     """The names of the options that any of the methods has."""
-    return {name for method in methods for name in options_of(method)}
+    return {name for method in METHODS.values() for name in options_of(method)}
 
 
 def _margins(values: Tensor) -> Tensor:

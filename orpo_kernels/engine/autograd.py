@@ -76,7 +76,8 @@ class TokenLogOdds(torch.autograd.Function):
         with no_autocast(weight):
             TABLE[p.plan.schedule].backward(p, tuple(kept), coefficient.to(p.sum_dtype), grads)
         of_weight, of_columns = (None, grads.weight) if needs_columns else (grads.weight, None)
-        return grads.hidden, of_weight, _cast(grads.bias, weight.dtype), None, None, None, of_columns
+        of_bias = None if grads.bias is None else grads.bias.to(weight.dtype)
+        return grads.hidden, of_weight, of_bias, None, None, None, of_columns
 
 
 @dataclass(frozen=True)
@@ -183,8 +184,8 @@ def loss_and_gradients(
     losses = []
     with torch.no_grad(), no_autocast(hidden):
         for group in groups:
-            own = group.position, options.own_targets(group.target)
-            p = options.projection(hidden, weight, bias, *(t.to(hidden.device) for t in own))
+            on_device = (vector.to(hidden.device) for vector in (group.position, group.target))
+            p = options.projection(hidden, weight, bias, *on_device)
             schedule = TABLE[p.plan.schedule]
             log_odds, kept = schedule.forward(p)
             loss = objective(log_odds, group)
@@ -250,7 +251,3 @@ def _scaled(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     for rows in even_chunks(grad.shape[0], FACTOR_SLICE):
         torch.mul(grad[rows], upstream, out=scaled[rows])
     return scaled
-
-
-def _cast(grad: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if grad is None else grad.to(dtype)

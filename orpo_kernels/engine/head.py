@@ -148,8 +148,8 @@ class Head:
 
     def operands(self, hidden: Tensor, position: Tensor, target: Tensor, options: HeadOptions) -> tuple[Any, ...]:
         """What `TokenLogOdds` takes."""
-        position, target = position.to(hidden.device), options.own_targets(target).to(hidden.device)
-        return hidden, self.weight, self.bias, position, target, options, self.columns
+        on_device = (vector.to(hidden.device) for vector in (position, target))
+        return hidden, self.weight, self.bias, *on_device, options, self.columns
 
 
 def operand_dtype(hidden: Tensor) -> torch.dtype:

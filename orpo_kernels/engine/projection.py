@@ -44,10 +44,6 @@ class HeadOptions:
     ) -> Projection:
         return Projection(hidden, weight, bias, position, target, self)
 
-    def own_targets(self, target: Tensor) -> Tensor:
-        """Targets as `projection` takes them."""
-        return target
-
 
 def no_wait() -> None:
     """What there is to wait for on one device."""

@@ -31,10 +31,7 @@ class ShardedOptions(HeadOptions):
     def projection(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor, target: Tensor
     ) -> ShardedProjection:
-        return ShardedProjection(hidden, weight, bias, position, target, self)
-
-    def own_targets(self, target: Tensor) -> Tensor:
-        return target - self.shard.start
+        return ShardedProjection(hidden, weight, bias, position, target - self.shard.start, self)
 
 
 @dataclass(frozen=True)

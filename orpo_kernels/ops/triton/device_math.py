@@ -5,9 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOWEST = tl.constexpr(
-    -3.4028234663852886e38
-)  # the lowest finite fp32: the logit of a token that is out of the question
+# The lowest finite fp32: the logit of a token that is out of the question.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
