@@ -240,23 +240,16 @@ def _sized(work: Work, name: str, reason: str, group_rows: int | None, budget: i
     choice = _choice(work, schedule, budget)
     chunks = _chunks(work, schedule, group_rows, budget, choice)
     gemms = schedule.gemms(work)
-    memory = schedule.memory(work, chunks, budget)
     return Plan(
+        **chunks._asdict(),
+        **schedule.memory(work, chunks, budget)._asdict(),
         schedule=name,
         gemm_dtype=work.gemm_dtype,
-        row_chunk=chunks.rows,
-        vocab_slice=chunks.vocab_slice,
-        weight_slice=chunks.weight_slice,
-        group_rows=group_rows,
-        fused=chunks.fused,
         needs_hidden=work.needs_hidden,
         needs_head=work.needs_head,
         sparse_eps=work.sparse_eps if name == "sparse" else None,
         gemms=gemms,
         flops=gemms * 2 * work.rows * work.vocab_size * work.hidden_size,
-        held_bytes=memory.held,
-        forward_bytes=memory.forward,
-        backward_bytes=memory.backward,
         budget=budget,
         reason=reason,
         timed=choice.why,

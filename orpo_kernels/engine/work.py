@@ -84,7 +84,7 @@ class Limits:
 class Chunks(NamedTuple):
     """How a call is cut up; see `Plan`."""
 
-    rows: int
+    row_chunk: int
     vocab_slice: int
     weight_slice: int
     group_rows: int | None
@@ -92,11 +92,11 @@ class Chunks(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Bytes beside inputs and returned gradients: held until the backward pass, and the most at one time in each."""
+    """Bytes beside inputs and returned gradients; see `Plan`."""
 
-    held: int
-    forward: int
-    backward: int
+    held_bytes: int
+    forward_bytes: int
+    backward_bytes: int
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ class Work:
     def chunk_bytes(self, chunks: Chunks) -> int:
         """A chunk of rows, and the slice of the weight that is cast for it."""
         row = self.fused_row_bytes if chunks.fused else self.chunk_row_bytes
-        return chunks.rows * row + self.casts * chunks.weight_slice * self.weight_row_bytes
+        return chunks.row_chunk * row + self.casts * chunks.weight_slice * self.weight_row_bytes
 
     @property
     def statistics_bytes(self) -> int:

@@ -71,7 +71,7 @@ def gemms(work: Work) -> int:
 def memory(work: Work, chunks: Chunks, budget: int) -> Memory:
     # The residual is the logits' own buffer: of a chunk only what the row-wise work adds is on top of it.
     row = work.vocab_size * work.gemm_dtype.itemsize
-    chunk = work.chunk_bytes(chunks) - chunks.rows * row
+    chunk = work.chunk_bytes(chunks) - chunks.row_chunk * row
     # The gradient of the hidden states, then that of the weight; a shard's first one travels meanwhile.
     factor = work.factor_bytes(work.vocab_size)
     if chunks.group_rows is None:

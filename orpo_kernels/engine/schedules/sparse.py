@@ -333,9 +333,9 @@ def gemms(work: Work) -> int:
 def memory(work: Work, chunks: Chunks, budget: int) -> Memory:
     """At the most: half of the columns active, or dense chunks up to the budget."""
     limits, itemsize, wide = work.limits, work.gemm_dtype.itemsize, max(4, work.gemm_dtype.itemsize)
-    chunk_rows, columns = min(chunks.rows, work.rows), int(limits.dense_share * work.vocab_size)
+    chunk_rows, columns = min(chunks.row_chunk, work.rows), int(limits.dense_share * work.vocab_size)
     blocks_of_chunk = -(-chunk_rows // limits.block_rows)
-    blocks = blocks_of_chunk * -(-work.rows // max(chunks.rows, 1))
+    blocks = blocks_of_chunk * -(-work.rows // max(chunks.row_chunk, 1))
     profiles, indices = blocks * work.vocab_size * wide, 8 * columns
     # Dense chunks are kept where the budget has room for them, sparse ones, half of the columns at most, always.
     dense = min(work.residual_bytes, budget)
