@@ -45,11 +45,9 @@ def is_host(device: torch.device) -> bool:
 
 
 def has_float64(device: torch.device) -> bool:
-    return kind_of(device).has_float64 and (device.type != "xpu" or _xpu_has_float64(device.index))
-
-
-def _xpu_has_float64(index: int | None) -> bool:
-    return not torch.xpu.is_available() or bool(torch.xpu.get_device_properties(index).has_fp64)
+    if device.type == "xpu" and torch.xpu.is_available():
+        return bool(torch.xpu.get_device_properties(device.index).has_fp64)
+    return kind_of(device).has_float64
 
 
 def rows_device(device: torch.device) -> torch.device:

@@ -299,7 +299,9 @@ def row_logps(
     """
     head = Head.local(weight, bias, low_rank, logit_scale, logit_softcap)
     call = Call.prepared(hidden, rows, head, Compute(**options), NO_GROUPS)
-    return F.logsigmoid(moved(call.token_log_odds(), rows.position.device, torch.float64))
+    assert call.options is not None
+    log_odds = head.token_log_odds(hidden, call.rows.position, call.rows.target, call.options)
+    return F.logsigmoid(moved(log_odds, rows.position.device, torch.float64))
 
 
 def groups_of(data_group: Any, vocab_group: Any, sequence_group: Any) -> Groups:

@@ -99,11 +99,6 @@ class Call:
             return GroupedLoss.apply(*operands)
         return PreferenceLoss.apply(*head.operands(hidden, rows.position, rows.target, options), rows, objective)
 
-    def token_log_odds(self) -> Tensor:
-        """(R,) as statistics, differentiable."""
-        assert self.options is not None
-        return self.head.token_log_odds(self.hidden, self.rows.position, self.rows.target, self.options)
-
 
 def with_rewards(
     method: Method,

@@ -84,11 +84,11 @@ def check_pair_weight(weight: Tensor | None) -> None:
     """Finite weights of at least 0. On a GPU the check is asynchronous."""
     if weight is None or not weight.numel() or not is_readable(weight):
         return
-    valid = ((weight >= 0) & (weight < torch.inf)).all()
+    are_valid = (weight >= 0) & (weight < torch.inf)
     if not is_host(weight.device):
-        torch._assert_async(valid, "pair_weight holds a weight that is negative or not finite")
-    elif not valid:
-        index = int(((weight >= 0) & (weight < torch.inf)).logical_not().nonzero()[0])
+        torch._assert_async(are_valid.all(), "pair_weight holds a weight that is negative or not finite")
+    elif not are_valid.all():
+        index = int(are_valid.logical_not().nonzero()[0])
         raise ValueError(
             f"pair_weight is {float(weight[index])} for pair {index}: weights must be finite and at least 0 (0 leaves "
             "the pair out)"
@@ -105,13 +105,9 @@ def check_options(logit_scale: float, logit_softcap: float | None, sparse_eps: f
 
 
 def check_denominators(nll: int | Tensor | None, pairs: int | Tensor | None) -> None:
-    _check_denominator("nll_denominator", nll)
-    _check_denominator("pair_denominator", pairs)
-
-
-def _check_denominator(name: str, denominator: int | Tensor | None) -> None:
-    if isinstance(denominator, Tensor):
-        if denominator.numel() != 1:
-            raise ValueError(f"{name} has shape {tuple(denominator.shape)}, it must be an int or a 0-d tensor")
-    elif denominator is not None and not denominator > 0:
-        raise ValueError(f"{name} is {denominator}, it must be positive, or None for the batch's own count")
+    for name, denominator in (("nll_denominator", nll), ("pair_denominator", pairs)):
+        if isinstance(denominator, Tensor):
+            if denominator.numel() != 1:
+                raise ValueError(f"{name} has shape {tuple(denominator.shape)}, it must be an int or a 0-d tensor")
+        elif denominator is not None and not denominator > 0:
+            raise ValueError(f"{name} is {denominator}, it must be positive, or None for the batch's own count")

@@ -56,7 +56,7 @@ def orpo_loss_op(
     dtype: torch.dtype,
     needs: list[bool],
 ) -> list[Tensor]:
-    """Loss, metrics, and gradients (of no elements where not in `needs`); the method as `_method_of` takes it."""
+    """Loss, metrics, and gradients (of no elements where not in `needs`); the method by its name and its `numbers`."""
     rows = Rows(position, target, sequence, scored, nll_weight, num_pairs, padded, pair_weight).live()
     head = Head(weight, bias, None, None, logit_scale, logit_softcap)
     head.check_values(hidden, rows.position, rows.target, "labels")
@@ -64,7 +64,8 @@ def orpo_loss_op(
     compute = Compute(schedule, memory_budget, backend, sparse_eps, Limits.of_numbers(limits))
     options = head.planned(hidden, len(rows), compute, rows.largest_pair, dtype, needs)
     counts = denominators(rows, nll_denominator, pair_denominator)
-    objective = Objective(_method_of(method, method_numbers), counts, options.ops, reference=reference)
+    of_method: dict[str, Any] = dict(zip(METHODS[method].numbers, method_numbers, strict=True))
+    objective = Objective(METHODS[method](**of_method), counts, options.ops, reference=reference)
     outputs, grads = loss_and_gradients(hidden, weight, bias, rows, options, objective, needs)
     made = zip((hidden, weight, bias), (grads.hidden, grads.weight, grads.bias), strict=True)
     return [
@@ -145,8 +146,3 @@ def loss_in_a_graph(
         head.needs_grad(hidden),
     )
     return loss, *(metric.detach() for metric in rest[: NUM_OUTPUTS - 1])
-
-
-def _method_of(name: str, numbers: list[float]) -> Method:
-    options: dict[str, Any] = dict(zip(METHODS[name].numbers, numbers, strict=True))
-    return METHODS[name](**options)
