@@ -171,7 +171,25 @@ def plan(
 def planned(work: Work, schedule: str, budget: int, budget_given: bool = True, largest_pair: int | None = None) -> Plan:
     """`plan` for work on any device, whether it is here or not; largest_pair: rows, None where it is not known."""
     name, reason, group_rows = _choose(work, schedule, budget, budget_given, largest_pair)
-    return _sized(work, name, reason, group_rows, budget)
+    chosen = schedules.TABLE[name]
+    choice = _choice(work, chosen, budget)
+    chunks = _chunks(work, chosen, group_rows, budget, choice)
+    gemms = chosen.gemms(work)
+    return Plan(
+        **chunks._asdict(),
+        **chosen.memory(work, chunks, budget)._asdict(),
+        schedule=name,
+        gemm_dtype=work.gemm_dtype,
+        needs_hidden=work.needs_hidden,
+        needs_head=work.needs_head,
+        sparse_eps=work.sparse_eps if name == "sparse" else None,
+        gemms=gemms,
+        flops=gemms * 2 * work.rows * work.vocab_size * work.hidden_size,
+        budget=budget,
+        reason=reason,
+        timed=choice.why,
+        limits=work.limits,
+    )
 
 
 @functools.lru_cache(maxsize=1024)
@@ -232,29 +250,6 @@ def _choose(
     if schedule == "resident":
         return "resident", f"asked for, though {why_not}", None
     return "recompute", why_not, None
-
-
-def _sized(work: Work, name: str, reason: str, group_rows: int | None, budget: int) -> Plan:
-    """Chunk sizes, and what they add up to."""
-    schedule = schedules.TABLE[name]
-    choice = _choice(work, schedule, budget)
-    chunks = _chunks(work, schedule, group_rows, budget, choice)
-    gemms = schedule.gemms(work)
-    return Plan(
-        **chunks._asdict(),
-        **schedule.memory(work, chunks, budget)._asdict(),
-        schedule=name,
-        gemm_dtype=work.gemm_dtype,
-        needs_hidden=work.needs_hidden,
-        needs_head=work.needs_head,
-        sparse_eps=work.sparse_eps if name == "sparse" else None,
-        gemms=gemms,
-        flops=gemms * 2 * work.rows * work.vocab_size * work.hidden_size,
-        budget=budget,
-        reason=reason,
-        timed=choice.why,
-        limits=work.limits,
-    )
 
 
 def _choice(work: Work, schedule: ModuleType, budget: int) -> speeds.Choice:
