@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -155,6 +156,21 @@ def test_no_measurement_takes_more_memory_than_is_promised(rows, vocab, table):
 
 def test_a_device_that_is_not_here_has_no_kind():
     assert target_of(torch.device("cpu")) is None
+
+
+def test_a_gpu_is_asked_for_its_kind_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda d: asked.append(d) or SimpleNamespace(major=9, minor=0)
+    )
+    monkeypatch.setattr(torch.version, "hip", None)
+    target_of.cache_clear()
+    try:
+        assert [target_of(torch.device("cuda:0")) for _ in range(3)] == ["sm_90"] * 3
+    finally:
+        target_of.cache_clear()
+    assert asked == [torch.device("cuda:0")]
 
 
 @pytest.mark.parametrize(
