@@ -11,7 +11,7 @@ Config, data, callbacks, tokenisation and logged metrics are TRL's; the loss is 
 - An evaluation's loss and metrics are those of its set, not means of batches: they do not depend on the batch size.
 - Rows are used whole, or left out and named (`unusable_pairs`): an empty answer, the same answer twice, a chat template
   that loses or changes text, a column of text that nothing reads. In TRL the first ends the run before it begins, and
-  the others are trained as they come out.
+  the others are trained as they come out. Rendering is tried on every row where the processing_class is given.
 - `tools`, `tool_calls` and `chat_template_kwargs` reach the chat template; a column `weight` multiplies a pair's loss.
 - How many rows `max_length` cuts, and how many of them it leaves without an answer, is said.
 
@@ -24,11 +24,11 @@ import inspect
 import logging
 import math
 import os.path
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import torch
 from accelerate import PartialState
@@ -36,30 +36,18 @@ from torch import Tensor, nn
 
 from .devices import moved, rows_device
 from .methods import ORPO
-from .transformers.batches import RowsCollator, with_rows
 from .transformers.body import unwrap
-from .transformers.collator import (
-    IGNORE_INDEX,
-    End,
-    Packing,
-    PreferenceCollator,
-    Refusal,
-    end_turn,
-    pair_weights,
-)
+from .transformers.collator import PreferenceCollator, pair_weights
 from .transformers.engines import whole
-from .transformers.fitting import Extent, check_fits
+from .transformers.fitting import Extent
 from .transformers.images import is_processor
 from .transformers.lm_head import resolve_lm_head
-from .transformers.measuring import cannot_measure
 from .transformers.metrics import PAIR_METRICS, Part, pair_metrics
 from .transformers.mixin import PreferenceLossMixin
-from .transformers.packing import PackedPairs, pack_pairs
-from .transformers.pairs import UsablePairs, warn_of_unusable
+from .transformers.packing import IGNORE_INDEX, PackedPairs, Packing, pack_pairs
 from .transformers.rendering import WEIGHT, Rendered, UnusablePair, render_pair
-from .transformers.sharing import refuses_before_training
-from .transformers.tokenization import numbers_of
-from .transformers.versions import body_of, check_trl, loss_takes_counts
+from .transformers.tokenization import End, Refusal, end_turn, numbers_of
+from .transformers.versions import body_of, check_trl
 
 check_trl()
 
@@ -97,19 +85,14 @@ class ORPOTrainer(PreferenceLossMixin, TRLORPOTrainer):
             each micro-batch has its own means, as TRL normalises; then the losses are those that TRL logs.
         end: "trl" (default): TRL's tokenisation, which appends an EOS behind what the chat template prints after the
             end of a turn (`<|im_end|>\\n<|im_end|>`). "single": the answer stops behind its first end token.
-        packing: "shared": a prompt runs through the model once for both answers, and without padding between pairs;
-            loss and gradients are the same. "padded": as TRL. "auto" (default): shared, unless the model does not allow
-            it (`refuses_shared_prompt`), the batches come from a `data_collator` of yours, or `generate_during_eval`
-            is set. "measure": the faster, timed when training begins (of pictures, which are not timed, as "auto").
+        packing: as of a `PreferenceCollator`. "auto" is "padded" where the batches come from a `data_collator` of
+            yours or `generate_during_eval` is set. Pictures are not timed: for them "measure" is "auto".
         sparse_eps: None (default): exact gradients; else as in `orpo_loss`, and what it leaves out is logged as
             `sparse/active_share` and `sparse/dropped_mass`.
 
     With a model's processor (`AutoProcessor`) as `processing_class`, rows may have pictures (`images`, as for TRL's
     other trainers; `tokenize_pair` has the forms). This package's `PreferenceCollator` tokenises them, as `end` says,
     and makes the batches. TRL's own trainer serves text alone.
-
-    `unusable_pairs` has, by the name of the set ("train", "eval"), the `Refusal`s (index and reason) of the rows that
-    were left out. Rendering is tried on every row where the processing_class is given.
 
     Logged are TRL's metrics, averaged over the pairs with two non-empty answers. `logits/chosen` and
     `logits/rejected`, the mean of all logits (of padding as well, in a padded batch, as in TRL), come from the mean
@@ -145,114 +128,75 @@ class ORPOTrainer(PreferenceLossMixin, TRLORPOTrainer):
         self.end = end
         given = inspect.signature(TRLORPOTrainer.__init__).bind_partial(self, *args, **options).arguments
         given.pop("self")
-        pictured = _take_pictures(given, end) if is_processor(given.get("processing_class")) else None
+        processor, rows = given.get("processing_class"), (given.get("train_dataset"), given.get("eval_dataset"))
+        pictured = _take_pictures(given, end) if is_processor(processor) else None
         for name in ("train_dataset", "eval_dataset"):
             given[name] = _rendered(given.get(name), given.get("processing_class"), given.get("args"))
         super().__init__(**given)
         self.unusable_pairs: dict[str, list[Refusal]] = {}
-        self.train_dataset = self._usable(self.train_dataset, "train")
-        self.eval_dataset = self._usable(self.eval_dataset, "eval")
-        loss_takes_counts(self)
+        self.train_dataset = _of_each_set(self.train_dataset, "train", self._usable)
+        self.eval_dataset = _of_each_set(self.eval_dataset, "eval", self._usable)
         self.method = ORPO(beta=self.beta)
         self.loss_options = {"sparse_eps": sparse_eps}
         self._check_setup()
         if pictured is not None:
-            self._serve_pictures(pictured, packing)
-        elif self._shares_prompts(packing):
-            self.data_collator = self._packing_collator()
+            self.processing_class = processor  # which is saved beside the model
+            self._serve_pictures(pictured, rows, packing)
+        else:
+            padded = self.data_collator
+            packed = partial(_packed, padding_id=self.padding_value or 0, aligned=self.aligns_widths)
+            collators = {"padded": padded, "shared": self.rows_collator(packed)}
+            self.data_collator = collators[self._decided(packing, collator_of=collators.__getitem__)]
 
-    def _packing_collator(self) -> RowsCollator:
-        packed = partial(_packed, padding_id=self.padding_value or 0, aligned=self.aligns_widths)
-        return RowsCollator(packed, self.method, device=self.args.device)
-
-    def _serve_pictures(self, pictured: _Pictured, packing: Packing) -> None:
+    def _serve_pictures(self, collator: PreferenceCollator, rows: tuple[Any, Any], packing: Packing) -> None:
         """Rows and batches as `PreferenceTrainer` makes them. Raises `ValueError` where prompts cannot be shared."""
         if self.generate_during_eval:
             raise ValueError("generate_during_eval=True takes the prompts out of TRL's batches; leave it out.")
-        if packing == "shared" and (reason := refuses_before_training(self.model, images=True)):
-            raise ValueError(f'{reason} Use packing="padded".')
-        if packing in ("auto", "measure"):
-            packing, _ = self._automatic_packing(images=True)
-        collator = replace(pictured.collator, packing=packing, aligned=self.aligns_widths)
         self._makes_batches = True
-        self.data_collator = RowsCollator(
-            collator, self.method, device=self.args.device, media_tokens=self.media_tokens
-        )
-        self.processing_class = pictured.processor  # which is saved beside the model
-        self.train_dataset = self._looked_through(pictured.rows["train_dataset"], "train", collator)
-        self.eval_dataset = self._looked_through(pictured.rows["eval_dataset"], "eval", collator)
+        collator = replace(collator, packing=self._decided(packing, images=True), aligned=self.aligns_widths)
+        self.data_collator = self.rows_collator(collator)
 
-    def _looked_through(self, rows: Any, name: str, collator: PreferenceCollator) -> Any:
-        if rows is None:
-            return None
-        if isinstance(rows, dict):
-            return {key: self._looked_through(part, f"{name}_{key}", collator) for key, part in rows.items()}
-        pairs = UsablePairs(rows.map(maybe_extract_prompt) if "prompt" not in rows.column_names else rows, collator)
-        self.unusable_pairs[name] = pairs.unusable
-        warn_of_unusable(pairs.unusable, len(rows), name, say=self.is_world_process_zero())
-        check_fits(self.model, pairs.extent, name, say=self.is_world_process_zero())
-        return pairs
+        def usable(rows: Any, name: str) -> Any:
+            rows = rows if "prompt" in rows.column_names else rows.map(maybe_extract_prompt)
+            return self._looked_through(rows, name, collator)
 
-    def _shares_prompts(self, packing: Packing) -> bool:
-        """Whether batches are packed. Raises `ValueError` where they are to be and cannot."""
-        if packing == "padded":
-            return False
-        reason = self._refuses_shared_prompt()
-        if packing == "shared" and reason:
-            raise ValueError(f'{reason} Use packing="padded".')
-        chosen, why = ("padded", reason) if reason else self._automatic_packing()
-        chosen = packing if packing == "shared" else chosen
-        if packing == "measure" and reason is None:
-            if (unmeasured := cannot_measure(self)) is None:
-                self._to_measure = {"padded": self.data_collator, "shared": self._packing_collator()}
-            why = unmeasured or "until training begins, which times both"
-        logger.info("packing=%r is %r: %s", packing, chosen, why)
-        return chosen == "shared"
+        self.train_dataset = _of_each_set(rows[0], "train", usable)
+        self.eval_dataset = _of_each_set(rows[1], "eval", usable)
 
-    def _refuses_shared_prompt(self) -> str | None:
-        if not self.use_dpo_data_collator:
+    def _refuses_shared_prompt(self, images: bool = False) -> str | None:
+        if not self._makes_batches and not self.use_dpo_data_collator:
             return "The batches are made by a data_collator of yours."
         if self.generate_during_eval:
             return "generate_during_eval=True takes the prompts out of padded batches."
-        return refuses_before_training(self.model)
+        return super()._refuses_shared_prompt(images)
 
     def _usable(self, rows: Any, name: str) -> Any:
         """The rows without those that could not be rendered or tokenised."""
-        if isinstance(rows, dict):
-            return type(rows)({key: self._usable(part, f"{name}_{key}") for key, part in rows.items()})
-        if rows is None or _REASON not in rows.column_names:
+        if _REASON not in rows.column_names:
             return rows
         unusable = [Refusal(index, reason) for index, reason in enumerate(rows[_REASON]) if reason]
-        self.unusable_pairs[name] = unusable
-        warn_of_unusable(unusable, len(rows), name, say=self.is_world_process_zero())
-        cut = [kind for kind in rows[_CUT] if kind]
-        if cut and self.is_world_process_zero():
-            logger.warning(
-                f"{len(cut)} of {len(rows)} rows of {name} reach {self._limit} and were cut, or end "
-                f"there; {cut.count(2)} of them have no answer left on a side and count in the NLL alone."
-            )
         extent = Extent(max(rows[_LARGEST], default=-1), max(rows[_LONGEST], default=0))
         extent.add((self.padding_value or 0,))
-        check_fits(self.model, extent, name, say=self.is_world_process_zero())
+        self._take_note(name, unusable, len(rows), extent)
+        cut = [kind for kind in rows[_CUT] if kind]
+        limit = "max_completion_length" if self.is_encoder_decoder else "max_length"
+        if cut and self.is_world_process_zero():
+            logger.warning(
+                f"{len(cut)} of {len(rows)} rows of {name} reach {limit}={getattr(self, limit)} and were cut, or end "
+                f"there; {cut.count(2)} of them have no answer left on a side and count in the NLL alone."
+            )
         left_out = {one.index for one in unusable}
         rows = rows.remove_columns([_REASON, _CUT, _LARGEST, _LONGEST])
         return rows.select([index for index in range(len(rows)) if index not in left_out]) if left_out else rows
 
-    @property
-    def _limit(self) -> str:
-        if self.is_encoder_decoder:
-            return f"max_completion_length={self.max_completion_length}"
-        return f"max_length={self.max_length}"
-
-    def loss_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+    def batch_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         device = self.accelerator.device
         weighted = batch if "pair_weights" in batch else pair_weights([{WEIGHT: w} for w in batch.get(WEIGHT, ())])
         inputs: dict[str, Any] = {}
         if "pair_weights" in weighted:
             inputs["pair_weights"] = moved(weighted["pair_weights"], rows_device(device), torch.float64)
         if self._makes_batches:
-            own = {name: value for name, value in batch.items() if name != _STEP_COUNTS}
-            return with_rows(own | inputs, self.method, media_tokens=self.media_tokens)
+            return {name: value for name, value in batch.items() if name != _STEP_COUNTS} | inputs
         if "packed" in batch:
             inputs |= {name: batch[name] for name in ("input_ids", "packed", "rows") if name in batch}
         else:
@@ -262,7 +206,7 @@ class ORPOTrainer(PreferenceLossMixin, TRLORPOTrainer):
             if two_parts:
                 inputs |= {name: batch[f"prompt_{name}"].to(device) for name in ("input_ids", "attention_mask")}
                 inputs["decoder_input_ids"] = self._shift_right(inputs["labels"])
-        return with_rows(inputs, self.method)
+        return inputs
 
     def compute_loss(
         self,
@@ -350,30 +294,29 @@ def _extent(*sequences: Sequence[int]) -> dict[str, int]:
     return {_LARGEST: extent.largest_id, _LONGEST: extent.longest}
 
 
-class _Pictured(NamedTuple):
-    """What TRL is not given: the rows with pictures, and how they become batches."""
+def _of_each_set(rows: Any, name: str, function: Callable[[Any, str], Any]) -> Any:
+    """`function(rows, name)`; for each of several sets by its own name."""
+    if isinstance(rows, dict):
+        return type(rows)({key: function(part, f"{name}_{key}") for key, part in rows.items()})
+    return rows if rows is None else function(rows, name)
 
-    processor: Any
-    collator: PreferenceCollator
-    rows: dict[str, Any]
 
-
-def _take_pictures(given: dict[str, Any], end: End) -> _Pictured:
-    """Leave TRL no row to tokenise, a tokenizer, and a collator that makes its batches."""
-    processor, args = given["processing_class"], given.get("args")
+def _take_pictures(given: dict[str, Any], end: End) -> PreferenceCollator:
+    """Leave TRL no row to tokenise, a tokenizer, and a collator that makes its batches, which is returned."""
+    args = given.get("args")
     if args is None or given.get("data_collator") is not None:
         raise ValueError("With a processor, give args (ORPOConfig), and no data_collator: batches are made here.")
-    collator = PreferenceCollator(processor, max_length=args.max_length, end=end)
-    rows = {name: given.get(name) for name in ("train_dataset", "eval_dataset")}
-    for name, part in rows.items():
+    for name in ("train_dataset", "eval_dataset"):
+        part = given.get(name)
         for one in part.values() if isinstance(part, dict) else [part]:
             if one is not None and not hasattr(one, "select"):
                 raise TypeError(f"{name} is a {type(one).__name__}; with pictures it has to be a datasets.Dataset.")
     args.remove_unused_columns = False
-    given["train_dataset"] = None if rows["train_dataset"] is None else rows["train_dataset"].select([])
-    given["eval_dataset"] = None
+    collator = PreferenceCollator(given["processing_class"], max_length=args.max_length, end=end)
+    train = given.get("train_dataset")
+    given["train_dataset"], given["eval_dataset"] = None if train is None else train.select([]), None
     given["processing_class"], given["data_collator"] = collator.tokenizer, collator
-    return _Pictured(processor, collator, rows)
+    return collator
 
 
 def _packed(rows: Sequence[Mapping[str, Any]], padding_id: int, aligned: bool = False) -> dict[str, Any]:
@@ -441,18 +384,14 @@ def sides_of(input_ids: Tensor, packed: PackedPairs | None = None, decoder_input
     As TRL averages logits: over all positions but the last of each sequence, padding included. In a packed batch there
     is no such padding: over all tokens of each sequence. In a decoder, to the last position too.
     """
-    if decoder_input_ids is not None:
-        pairs = len(decoder_input_ids) // 2
-        sides = decoder_input_ids.new_zeros(2, *decoder_input_ids.shape, dtype=torch.float32)
-        sides[0, :pairs] = sides[1, pairs:] = 1
-    elif packed is None:
-        pairs = len(input_ids) // 2
-        sides = input_ids.new_zeros(2, *input_ids.shape, dtype=torch.float32)
-        sides[0, :pairs, :-1] = sides[1, pairs:, :-1] = 1
-    else:
+    if packed is not None:
         segments = packed.segments.to(input_ids.device)
         others = torch.tensor([2, 1], device=segments.device)[:, None, None]  # rejected answers, chosen answers
-        sides = ((segments >= 0) & (segments % 3 != others)).float()
+        return ((segments >= 0) & (segments % 3 != others)).float()
+    ids, stop = (input_ids, -1) if decoder_input_ids is None else (decoder_input_ids, None)
+    pairs = len(ids) // 2
+    sides = ids.new_zeros(2, *ids.shape, dtype=torch.float32)
+    sides[0, :pairs, :stop] = sides[1, pairs:, :stop] = 1
     return sides
 
 

@@ -6,16 +6,12 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, get_args
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..methods import Method
-from ..transformers.batches import RowsCollator, with_rows
 from ..transformers.causal_lm import CausalLMOutput
 from ..transformers.mixin import PreferenceLossMixin
-from ..transformers.packing import SIDES, Packing, pack_pairs
-from ..transformers.sharing import automatic_packing, refuses_before_training
-from ..transformers.versions import loss_takes_counts
+from ..transformers.packing import Packing, pack_pairs
 
 OPTIONS = ("packing", "sparse_eps", "exact_accumulation")
 _BATCH = ("input_ids", "attention_mask", "labels")
@@ -33,33 +29,33 @@ class CollatedPairsMixin(PreferenceLossMixin):
     store_metrics: Any
 
     def serve(
-        self, method: Method, padding_id: int, packing: Packing = "auto", sparse_eps: float | None = None
+        self,
+        method: Method,
+        padding_id: int,
+        packing: Packing = "auto",
+        sparse_eps: float | None = None,
+        exact_accumulation: bool = True,
     ) -> None:
-        """Train by `method`. `packing` and `sparse_eps` are those of `orpo_kernels.trl.ORPOTrainer`."""
+        """Train by `method`. The other `OPTIONS` are those of `orpo_kernels.trl.ORPOTrainer`."""
         choices = [choice for choice in get_args(Packing) if choice != "measure"]
         if packing not in choices:
             raise ValueError(f"packing must be one of {', '.join(map(repr, choices))}; got {packing!r}.")
-        loss_takes_counts(self)
+        self.loss_is_scaled_for_ga = exact_accumulation
         self.method = method
         self.loss_options = {"sparse_eps": sparse_eps}
         self._check_setup()
-        if packing == "shared" and (reason := refuses_before_training(self.model)):
-            raise ValueError(f'{reason} Use packing="padded".')
-        if packing == "auto":
-            packing, _ = automatic_packing(self.model, self.args.device)
-        if packing == "shared":
-            collator = partial(packed, padding_id=padding_id, aligned=self.aligns_widths)
-            self.data_collator = RowsCollator(collator, self.method, device=self.args.device)
+        if self._decided(packing) == "shared":
+            self.data_collator = self.rows_collator(partial(packed, padding_id=padding_id, aligned=self.aligns_widths))
 
-    def loss_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+    def batch_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         if "packed" in batch:
-            return with_rows({name: batch[name] for name in _PACKED if name in batch}, self.method)
+            return {name: batch[name] for name in _PACKED if name in batch}
         if others := [name for name, value in batch.items() if name not in _BATCH and value is not None]:
             raise ValueError(
                 f"The batch holds {', '.join(others)} beside {', '.join(_BATCH)}, which the loss would drop: it serves "
                 "text alone. Train this model and these pairs by the framework's own trainer."
             )
-        return with_rows({name: batch[name] for name in _BATCH}, self.method)
+        return {name: batch[name] for name in _BATCH}
 
     def compute_loss(
         self,
@@ -98,14 +94,8 @@ def packed(pairs: Sequence[Mapping[str, Any]], padding_id: int, aligned: bool = 
                 f"Pair {index} of the batch holds {', '.join(others)}, and the loss serves text alone. Train this "
                 "model and these pairs by the framework's own trainer."
             )
-    names = [f"{side}_{field}" for side in SIDES for field in ("input_ids", "labels")]
-    return pack_pairs([{name: pair[name] for name in names} for pair in pairs], padding_id, aligned=aligned)
+    return pack_pairs(pairs, padding_id, aligned=aligned)
 
 
 def _holds(value: Any) -> bool:
     return value is not None and (not hasattr(value, "__len__") or len(value) > 0)
-
-
-def odds_ratio_losses(out: CausalLMOutput) -> Tensor:
-    """(B,) -log sigmoid of the difference of log-odds."""
-    return -F.logsigmoid(out.log_odds.detach())

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.nn.functional as F
 from llamafactory.hparams.parser import read_args
 from llamafactory.train.dpo import trainer as stock
 from llamafactory.train.tuner import run_exp
 
 from ..methods import ORPO, Method, SimPO
 from ..transformers.causal_lm import CausalLMOutput
-from .collated import OPTIONS, CollatedPairsMixin, odds_ratio_losses
+from .collated import OPTIONS, CollatedPairsMixin
 
 SECTION = "orpo_kernels"
 SERVED = ("orpo", "simpo")
@@ -29,9 +30,8 @@ class PreferenceTrainer(CollatedPairsMixin, stock.CustomDPOTrainer):
     The NLL is that of LLaMA-Factory: of the answers alone, a mean over tokens and then over answers.
     """
 
-    def __init__(self, *args: Any, finetuning_args: Any, exact_accumulation: bool = True, **options: Any):
+    def __init__(self, *args: Any, finetuning_args: Any, **options: Any):
         own = {name: options.pop(name) for name in OPTIONS if name in options}
-        self.loss_is_scaled_for_ga = exact_accumulation
         super().__init__(*args, finetuning_args=finetuning_args, **options)
         self.serve(method_of(finetuning_args), padding_id=self.processing_class.pad_token_id, **own)
 
@@ -45,7 +45,7 @@ class PreferenceTrainer(CollatedPairsMixin, stock.CustomDPOTrainer):
             "logps/rejected": out.rejected_logps,
         }
         if self.method.name == "orpo":
-            values |= {"sft_loss": -out.chosen_logps, "odds_ratio_loss": odds_ratio_losses(out)}
+            values |= {"sft_loss": -out.chosen_logps, "odds_ratio_loss": -F.logsigmoid(out.log_odds)}
         return {name: value.detach().float().mean().item() for name, value in values.items()}
 
 

@@ -48,10 +48,8 @@ def trainer_class() -> type:
         """ms-swift's trainer with the fused loss. The NLL is that of ms-swift: of the answers alone."""
 
         def __init__(self, *args: Any, **options: Any):
-            own = {**_options}
-            self.loss_is_scaled_for_ga = own.pop("exact_accumulation", True)
             super().__init__(*args, **options)
-            self.serve(ORPO(beta=self.beta, prompt_nll=False), padding_id=self.padding_value or 0, **own)
+            self.serve(ORPO(beta=self.beta, prompt_nll=False), padding_id=self.padding_value or 0, **_options)
 
         def batch_metrics(self, out: CausalLMOutput) -> dict[str, float]:
             values = self.accelerator.gather_for_metrics(pair_metrics(out)).nanmean(0).tolist()

@@ -20,13 +20,15 @@ from .causal_lm import (
     causal_lm_orpo_loss,
     causal_lm_preference_loss,
 )
-from .collator import PreferenceCollator, Refusal, TokenizedPair, UnusablePair, tokenize_pair, tokenize_pairs
+from .collator import PreferenceCollator
 from .encoder_decoder import ShiftRight
 from .encoder_decoder_collator import EncoderDecoderCollator
 from .lm_head import LMHead, resolve_lm_head
 from .media import freeze_vision
 from .packing import PackedPairs
+from .rendering import UnusablePair
 from .sharing import refuses_shared_prompt
+from .tokenization import Refusal, TokenizedPair, tokenize_pair, tokenize_pairs
 
 if TYPE_CHECKING:
     from .trainer import ORPOTrainer, PreferenceTrainer

@@ -116,7 +116,12 @@ def batch_rows(
                 "decoder_input_ids and packed cannot both be given: an encoder-decoder model packs nothing."
             )
     if rows is not None:
-        _check_rows(rows, labels)
+        if not isinstance(rows, Rows):
+            raise TypeError(f"rows must be Rows, but is a {type(rows).__name__}.")
+        if labels is not None:
+            raise TypeError(
+                "labels and rows cannot both be given: rows are what was made of the labels; leave one out."
+            )
         rows = rows.to(input_ids.device)
         rows = rows if torch.compiler.is_compiling() else rows.live()
         return rows if pair_weights is None else rows.weighted(pair_weights)
@@ -172,13 +177,6 @@ def _check_packed(input_ids: Tensor, attention_mask: Tensor | None, labels: Tens
             f"input_ids and packed must be of one shape (R, T), but are {tuple(input_ids.shape)} and "
             f"{tuple(packed.segments.shape)}."
         )
-
-
-def _check_rows(rows: Rows, labels: Tensor | None) -> None:
-    if not isinstance(rows, Rows):
-        raise TypeError(f"rows must be Rows, but is a {type(rows).__name__}.")
-    if labels is not None:
-        raise TypeError("labels and rows cannot both be given: rows are what was made of the labels; leave one out.")
 
 
 def _check_batch(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, chosen_only: bool) -> None:

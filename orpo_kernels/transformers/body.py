@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .encoder_decoder import check_encoder_decoder, decoder_hidden_states, is_encoder_decoder
+from .encoder_decoder import check_encoder_decoder, decoder_hidden_states
 from .packing import PackedPairs
 from .varlen import VARLEN
 from .versions import body_of
@@ -42,7 +42,11 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
             "DeepSpeedEngine; a model under FSDP2 (fully_shard) is passed as it is; FullyShardedDataParallel (version "
             "1) is not supported."
         )
-    _check_config(inner)
+    if inner.config.is_encoder_decoder:
+        check_encoder_decoder(inner)
+    elif body_of(inner) is inner:
+        name, body = type(inner).__name__, inner.base_model_prefix
+        raise ValueError(f"{name} has no body apart from its head (no attribute {body!r}).")
     return inner
 
 
@@ -55,14 +59,6 @@ def _check_adapter(config: Any) -> None:
             f"The adapter {type(config).__name__} acts in the forward of the PeftModel, not in the layers of the body, "
             "and would be bypassed. Use one that lives in the layers (LoRA, DoRA, IA3, OFT, ...)."
         )
-
-
-def _check_config(model: PreTrainedModel) -> None:
-    name = type(model).__name__
-    if is_encoder_decoder(model):
-        return check_encoder_decoder(model)
-    if body_of(model) is model:
-        raise ValueError(f"{name} has no body apart from its head (no attribute {model.base_model_prefix!r}).")
 
 
 class BodyOutput(NamedTuple):
@@ -85,7 +81,11 @@ def run_body(
     media: what the model takes beside text (`media.py`), by the names of its forward.
     """
     if decoder_input_ids is not None:
-        _refuse_routers(model)
+        if wants_router_loss(model):
+            raise ValueError(
+                f"{type(model).__name__} asks for a router loss (config.output_router_logits=True), which is served "
+                "for decoder-only models alone. Set model.config.output_router_logits = False to train without it."
+            )
         return BodyOutput(decoder_hidden_states(model, input_ids, attention_mask, decoder_input_ids), None)
     arguments: dict[str, Any] = {"attention_mask": attention_mask}
     if packed is not None:
@@ -106,14 +106,6 @@ def wants_router_loss(model: PreTrainedModel) -> bool:
     """Whether the model's own forward would add a router loss to its loss."""
     config = model.config.get_text_config(decoder=True)
     return bool(getattr(config, "output_router_logits", False) and router_loss_coef(model))
-
-
-def _refuse_routers(model: PreTrainedModel) -> None:
-    if wants_router_loss(model):
-        raise ValueError(
-            f"{type(model).__name__} asks for a router loss (config.output_router_logits=True), which is served for "
-            "decoder-only models alone. Set model.config.output_router_logits = False to train without it."
-        )
 
 
 def router_loss_coef(model: PreTrainedModel) -> float:

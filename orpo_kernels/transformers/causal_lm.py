@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from .. import PreferenceOutput, Rows, preference_loss_from_rows
 from ..loss import row_logps
 from ..methods import ORPO, Answers, Method, method_named
 from .batches import batch_rows
-from .body import BodyOutput, router_loss_coef, run_body, unwrap
+from .body import router_loss_coef, run_body, unwrap
 from .encoder_decoder import decoder_inputs
 from .engines import is_fsdp2, through
 from .lm_head import LMHead, resolve_lm_head, through_head
@@ -64,12 +64,6 @@ def causal_lm_orpo_loss(
     alpha: float = 1.0,
     prompt_nll: bool = True,
     nll_reduction: str = "token",
-    decoder_input_ids: Tensor | None = None,
-    packed: PackedPairs | None = None,
-    rows: Rows | None = None,
-    pair_weights: Tensor | None = None,
-    ignore_index: int = IGNORE_INDEX,
-    router_aux_loss_coef: float | None = None,
     **options: Any,
 ) -> CausalLMOutput:
     """ORPO loss of one batch, without its logits: a padded one, or one whose rows share their prompts.
@@ -85,13 +79,14 @@ def causal_lm_orpo_loss(
             With padding on the left, a model with absolute positions (GPT-2) counts the padding, as its own
             forward does; pad on the right.
         labels: (2B, T) int64, unshifted: the response's ids, `ignore_index` on prompt and padding.
+        beta, alpha, nll_reduction: as in `orpo_loss`.
+        prompt_nll: whether the NLL of the chosen side covers its prompt as well (TRL) or only its response (the paper).
+        options: the keywords below, which are those of `causal_lm_preference_loss`.
         decoder_input_ids: of an encoder-decoder model (T5, BART, ...) alone, (2B, T) int64: what its decoder reads to
             predict `labels` (2B, T) at the same places, the B chosen answers first. By default the labels, shifted as
             the model shifts them. Then `input_ids` (B, S) and `attention_mask` (B, S) are the prompts, one for each
             pair: the encoder runs once over a prompt, for both answers. No prompt is in the NLL, whatever prompt_nll
             says.
-        beta, alpha, nll_reduction: as in `orpo_loss`.
-        prompt_nll: whether the NLL of the chosen side covers its prompt as well (TRL) or only its response (the paper).
         packed: where everything is in a batch of `PreferenceCollator(packing="shared")`, instead of attention_mask and
             labels. Loss and gradients are those of the padded batch, or the model is refused: the first call also
             compares a few shared tokens with the sequences alone (`refuses_shared_prompt`).
@@ -104,12 +99,12 @@ def causal_lm_orpo_loss(
             `config.output_router_logits=True`, which is added to the loss as the model's own forward adds it; by
             default the model's own. It is a mean over the tokens of this batch: where the denominators are those of k
             micro-batches, pass the model's coefficient / k.
-        options: anything else that `orpo_loss` takes: nll_denominator, pair_denominator, data_group, schedule,
-            memory_budget, backend, sparse_eps, limits; and what the model's own forward takes beside text, in the
-            order of the 2B rows (pixel_values, image_grid_thw, image_sizes, mm_token_type_ids, ...), which its body is
-            given. Tokens that stand for a picture (`config.image_token_id`) are never targets. The first batch with
-            pictures also runs through the model's own forward, without gradient. With `packed` every picture comes
-            once, in the order of its rows.
+        nll_denominator, pair_denominator, data_group, schedule, memory_budget, backend, sparse_eps, limits: as in
+            `orpo_loss`.
+        pixel_values, image_grid_thw, image_sizes, mm_token_type_ids, ...: what the model's own forward takes beside
+            text, in the order of the 2B rows, which its body is given. Tokens that stand for a picture
+            (`config.image_token_id`) are never targets. The first batch with pictures also runs through the model's own
+            forward, without gradient. With `packed` every picture comes once, in the order of its rows.
 
     Returns:
         `CausalLMOutput`. `loss` is differentiable with respect to whatever of the model requires grad.
@@ -119,20 +114,7 @@ def causal_lm_orpo_loss(
     `probe.py`, `sharing.py`).
     """
     method = ORPO(beta=beta, alpha=alpha, prompt_nll=prompt_nll, nll_reduction=nll_reduction)
-    return causal_lm_preference_loss(
-        model,
-        input_ids,
-        attention_mask,
-        labels,
-        method=method,
-        decoder_input_ids=decoder_input_ids,
-        packed=packed,
-        rows=rows,
-        pair_weights=pair_weights,
-        ignore_index=ignore_index,
-        router_aux_loss_coef=router_aux_loss_coef,
-        **options,
-    )
+    return causal_lm_preference_loss(model, input_ids, attention_mask, labels, method=method, **options)
 
 
 def causal_lm_preference_loss(
@@ -161,8 +143,7 @@ def causal_lm_preference_loss(
         reference_logps: (2B,) summed log-probabilities of the answers under the reference model, which DPO needs:
             `causal_lm_answers(reference_model, **batch).logps`.
         chosen_only: the batch has the B chosen sequences alone, as SFT trains on. Every pair then counts as not valid.
-        options: anything else that `preference_loss_from_rows` takes: nll_denominator, pair_denominator, data_group,
-            schedule, memory_budget, backend, sparse_eps, limits; and what the model's forward takes beside text.
+        options: anything else that `preference_loss_from_rows` takes, and what the model's forward takes beside text.
 
     Raises as `causal_lm_orpo_loss`, and `ValueError` for an unknown method, for one without the reference it needs, and
     for one that compares with rejected answers where there are none.
@@ -177,22 +158,21 @@ def causal_lm_preference_loss(
         raise ValueError(
             f"The batch has chosen answers alone (chosen_only), and the method {method.name} compares two."
         )
-    inner = unwrap(model)
-    inputs, rows = _inputs_and_rows(
-        *(inner, options, input_ids, attention_mask, labels, decoder_input_ids, packed, ignore_index),
+
+    def at_the_head(rows: Rows, aux_loss: Tensor | None, head: dict[str, Any]) -> tuple[Tensor, CausalLMOutput]:
+        out = preference_loss_from_rows(rows=rows, method=method, reference_logps=reference_logps, **head, **options)
+        out = _with_router_loss(out, aux_loss, unwrap(model), router_aux_loss_coef)
+        return out.loss, out
+
+    loss, out = _run_to_the_head(
+        *(model, at_the_head, options, input_ids, attention_mask, labels, decoder_input_ids, packed, ignore_index),
         rows=rows,
         pair_weights=pair_weights,
         prompt_nll=method.prompt_nll,
         nll_reduction=method.nll_reduction,
         chosen_only=chosen_only,
     )
-
-    def at_the_head(aux_loss: Tensor | None, head: dict[str, Any]) -> tuple[Tensor, tuple]:
-        out = preference_loss_from_rows(rows=rows, method=method, reference_logps=reference_logps, **head, **options)
-        return _with_router_loss(out, aux_loss, inner, router_aux_loss_coef)
-
-    loss, (out, aux_loss) = _run_to_the_head(model, inner, inputs, at_the_head)
-    return CausalLMOutput.of(out, aux_loss, loss=loss)
+    return CausalLMOutput.of(out, out.aux_loss, loss=loss)
 
 
 @torch.no_grad()
@@ -214,32 +194,21 @@ def causal_lm_answers(
     Arguments and errors as in `causal_lm_orpo_loss`; the options are schedule, memory_budget and backend, and what the
     model's forward takes beside text. The weights of the pairs, which a batch may hold, change nothing here.
     """
-    inner = unwrap(model)
-    inputs, rows = _inputs_and_rows(
-        *(inner, options, input_ids, attention_mask, labels, decoder_input_ids, packed, ignore_index),
+
+    def at_the_head(rows: Rows, aux_loss: Tensor | None, head: dict[str, Any]) -> tuple[Tensor, Rows]:
+        return row_logps(rows=rows, **head, **options), rows
+
+    logps, made = _run_to_the_head(
+        *(model, at_the_head, options, input_ids, attention_mask, labels, decoder_input_ids, packed, ignore_index),
         rows=rows,
         prompt_nll=False,
     )
-
-    def at_the_head(aux_loss: Tensor | None, head: dict[str, Any]) -> tuple[Tensor, None]:
-        return row_logps(rows=rows, **head, **options), None
-
-    logps, _ = _run_to_the_head(model, inner, inputs, at_the_head)
-    return Answers.of(logps, rows)
+    return Answers.of(logps, made)
 
 
-class _Inputs(NamedTuple):
-    """What the body reads, as `run_body` takes it."""
-
-    input_ids: Tensor
-    attention_mask: Tensor | None
-    packed: PackedPairs | None
-    decoder_input_ids: Tensor | None
-    media: dict[str, Tensor]
-
-
-def _inputs_and_rows(
-    inner: PreTrainedModel,
+def _run_to_the_head(
+    model: nn.Module,
+    at_the_head: Callable[[Rows, Tensor | None, dict[str, Any]], tuple[Tensor, T]],
     options: dict[str, Any],
     input_ids: Tensor,
     attention_mask: Tensor | None,
@@ -248,8 +217,13 @@ def _inputs_and_rows(
     packed: PackedPairs | None,
     ignore_index: int,
     **of_the_rows: Any,
-) -> tuple[_Inputs, Rows]:
-    """What of a batch the body reads and what the loss runs over. Takes from `options` what is for the body."""
+) -> tuple[Tensor, T]:
+    """The model's body, and `at_the_head(rows, router loss, arguments of the loss)` in place of its head.
+
+    Takes from `options` what is for the body. An engine that shards the model sees the tensor that comes first of what
+    this returns.
+    """
+    inner = unwrap(model)
     media = media_inputs(inner, options)
     _check_options(options)
     if packed is None or decoder_input_ids is not None:  # one that packs is refused with its reason, later
@@ -262,29 +236,20 @@ def _inputs_and_rows(
         media_tokens=media_tokens(inner),
         **of_the_rows,
     )
-    return _Inputs(input_ids, attention_mask, packed, decoder_input_ids, media), rows
-
-
-def _run_to_the_head(
-    model: nn.Module,
-    inner: PreTrainedModel,
-    inputs: _Inputs,
-    at_the_head: Callable[[Tensor | None, dict[str, Any]], tuple[Tensor, T]],
-) -> tuple[Tensor, T]:
-    """The model's body, and `at_the_head(router loss, arguments of the loss)` in place of its head.
-
-    An engine that shards the model sees the tensor that comes first of what this returns.
-    """
+    own_packed = None if packed is None else packed.to(input_ids.device)
     kept: list[T] = []
 
     def forward() -> Tensor:
-        hidden, aux_loss = _checked_body(model, inner, inputs)
+        if packed is not None and (reason := refuses_shared_prompt(model, images=bool(media))):
+            raise ValueError(f'{reason} Use PreferenceCollator(packing="padded").')
+        verify_lm_head(model, inner, resolve_lm_head(inner), input_ids, attention_mask, media)
+        hidden, aux_loss = run_body(inner, input_ids, attention_mask, own_packed, decoder_input_ids, media)
 
         def head_forward(head: LMHead, hidden: Tensor) -> Tensor:
             operands = head.operands(hidden)
             arguments = operands._asdict() | {"hidden": operands.hidden.flatten(0, 1)}
             arguments |= {"logit_scale": head.logit_scale, "logit_softcap": head.logit_softcap}
-            value, rest = at_the_head(aux_loss, arguments)
+            value, rest = at_the_head(rows, aux_loss, arguments)
             kept.append(rest)
             return value
 
@@ -295,30 +260,19 @@ def _run_to_the_head(
     return value, kept[0]
 
 
-def _checked_body(model: nn.Module, inner: PreTrainedModel, inputs: _Inputs) -> BodyOutput:
-    """The last hidden states, once it is known that body and head are all there is to the model."""
-    input_ids, attention_mask, packed, _, media = inputs
-    if packed is not None:
-        inputs = inputs._replace(packed=packed.to(input_ids.device))
-        if reason := refuses_shared_prompt(model, images=bool(media)):
-            raise ValueError(f'{reason} Use PreferenceCollator(packing="padded").')
-    verify_lm_head(model, inner, resolve_lm_head(inner), input_ids, attention_mask, media)
-    return run_body(inner, *inputs)
-
-
 def _with_router_loss(
-    out: Any, aux_loss: Tensor | None, inner: PreTrainedModel, coef: float | None
-) -> tuple[Tensor, tuple[Any, Tensor | None]]:
-    """The loss of `out` with that of the router; and `out` and the router's loss alone."""
+    out: PreferenceOutput, aux_loss: Tensor | None, inner: PreTrainedModel, coef: float | None
+) -> CausalLMOutput:
+    """`out` with the loss of the router in its own."""
     if aux_loss is None:
         if coef:
             raise ValueError(
                 f"router_aux_loss_coef is {coef}, but the model gives no router loss; for a mixture of experts, set "
                 "model.config.output_router_logits = True."
             )
-        return out.loss, (out, None)
+        return CausalLMOutput.of(out, None)
     weight = router_loss_coef(inner) if coef is None else coef
-    return out.loss + weight * aux_loss.to(out.loss.device), (out, aux_loss.detach())
+    return CausalLMOutput.of(out, aux_loss.detach(), loss=out.loss + weight * aux_loss.to(out.loss.device))
 
 
 def _check_options(options: dict[str, Any]) -> None:

@@ -12,38 +12,13 @@ import torch
 from torch import Tensor
 
 from .images import Processor, is_processor, read_images
-from .packing import IGNORE_INDEX, Packing, aligned_width, pack_pairs
-from .rendering import REFERENCE, SIDES, WEIGHT, UnusablePair
-from .tokenization import (
-    End,
-    Refusal,
-    TokenizedPair,
-    TooLong,
-    check_options,
-    end_turn,
-    tokenize_pair,
-    tokenize_pairs,
-)
+from .packing import IGNORE_INDEX, SIDES, Packing, aligned_width, pack_pairs, prompt_length
+from .rendering import REFERENCE, WEIGHT, UnusablePair
+from .tokenization import End, TooLong, check_options, tokenize_pair
 
 if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedTokenizerBase
-
-__all__ = [
-    "IGNORE_INDEX",
-    "REFERENCE",
-    "End",
-    "Packing",
-    "PreferenceCollator",
-    "Refusal",
-    "TokenizedPair",
-    "UnusablePair",
-    "end_turn",
-    "pad_pairs",
-    "pair_weights",
-    "tokenize_pair",
-    "tokenize_pairs",
-]
 
 Sides = Literal["both", "chosen"]
 
@@ -94,14 +69,13 @@ class PreferenceCollator:
         if is_processor(self.tokenizer):
             self.processor = Processor(self.tokenizer, self.image_urls)
             self.tokenizer = self.processor.tokenizer
-        check_options(self.tokenizer, self.max_length, self.end, self.too_long)
-        self._check_choices()
+        self._check_options()
 
-    def _check_choices(self) -> None:
-        if self.packing not in get_args(Packing):
-            raise ValueError(f"packing must be one of {get_args(Packing)}; got {self.packing!r}.")
-        if self.answers not in get_args(Sides):
-            raise ValueError(f"answers must be one of {get_args(Sides)}; got {self.answers!r}.")
+    def _check_options(self, needs_offsets: bool = True) -> None:
+        check_options(self.tokenizer, self.max_length, self.end, self.too_long, needs_offsets)
+        for name, value, choices in (("packing", self.packing, Packing), ("answers", self.answers, Sides)):
+            if value not in get_args(choices):
+                raise ValueError(f"{name} must be one of {get_args(choices)}; got {value!r}.")
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         pairs = [self._tokenized(index, example) for index, example in enumerate(examples)]
@@ -115,13 +89,10 @@ class PreferenceCollator:
 
     def _batch(self, pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The tensors of tokenised pairs."""
-        padding, aligned = padding_id(self.tokenizer), bool(self.aligned)
+        padding, aligned, chosen_only = padding_id(self.tokenizer), bool(self.aligned), self.answers == "chosen"
         if self.packing == "shared":
-            packed = [_chosen_alone(p) for p in pairs] if self.answers == "chosen" else pairs
-            return pack_pairs(packed, padding, aligned=aligned)
-        if self.answers == "chosen":
-            return {**pad_pairs(pairs, padding, SIDES[:1], aligned), "chosen_only": True}
-        return pad_pairs(pairs, padding, aligned=aligned)
+            return pack_pairs(list(map(_chosen_alone, pairs)) if chosen_only else pairs, padding, aligned=aligned)
+        return pad_pairs(pairs, padding, aligned, chosen_only)
 
     def _pictures(
         self, processor: Processor, pairs: Sequence[Mapping[str, Any]], batch: Mapping[str, Any]
@@ -177,7 +148,7 @@ class PreferenceCollator:
 
 def _checked(pair: Mapping[str, Any], max_length: int | None) -> Mapping[str, Any]:
     """A pair that came tokenised, perhaps by other code."""
-    for side in ("chosen", "rejected"):
+    for side in SIDES:
         ids, labels = pair.get(f"{side}_input_ids"), pair.get(f"{side}_labels")
         if ids is None or labels is None:
             raise UnusablePair(f"it is tokenised but lacks {side}_input_ids or {side}_labels")
@@ -192,14 +163,9 @@ def _checked(pair: Mapping[str, Any], max_length: int | None) -> Mapping[str, An
 
 def _chosen_alone(pair: Mapping[str, Any]) -> dict[str, Any]:
     """The pair with nothing of its rejected side but the prompt that it shares."""
-    ids, labels = list(pair["chosen_input_ids"]), list(pair["chosen_labels"])
-    prompt = next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)
-    return {
-        "chosen_input_ids": ids,
-        "chosen_labels": labels,
-        "rejected_input_ids": ids[:prompt],
-        "rejected_labels": [IGNORE_INDEX] * prompt,
-    }
+    prompt = prompt_length(pair["chosen_labels"])
+    rejected = {"rejected_input_ids": pair["chosen_input_ids"][:prompt], "rejected_labels": [IGNORE_INDEX] * prompt}
+    return {**pair, **rejected}
 
 
 def _reference_logps(pairs: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -220,18 +186,20 @@ def pair_weights(pairs: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
 
 
 def pad_pairs(
-    pairs: Sequence[Mapping[str, Any]], padding_id: int, sides: Sequence[str] = SIDES, aligned: bool = False
+    pairs: Sequence[Mapping[str, Any]], padding_id: int, aligned: bool = False, chosen_only: bool = False
 ) -> dict[str, Any]:
-    """The padded batch of tokenised pairs, or of one of their sides; `aligned`: as wide as an `aligned_width`."""
+    """The padded batch of tokenised pairs, or of their chosen sides; `aligned`: as wide as an `aligned_width`."""
+    sides = SIDES[:1] if chosen_only else SIDES
     ids = [pair[f"{side}_input_ids"] for side in sides for pair in pairs]
     labels = [pair[f"{side}_labels"] for side in sides for pair in pairs]
-    width = max(map(len, ids))
-    width = aligned_width(width) if aligned else width
-    return {
-        "input_ids": pad_rows(ids, padding_id, width),
-        "attention_mask": pad_rows([[1] * len(row) for row in ids], 0, width),
-        "labels": pad_rows(labels, IGNORE_INDEX, width),
-    }
+    batch = {**pad_ids(ids, padding_id, aligned), "labels": pad_rows(labels, IGNORE_INDEX, aligned)}
+    return {**batch, "chosen_only": True} if chosen_only else batch
+
+
+def pad_ids(ids: Sequence[Sequence[int]], padding_id: int, aligned: bool) -> dict[str, Tensor]:
+    """`input_ids` and their `attention_mask`."""
+    mask = pad_rows([[1] * len(row) for row in ids], 0, aligned)
+    return {"input_ids": pad_rows(ids, padding_id, aligned), "attention_mask": mask}
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -239,8 +207,10 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
-def pad_rows(rows: Sequence[Sequence[int]], value: int, width: int) -> Tensor:
+def pad_rows(rows: Sequence[Sequence[int]], value: int, aligned: bool) -> Tensor:
     """(rows, width) int64, padded on the right."""
+    width = max(map(len, rows))
+    width = aligned_width(width) if aligned else width
     padded = torch.full((len(rows), width), value, dtype=torch.int64)
     for row, ids in zip(padded, rows, strict=True):
         row[: len(ids)] = torch.as_tensor(ids, dtype=torch.int64)

@@ -22,20 +22,19 @@ _PREPARE = "prepare_decoder_input_ids_from_labels"
 IGNORED = -100  # the label that the models' own shift knows
 
 
-def is_encoder_decoder(model: PreTrainedModel) -> bool:
-    return bool(model.config.is_encoder_decoder)
-
-
 def check_encoder_decoder(model: PreTrainedModel) -> None:
     """Raise `ValueError` for a model that does not read text by an encoder and write it by a decoder."""
-    name, (encoder, decoder) = type(model).__name__, _parts(model)
+    name, encoder, decoder = type(model).__name__, model.get_encoder(), model.get_decoder()
     if encoder is model or decoder is model or encoder is None or decoder is None:
         raise ValueError(f"{name} is an encoder-decoder model without an encoder and a decoder of its own to call.")
     if model.get_output_embeddings() is None:
         raise ValueError(
             f"{name} has no body apart from its head; load the class that ends in ForConditionalGeneration."
         )
-    needs = {"encoder": (encoder, ("input_ids", "attention_mask")), "decoder": (decoder, _OF_THE_DECODER)}
+    needs = {
+        "encoder": (encoder, ("input_ids", "attention_mask")),
+        "decoder": (decoder, ("input_ids", "encoder_hidden_states", "encoder_attention_mask")),
+    }
     for part, (module, arguments) in needs.items():
         taken = inspect.signature(module.forward).parameters
         if missing := [argument for argument in arguments if argument not in taken]:
@@ -43,13 +42,6 @@ def check_encoder_decoder(model: PreTrainedModel) -> None:
                 f"{name} is an encoder-decoder model whose {part} takes no {missing[0]}; the loss serves those that "
                 "read text and write text."
             )
-
-
-_OF_THE_DECODER = ("input_ids", "encoder_hidden_states", "encoder_attention_mask")
-
-
-def _parts(model: PreTrainedModel) -> tuple[Any, Any]:
-    return model.get_encoder(), model.get_decoder()
 
 
 def decoder_hidden_states(
@@ -65,7 +57,7 @@ def decoder_hidden_states(
             f"input_ids has {prompts} prompts and decoder_input_ids {rows} answers; a batch has B prompts, B chosen "
             "answers, then B rejected ones."
         )
-    encoder, decoder = _parts(model)
+    encoder, decoder = model.get_encoder(), model.get_decoder()
     prompt = encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
     output = decoder(
         input_ids=decoder_input_ids,
@@ -78,7 +70,7 @@ def decoder_hidden_states(
 
 def probe_inputs(model: PreTrainedModel, tokens: Tensor) -> dict[str, Tensor]:
     """What the model's forward takes beside `tokens` (1, T) as its input_ids, for a check of the whole of it."""
-    if not is_encoder_decoder(model):
+    if not model.config.is_encoder_decoder:
         return {}
     mask = torch.ones_like(tokens)
     mask[:, 1:][:, -1:] = 0  # padding, if there is more than one token: it has to reach both
@@ -138,7 +130,7 @@ def decoder_inputs(
     Raises `TypeError` where a decoder-only model is given any, or an encoder-decoder model can be given none.
     """
     name = type(model).__name__
-    if not is_encoder_decoder(model):
+    if not model.config.is_encoder_decoder:
         if decoder_input_ids is not None:
             raise TypeError(f"{name} has a decoder alone, whose tokens are input_ids; leave decoder_input_ids out.")
         return None

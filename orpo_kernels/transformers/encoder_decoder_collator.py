@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .collator import PreferenceCollator, pad_rows, padding_id
+from .collator import PreferenceCollator, pad_ids, pad_rows, padding_id
 from .encoder_decoder import ShiftRight
-from .packing import IGNORE_INDEX, aligned_width
-from .rendering import SIDES, Rendered, UnusablePair, as_pair, render_pair
-from .tokenization import End, Side, TokenizedPair, TooLong, check_length_and_choices, pair_of
+from .packing import IGNORE_INDEX, SIDES, prompt_length
+from .rendering import Rendered, UnusablePair, as_pair, render_pair
+from .tokenization import End, Side, TokenizedPair, TooLong, check_options, pair_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,8 +53,7 @@ class EncoderDecoderCollator(PreferenceCollator):
             raise ValueError(
                 "shift is None, but the batch says what the decoder reads; give shift=ShiftRight.of(model)."
             )
-        check_length_and_choices(self.tokenizer, self.max_length, self.end, self.too_long)
-        self._check_choices()
+        self._check_options(needs_offsets=False)
         if self.packing == "shared":
             raise ValueError(
                 'packing is "shared", but the model is an encoder-decoder model, whose encoder runs once for both '
@@ -87,21 +86,13 @@ class EncoderDecoderCollator(PreferenceCollator):
 
     def _batch(self, pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         assert self.shift is not None
-        sides = SIDES[:1] if self.answers == "chosen" else SIDES
+        chosen_only, aligned = self.answers == "chosen", bool(self.aligned)
         prompts = [_parts(pair, "chosen")[0] for pair in pairs]
-        answers = [_parts(pair, side)[1] for side in sides for pair in pairs]
-        labels = pad_rows(answers, IGNORE_INDEX, self._width(answers))
-        width = self._width(prompts)
-        return {
-            "input_ids": pad_rows(prompts, padding_id(self.tokenizer), width),
-            "attention_mask": pad_rows([[1] * len(prompt) for prompt in prompts], 0, width),
-            "decoder_input_ids": self.shift(labels),
-            "labels": labels,
-        } | ({"chosen_only": True} if self.answers == "chosen" else {})
-
-    def _width(self, rows: Sequence[Sequence[int]]) -> int:
-        width = max(map(len, rows))
-        return aligned_width(width) if self.aligned else width
+        answers = [_parts(pair, side)[1] for side in (SIDES[:1] if chosen_only else SIDES) for pair in pairs]
+        labels = pad_rows(answers, IGNORE_INDEX, aligned)
+        batch: dict[str, Any] = pad_ids(prompts, padding_id(self.tokenizer), aligned)
+        batch |= {"decoder_input_ids": self.shift(labels), "labels": labels}
+        return {**batch, "chosen_only": True} if chosen_only else batch
 
 
 def _parts(pair: Mapping[str, Any], side: str) -> tuple[list[int], list[int]]:
@@ -109,7 +100,7 @@ def _parts(pair: Mapping[str, Any], side: str) -> tuple[list[int], list[int]]:
     ids, labels = pair.get(f"{side}_input_ids"), pair.get(f"{side}_labels")
     if ids is None or labels is None or len(ids) != len(labels):
         raise UnusablePair(f"it is tokenised but lacks {side}_input_ids and {side}_labels of one length")
-    start = next((place for place, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
+    start = prompt_length(labels)
     if start in (0, len(labels)):
         raise UnusablePair(f"its {side} side has no {'prompt' if start == 0 else 'response'}: see its labels")
     return list(ids[:start]), list(labels[start:])
@@ -130,7 +121,7 @@ def tokenize_in_two_parts(
 
     Raises `UnusablePair` with the reason, and `ValueError` for options or a tokenizer that can work for no pair.
     """
-    check_length_and_choices(tokenizer, max_length, end, too_long)
+    check_options(tokenizer, max_length, end, too_long, needs_offsets=False)
     example = as_pair(example)
     chosen, rejected = render_pair(example, tokenizer)
     if chosen.prompt != rejected.prompt:

@@ -31,16 +31,11 @@ def run_inside(wrapper: nn.Module, inner: nn.Module, function: Callable[..., Any
 
 
 def through(module: nn.Module, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """`function(*inputs)` as the forward of `module`, if an engine shards that; else as it is."""
-    if not is_sharded(module):
+    """`function(*inputs)` as the forward of `module`, if an engine (FSDP2, ZeRO-3) shards that; else as it is."""
+    if not (is_fsdp2(module) or any(map(_is_zero3, module.parameters(recurse=False)))):
         return function(*inputs)
     with _standing_in(module, function):
         return module(*inputs)
-
-
-def is_sharded(module: nn.Module) -> bool:
-    """Whether the module's parameters are whole inside its forward alone: FSDP2's, or ZeRO-3's."""
-    return is_fsdp2(module) or any(map(_is_zero3, module.parameters(recurse=False)))
 
 
 def is_in_parts(model: nn.Module) -> bool:

@@ -19,8 +19,9 @@ the row of each token.
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -30,18 +31,15 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .body import unwrap
-from .encoder_decoder import is_encoder_decoder, logits_bias, width_scale
+from .encoder_decoder import logits_bias, width_scale
 from .engines import class_of, hooks_of_engine, through
 
 # The config fields by which the models of transformers 5.23 transform their logits, found by reading every
 # `logits = self.lm_head(...)` there. A field that is missing or None does nothing.
 _FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere; Falcon-H1; Muse
 _DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")  # Granite, MiniCPM3; Inkling
-_SOFTCAPS = (
-    "final_logit_softcapping",
-    "logits_soft_cap",
-    "output_logit_soft_cap",
-)  # Gemma 2 to 4; RecurrentGemma; xLSTM
+# Gemma 2 to 4; RecurrentGemma; xLSTM
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _LEAVES_OUT = ("aya_vision", "cohere2_vision")  # the logit_scale of their text model, in their own forward
 _MULTIPLIES_BY_DIVISOR = ("hyperclovax",)  # the same field as Granite, the other way round
 
@@ -122,16 +120,20 @@ class Operands(NamedTuple):
 class LMHead:
     """logits = cap(logit_scale * (weight @ h + bias)), where cap(z) = logit_softcap * tanh(z / logit_softcap), or z.
 
-    `weight` (V, H) and `bias` (V) are the model's own parameters, tied to the embeddings or not; `lora` and `tokens`
-    the adapters that are active on them.
+    `linear` is the head out of `peft`'s wrappers, its `weight` (V, H) and the `bias` (V) the model's own parameters,
+    tied to the embeddings or not; `lora` and `tokens` are the adapters that are active on them.
     """
 
-    weight: Tensor
+    linear: nn.Linear
     bias: Tensor | None
     logit_scale: float
     logit_softcap: float | None
     lora: tuple[LoRA, ...] = ()
     tokens: tuple[TrainedTokens, ...] = ()
+
+    @property
+    def weight(self) -> Tensor:
+        return self.linear.weight
 
     @property
     def adapters(self) -> tuple[LoRA | TrainedTokens, ...]:
@@ -195,42 +197,9 @@ def resolve_lm_head(model: nn.Module) -> LMHead:
     for one that is changed by hooks.
     """
     inner = unwrap(model)
-    module, lora, tokens = head_layers(inner)
-    scale, softcap = logit_transform(inner.config.get_text_config(decoder=True))
-    scale = 1.0 if inner.config.model_type in _LEAVES_OUT else scale
-    bias: Tensor | None = module.bias
-    if is_encoder_decoder(inner):
-        scale, bias = scale * width_scale(inner), logits_bias(inner, bias, module.weight.dtype)
-    return LMHead(module.weight, bias, scale, softcap, lora, tokens)
-
-
-def through_head(model: PreTrainedModel, function: Callable[[LMHead, Tensor], Tensor], hidden: Tensor) -> Tensor:
-    """`function(head, hidden)` where the head's parameters are whole: inside the forwards of their modules.
-
-    FSDP2 shards the head with what is around it; ZeRO-3 every layer by itself, an adapter's too.
-    """
-    linear, lora, _ = head_layers(model)
-
-    def run(hidden: Tensor) -> Tensor:
-        return function(resolve_lm_head(model), hidden)
-
-    for module in dict.fromkeys((linear, *(adapter.up for adapter in lora), model.get_output_embeddings())):
-        run = partial(through, module, run)
-    return run(hidden)
-
-
-class HeadLayers(NamedTuple):
-    """The plain `nn.Linear` that is the head, out of `peft`'s wrappers, and what is active on it."""
-
-    linear: nn.Linear
-    lora: tuple[LoRA, ...]
-    tokens: tuple[TrainedTokens, ...]
-
-
-def head_layers(model: PreTrainedModel) -> HeadLayers:
-    head = model.get_output_embeddings()
+    head = inner.get_output_embeddings()
     if head is None:
-        raise TypeError(f"{type(model).__name__} has no output embeddings (get_output_embeddings() is None).")
+        raise TypeError(f"{type(inner).__name__} has no output embeddings (get_output_embeddings() is None).")
     lora: tuple[LoRA, ...] = ()
     tokens: tuple[TrainedTokens, ...] = ()
     if type(head).__name__ == "ModulesToSaveWrapper":
@@ -241,7 +210,27 @@ def head_layers(model: PreTrainedModel) -> HeadLayers:
     if _class_name(head) == "peft.utils.other.TrainableTokensWrapper":
         head, tokens = head.original_module, _active_tokens(head)
     _check_module(head)
-    return HeadLayers(head, lora, tokens)
+    scale, softcap = logit_transform(inner.config.get_text_config(decoder=True))
+    scale = 1.0 if inner.config.model_type in _LEAVES_OUT else scale
+    bias: Tensor | None = head.bias
+    if inner.config.is_encoder_decoder:
+        scale, bias = scale * width_scale(inner), logits_bias(inner, bias, head.weight.dtype)
+    return LMHead(head, bias, scale, softcap, lora, tokens)
+
+
+def through_head(model: PreTrainedModel, function: Callable[[LMHead, Tensor], Tensor], hidden: Tensor) -> Tensor:
+    """`function(head, hidden)` where the head's parameters are whole: inside the forwards of their modules.
+
+    FSDP2 shards the head with what is around it; ZeRO-3 every layer by itself, an adapter's too.
+    """
+    head = resolve_lm_head(model)
+
+    def run(hidden: Tensor) -> Tensor:
+        return function(resolve_lm_head(model), hidden)
+
+    for module in dict.fromkeys((head.linear, *(adapter.up for adapter in head.lora), model.get_output_embeddings())):
+        run = partial(through, module, run)
+    return run(hidden)
 
 
 def _active_tokens(wrapper: Any) -> tuple[TrainedTokens, ...]:
@@ -326,22 +315,15 @@ def _check_parameter(parameter: Tensor) -> None:
 
 def logit_transform(config: PretrainedConfig) -> tuple[float, float | None]:
     """Scale and soft-cap of the logits, from the text model's config."""
-    factors = _numbers(config, _FACTORS)
-    divisors = _numbers(config, _DIVISORS)
-    if config.model_type in _MULTIPLIES_BY_DIVISOR:
-        factors, divisors = {**factors, **divisors}, {}
-    scale = 1.0
-    for factor in factors.values():
-        scale *= factor
-    for divisor in divisors.values():
-        scale /= divisor
-    softcaps = _numbers(config, _SOFTCAPS)
-    return scale, next(iter(softcaps.values()), None)
+    multiplies = config.model_type in _MULTIPLIES_BY_DIVISOR
+    factor, divisor = math.prod(_numbers(config, _FACTORS)), math.prod(_numbers(config, _DIVISORS))
+    scale = factor * divisor if multiplies else factor / divisor
+    return scale, next(iter(_numbers(config, _SOFTCAPS)), None)
 
 
-def _numbers(config: PretrainedConfig, fields: tuple[str, ...]) -> Mapping[str, float]:
+def _numbers(config: PretrainedConfig, fields: tuple[str, ...]) -> list[float]:
     values: dict[str, Any] = {field: getattr(config, field, None) for field in fields}
     for field, value in values.items():
         if value is not None and not isinstance(value, (int, float)):
             raise TypeError(f"config.{field} is {value!r}; the loss can only apply a number.")
-    return {field: float(value) for field, value in values.items() if value is not None}
+    return [float(value) for value in values.values() if value is not None]

@@ -7,7 +7,6 @@ order of the pairs. The choice is kept in the trainer's state: a run that goes o
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 import time
@@ -21,12 +20,13 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import TrainerCallback
-from transformers.trainer_callback import ExportableState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 from .engines import is_in_parts
 from .pairs import is_stream
-from .sharing import refuses_shared_prompt
+from .probe import as_before
 
 logger = logging.getLogger(__name__)
 
@@ -44,16 +44,15 @@ class MeasuredPacking(TrainerCallback, ExportableState):
         return {"args": {"packing": self.packing}, "attributes": {}}
 
 
-def cannot_measure(trainer: Any, images: bool = False) -> str | None:
-    """Why the steps of this trainer cannot be timed before it trains, in both layouts; None where they can."""
+def cannot_measure(trainer: Any) -> str | None:
+    """Why the steps of this trainer cannot be timed before it trains, whatever their layout; None where they can."""
     if is_in_parts(trainer.model) or any(
         getattr(trainer, name, False) for name in ("is_fsdp_enabled", "is_deepspeed_enabled")
     ):
         return "the model is sharded when training begins, and not before"
     if trainer.train_dataset is None or is_stream(trainer.train_dataset):
         return "pairs of a stream cannot be looked at before training"
-    with trainer.accelerator.autocast():
-        return refuses_shared_prompt(trainer.model, images)
+    return None
 
 
 def chosen_packing(trainer: Any, collators: Collators, checkpoint: str | bool | None) -> str:
@@ -75,11 +74,11 @@ def chosen_packing(trainer: Any, collators: Collators, checkpoint: str | bool | 
 
 def _kept(trainer: Any, checkpoint: str | bool | None) -> str | None:
     folder = get_last_checkpoint(trainer.args.output_dir) if checkpoint is True else checkpoint
-    path = Path(folder or "", "trainer_state.json")
+    path = Path(folder or "", TRAINER_STATE_NAME)
     if not folder or not path.exists():
         return None
-    kept = json.loads(path.read_text()).get("stateful_callbacks", {}).get(MeasuredPacking.__name__, {})
-    return kept.get("args", {}).get("packing")
+    kept = TrainerState.load_from_json(str(path)).stateful_callbacks.get(MeasuredPacking.__name__)
+    return kept and kept["args"]["packing"]
 
 
 def seconds_of_steps(trainer: Any, collators: Collators) -> dict[str, float]:
@@ -121,20 +120,16 @@ def _synchronize(device: torch.device) -> None:
 @contextmanager
 def _unchanged(trainer: Any, model: nn.Module) -> Iterator[None]:
     """Training mode; afterwards modes, gradients, buffers, the RNG and what the trainer has counted are as before."""
-    modes = {module: module.training for module in model.modules()}
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
     buffers = {buffer: buffer.clone() for buffer in model.buffers()}
-    sparsity, device = trainer._sparsity, trainer.args.device
-    devices = [device] if device.type != "cpu" else []
-    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+    sparsity = trainer._sparsity
+    with as_before(model):
         try:
             model.train()
             for parameter in gradients:
                 parameter.grad = None
             yield
         finally:
-            for module, mode in modes.items():
-                module.training = mode
             for parameter, gradient in gradients.items():
                 parameter.grad = gradient
             with torch.no_grad():

@@ -1,22 +1,20 @@
 """What every trainer with the fused loss shares, whatever makes its batches: `PreferenceLossMixin`.
 
-It stands in front of the class of a trainer, with `loss_inputs` to read a batch, and overrides what would make logits:
+It stands in front of the class of a trainer, with `batch_inputs` to read a batch, and overrides what would make logits:
 a subclass and no `compute_loss_func`, because that function is given what the model's forward returns.
 
 **Gradient accumulation and several processes** are exact: the means run over all tokens and all pairs of the optimizer
 step, as if it were one large batch. (A mean of the micro-batches' means weighs a token of a short batch more.) The
 counts are taken where the Trainer counts `num_items_in_batch`; like that, they are of all processes unless
-`average_tokens_across_devices=False`. The router loss of a mixture of experts is no sum over tokens: of it, the mean
-over the micro-batches is taken.
-
-**An evaluation** is the loss of its set, whatever the batches: the NLL of all its tokens, the pair loss of all its
-valid pairs, also over several processes. (The Trainer's own is a mean of batches.) Of the router loss it is the mean
-over batches, by their tokens.
+`average_tokens_across_devices=False`. So is **an evaluation**: the NLL of all tokens of its set, the pair loss of all
+its valid pairs. The router loss of a mixture of experts is no sum over tokens: of it, the mean over the micro-batches
+is taken; in an evaluation, by their tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -32,30 +30,36 @@ from ..devices import moved, statistics_dtype
 from ..engine.objective import counts_of
 from ..methods import Method
 from ..sparsity import Sparsity, measured_sparsity
+from .batches import RowsCollator, with_rows
 from .body import router_loss_coef, unwrap, wants_router_loss
 from .causal_lm import CausalLMOutput, causal_lm_preference_loss
-from .collator import IGNORE_INDEX
-from .engines import run_inside
+from .collator import PreferenceCollator
+from .engines import is_in_parts, run_inside
+from .fitting import Extent, check_fits
 from .lm_head import resolve_lm_head
-from .measuring import Collators, chosen_packing
+from .measuring import Collators, cannot_measure, chosen_packing
 from .media import media_tokens
 from .metrics import Averages, Part, averaged_metrics
-from .packing import Packing
-from .pairs import GroupedByLength, is_stream, lengths_of
-from .sharing import automatic_packing
-from .versions import body_of, compilation_by_environment, groups_by_length
+from .packing import IGNORE_INDEX, Packing
+from .pairs import GroupedByLength, UsablePairs, is_stream, lengths_of, warn_of_unusable
+from .sharing import automatic_packing, refuses_shared_prompt
+from .tokenization import Refusal
+from .versions import body_of, compilation_by_environment, groups_by_length, loss_takes_counts
+
+logger = logging.getLogger(__name__)
 
 _PAIR_LOSS, _ROUTER_LOSS = "pair_loss", "router_loss"  # the parts of a loss beside its NLL
 
 
 class PreferenceLossMixin:
-    """The fused loss inside a `Trainer`. Put it in front of the trainer's class, and give `loss_inputs`.
+    """The fused loss inside a `Trainer`. Put it in front of the trainer's class, and give `batch_inputs`.
 
     Attributes:
         method: what is trained.
         loss_options: what else `causal_lm_preference_loss` is called with beside the batch: memory_budget, ...
         loss_is_scaled_for_ga: the Trainer's own switch. True: the means run over the whole optimizer step. False: over
             each micro-batch, and the Trainer takes the mean of those.
+        unusable_pairs: by the name of the set ("train", "eval", "eval_<name>", ...), the pairs that were left out.
     """
 
     loss_is_scaled_for_ga: bool | None = True
@@ -68,6 +72,9 @@ class PreferenceLossMixin:
     optimizer: Any
     data_collator: Any
     current_gradient_accumulation_steps: int
+    unusable_pairs: dict[str, list[Refusal]]
+    is_world_process_zero: Callable[[], bool]
+    is_local_process_zero: Callable[[], bool]
     _compile_options: dict[str, Any] | None = None
     _sparsity: Sparsity | None = None
     _to_measure: Collators = MappingProxyType({})  # the collators of which `train` takes the faster
@@ -88,9 +95,17 @@ class PreferenceLossMixin:
         """Whether batches are as wide as an `aligned_width`, for the sake of a GPU's libraries."""
         return self.args.device.type != "cpu"
 
+    def batch_inputs(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What `causal_lm_preference_loss` takes of a batch of this trainer; by default all of it."""
+        return batch
+
     def loss_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """What `causal_lm_preference_loss` takes of a batch, its rows among it (`with_rows`)."""
-        raise NotImplementedError
+        """`batch_inputs`, with the rows that its labels make in their place."""
+        return with_rows(self.batch_inputs(batch), self.method, self._ignore_index, self.media_tokens)
+
+    def rows_collator(self, collator: Callable[[Any], Any]) -> RowsCollator:
+        """The collator, whose batches come with their rows."""
+        return RowsCollator(collator, self.method, self._ignore_index, self.args.device, self.media_tokens)
 
     def loss_step(
         self,
@@ -114,14 +129,13 @@ class PreferenceLossMixin:
         inner = self.accelerator.unwrap_model(model)
         self._compile_body(inner)
         own_counts = counts_in_loss(inputs["rows"], counted)
-        if step_counts is not None:
-            step_counts = moved(step_counts, own_counts.device, torch.float64)
         if counted is not None:
             weights = inputs.get("pair_weights")
             inputs = {**inputs, "pair_weights": counted.double() if weights is None else weights * counted}
         counts, micro_batches, averaged = own_counts, 1, 1
         if step_counts is not None:
-            counts, micro_batches = step_counts, self.current_gradient_accumulation_steps
+            counts = moved(step_counts, own_counts.device, torch.float64)
+            micro_batches = self.current_gradient_accumulation_steps
             if self.args.average_tokens_across_devices:
                 averaged = self.accelerator.num_processes  # by which the gradients will be divided
         options = {**self.loss_options, "nll_denominator": counts[0], "pair_denominator": counts[1]}
@@ -220,9 +234,54 @@ class PreferenceLossMixin:
             self._to_measure = {}
         return super().train(*arguments, **options)  # type: ignore[misc]
 
-    def _automatic_packing(self, images: bool = False) -> tuple[Packing, str]:
+    def _refuses_shared_prompt(self, images: bool = False) -> str | None:
+        """Why no batch of this trainer can share prompts; None too for a model in parts, which the first step tries."""
         with self.accelerator.autocast():  # as its steps run
-            return automatic_packing(self.model, self.args.device, images)
+            return None if is_in_parts(self.model) else refuses_shared_prompt(self.model, images)
+
+    def _decided(
+        self, asked: Packing, images: bool = False, collator_of: Callable[[Packing], Any] | None = None
+    ) -> Packing:
+        """The packing that `asked` means; of "measure", until training begins with the collators of both.
+
+        Raises `ValueError` for "shared" where prompts cannot be shared.
+        """
+        if asked == "padded":
+            return asked
+        refused = self._refuses_shared_prompt(images)
+        if asked == "shared":
+            if refused:
+                raise ValueError(f'{refused} Use packing="padded".')
+            return asked
+        packing: Packing = "padded"
+        why = refused
+        if refused is None:
+            with self.accelerator.autocast():
+                packing, why = automatic_packing(self.model, self.args.device, images)
+        if asked == "measure" and collator_of is not None:
+            unmeasured = refused or cannot_measure(self)
+            why = unmeasured or "until training begins, which times both"
+            if unmeasured is None:
+                self._to_measure = {"padded": collator_of("padded"), "shared": collator_of("shared")}
+        logger.info("packing=%r is %r: %s", asked, packing, why)
+        return packing
+
+    def _looked_through(self, pairs: Any, name: str, collator: PreferenceCollator) -> UsablePairs:
+        """The pairs of the set `name` that can be used; what cannot, and what is cut, is said."""
+        usable = UsablePairs(pairs, collator, not self.args.disable_tqdm and self.is_local_process_zero())
+        self._take_note(name, usable.unusable, len(usable) + len(usable.unusable), usable.extent)
+        if usable.cut_pairs and self.is_world_process_zero():
+            logger.warning(
+                "%d of the %d pairs of the %s set are longer than max_length=%s and are cut, by %d tokens in all.",
+                *(usable.cut_pairs, len(usable), name, collator.max_length, usable.cut_tokens),
+            )
+        return usable
+
+    def _take_note(self, name: str, unusable: list[Refusal], total: int, extent: Extent) -> None:
+        """Say which of the pairs of the set `name` are left out. Raises `ValueError` where the others do not do."""
+        self.unusable_pairs[name] = unusable
+        warn_of_unusable(unusable, total, name, say=self.is_world_process_zero())
+        check_fits(self.model, extent, name, say=self.is_world_process_zero())
 
     def _take_packing(self, packing: str) -> None:
         """Make batches of this packing from now on, one of `_to_measure`."""
@@ -264,7 +323,8 @@ class PreferenceLossMixin:
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def _check_setup(self) -> None:
-        """Refuse, before the first step, what the loss would bypass."""
+        """Refuse, before the first step, what the loss would bypass, and take over what belongs to it."""
+        loss_takes_counts(self)
         if self.args.label_smoothing_factor:
             raise ValueError(
                 f"label_smoothing_factor is {self.args.label_smoothing_factor}, but the loss has no label smoothing; "

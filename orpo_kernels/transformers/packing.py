@@ -27,18 +27,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..rows import Rows, nll_weight
+from ..rows import DTYPES, Rows, nll_weight
 
 Packing = Literal["auto", "measure", "padded", "shared"]
 IGNORE_INDEX = -100
 PADDING = -1  # its segment
 SIDES = ("chosen", "rejected")
+COLUMNS = tuple(f"{side}_{part}" for side in SIDES for part in ("input_ids", "labels"))  # of a tokenised pair
 # The width of a row at which attention costs as much as all else. By FLOP it is 6 times the hidden size, 3500 for the
 # smallest models; masked attention runs at a lower rate than products with weights.
 ATTENTION_LENGTH = 2000
 
 
 _M = TypeVar("_M", bound="_Movable")
+
+
+def prompt_length(labels: Sequence[int]) -> int:
+    """How many labels there are in front of the first that is a target."""
+    return next((place for place, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
 
 
 class _Movable:
@@ -202,10 +208,11 @@ def pack_pairs(
             input_ids[row, place] = piece.input_ids
             segments[row, place] = piece.segments(index)
             position_ids[row, place] = piece.position_ids
-            answers += [piece.answer(side, row * width + start, index, len(pieces)) for side in (0, 1)]
-            prompts.append(piece.prompt(row * width + start, index, len(pieces)))
+            offset = row * width + start
+            answers += [piece.rows(side, True, offset, index, len(pieces)) for side in (0, 1)]
+            prompts.append(piece.rows(0, False, offset, index, len(pieces)))
             lengths += piece.lengths
-            keys += [piece.places(side) + row * width + start for side in (0, 1)]
+            keys += [piece.places(side) + offset for side in (0, 1)]
             start += len(piece)
         lengths.append(width - start)
         keys.append(torch.arange(start, width) + row * width)
@@ -309,7 +316,7 @@ class _Piece:
         return torch.cat((torch.arange(len(self.ids[0])), torch.arange(self.shared, len(self.ids[1]))))
 
     def segments(self, index: int) -> Tensor:
-        lengths = (self.shared, len(self.ids[0]) - self.shared, len(self.ids[1]) - self.shared)
+        lengths = (self.shared, *(len(ids) - self.shared for ids in self.ids))
         return 3 * index + torch.arange(3).repeat_interleave(torch.tensor(lengths))
 
     def places(self, side: int) -> Tensor:
@@ -319,40 +326,20 @@ class _Piece:
             places[self.shared :] += len(self.ids[0]) - self.shared
         return places
 
-    def answer(self, side: int, offset: int, index: int, num_pairs: int) -> Rows:
-        """The rows that a side's labels make. The first token of a sequence has no prediction."""
-        labelled = self.labels[side][1:] != IGNORE_INDEX
-        sequence = index + side * num_pairs
-        return self._rows(side, labelled, offset, sequence, num_pairs, scored=True, in_nll=side == 0)
-
-    def prompt(self, offset: int, index: int, num_pairs: int) -> Rows:
-        """The rows that the rest of the chosen sequence makes."""
-        rest = self.labels[0][1:] == IGNORE_INDEX
-        return self._rows(0, rest, offset, index, num_pairs, scored=False, in_nll=True)
-
-    def _rows(
-        self, side: int, chosen: Tensor, offset: int, sequence: int, num_pairs: int, *, scored: bool, in_nll: bool
-    ) -> Rows:
-        position = (self.places(side)[:-1] + offset)[chosen]
+    def rows(self, side: int, labelled: bool, offset: int, index: int, num_pairs: int) -> Rows:
+        """Those of the side that have a label, or that have none. The first token of a sequence has no prediction."""
+        own = (self.labels[side][1:] != IGNORE_INDEX) == labelled
+        position = (self.places(side)[:-1] + offset)[own]
         return Rows(
             position,
-            self.ids[side][1:][chosen],
-            torch.full_like(position, sequence),
-            torch.full_like(position, scored, dtype=torch.bool),
-            torch.full_like(position, in_nll, dtype=torch.float64),
+            self.ids[side][1:][own],
+            torch.full_like(position, index + side * num_pairs),
+            torch.full_like(position, labelled, dtype=torch.bool),
+            torch.full_like(position, side == 0, dtype=torch.float64),
             num_pairs,
         )
 
 
 def _joined(*parts: Rows) -> Rows:
-    def joined(name: str) -> Tensor:
-        return torch.cat([getattr(part, name) for part in parts])
-
-    return Rows(
-        joined("position"),
-        joined("target"),
-        joined("sequence"),
-        joined("scored"),
-        joined("nll_weight"),
-        parts[0].num_pairs,
-    )
+    vectors: Any = {name: torch.cat([getattr(part, name) for part in parts]) for name in DTYPES}
+    return Rows(**vectors, num_pairs=parts[0].num_pairs)

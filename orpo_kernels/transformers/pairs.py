@@ -22,11 +22,13 @@ from tqdm.auto import tqdm
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..text.pictures import sources_of
-from .collator import IGNORE_INDEX, PreferenceCollator, Refusal, UnusablePair, padding_id
+from .collator import PreferenceCollator, padding_id
 from .fitting import Extent
+from .packing import COLUMNS, prompt_length
+from .rendering import UnusablePair
+from .tokenization import Refusal
 
 NAMED = 5  # unusable pairs that a warning names
-COLUMNS = tuple(f"{side}_{part}" for side in ("chosen", "rejected") for part in ("input_ids", "labels"))
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +85,7 @@ class UsablePairs(Dataset):
         kept = self._kept[index]
         if kept is None:
             return self.source[self._indices[index]]
-        pair = {name: _plain(kept[name]) for name in kept}
+        pair = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in kept.items()}
         return pair | {"images": sources_of(self.source[self._indices[index]])} if "images" in kept else pair
 
     def _read_anew(self, index: int) -> dict[str, Any]:
@@ -120,10 +122,6 @@ def _compact(pair: Any) -> dict[str, Any]:
     ids = {name: np.array(value, dtype=np.int32) for name, value in pair.items() if name in COLUMNS}
     rest = {name: value for name, value in pair.items() if name not in COLUMNS}
     return ids | rest | ({"images": None} if "images" in rest else {})
-
-
-def _plain(value: Any) -> Any:
-    return value.tolist() if isinstance(value, np.ndarray) else value
 
 
 class UsableStream(IterableDataset):
@@ -170,8 +168,7 @@ def warn_of_unusable(unusable: Sequence[Refusal], total: int, name: str, say: bo
 def pair_length(pair: Any) -> int:
     """Tokens of a tokenised pair: its prompt once, and both answers."""
     labels = pair["rejected_labels"]
-    prompt = next((place for place, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
-    return len(pair["chosen_input_ids"]) + len(labels) - prompt
+    return len(pair["chosen_input_ids"]) + len(labels) - prompt_length(labels)
 
 
 def lengths_of(pairs: Any) -> list[int] | None:

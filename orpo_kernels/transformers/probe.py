@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from .body import run_body, wants_router_loss
 from .encoder_decoder import probe_inputs
 from .engines import is_fsdp2
-from .lm_head import LMHead, head_layers, match_dtype, through_head
+from .lm_head import LMHead, match_dtype, through_head
 
 PROBE_TOKENS = 8
 # Both sides compute the same products in the same dtype. They differ by the roundings of the transform, which a model
@@ -52,7 +52,7 @@ def verify_lm_head(
     """
     state = (
         type(inner),
-        weakref.ref(head_layers(inner).linear),
+        weakref.ref(head.linear),
         head.weight.dtype,
         head.logit_scale,
         head.logit_softcap,
@@ -149,23 +149,28 @@ def _refusal(inner: PreTrainedModel, head: LMHead, finding: str) -> ValueError:
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, without gradient, eager. Nothing has changed afterwards: not the mode, not the RNG."""
-    training = [module for module in model.modules() if module.training]
+def as_before(model: nn.Module) -> Iterator[None]:
+    """Afterwards the modes of all modules and the RNG are what they were."""
+    modes = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
     devices = [device] if device.type != "cpu" else []
-    with (
-        torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"),
-        torch.compiler.set_stance("force_eager"),
-        torch.no_grad(),
-    ):
+    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
         try:
-            for module in training:
-                module.training = False
             yield
         finally:
-            for module in training:
-                module.training = True
+            for module, mode in modes.items():
+                module.training = mode
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, without gradient, eager. Nothing has changed afterwards: not the mode, not the RNG."""
+    with as_before(model), torch.compiler.set_stance("force_eager"), torch.no_grad():
+        for module in model.modules():
+            module.training = False
+        try:
+            yield
+        finally:
             # What autocast has cast without gradient it would reuse in the training forward, which then had none.
             torch.clear_autocast_cache()
 

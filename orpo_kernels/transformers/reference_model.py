@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,11 @@ from ..text.pictures import fingerprint
 from .batches import batch_on
 from .body import unwrap
 from .causal_lm import causal_lm_answers
-from .collator import REFERENCE, PreferenceCollator, UnusablePair
+from .collator import PreferenceCollator
+from .packing import COLUMNS
+from .pairs import is_stream
 from .probe import undisturbed
+from .rendering import REFERENCE, UnusablePair
 
 
 class ReferencedPairs(Dataset):
@@ -51,9 +54,8 @@ class ReferencedPairs(Dataset):
 
 def has_reference(pairs: Any) -> bool:
     """Whether the pairs bring the reference's log-probabilities along, or nobody can look because they are a stream."""
-    if not hasattr(pairs, "__len__") or not hasattr(pairs, "__getitem__"):
-        return True
-    return isinstance(pairs, ReferencedPairs) or len(pairs) == 0 or all(name in pairs[0] for name in REFERENCE)
+    known = is_stream(pairs) or isinstance(pairs, ReferencedPairs) or len(pairs) == 0
+    return known or all(name in pairs[0] for name in REFERENCE)
 
 
 def reference_logps(
@@ -84,7 +86,8 @@ def reference_logps(
     own = batches[accelerator.process_index :: accelerator.num_processes]
     bar = tqdm(own, "reference log-probabilities", disable=not (show_progress and accelerator.is_local_main_process))
     computed = torch.zeros_like(known)
-    with undisturbed(model), without_adapters(model), accelerator.autocast():
+    base: Any = getattr(model, "disable_adapter", nullcontext)  # of a `peft` model without its adapters
+    with undisturbed(model), base(), accelerator.autocast():
         for indices in bar:
             batch = batch_on(collator([pairs[index] for index in indices]), accelerator.device)
             computed[indices] = causal_lm_answers(model, **batch, **options).logps.view(2, -1).T.cpu()
@@ -113,14 +116,6 @@ def _from_device(logps: Tensor) -> Tensor:
     return logps.cpu().double()
 
 
-@contextmanager
-def without_adapters(model: nn.Module) -> Iterator[None]:
-    """The base model of a `peft` model; any other model as it is."""
-    disabled: Any = getattr(model, "disable_adapter", None)
-    with nullcontext() if disabled is None else disabled():
-        yield
-
-
 # --- the cache -----------------------------------------------------------------------------------------------------
 
 
@@ -132,7 +127,7 @@ def _read_through(pairs: Sequence[Any], collator: PreferenceCollator) -> tuple[s
             pair = collator.tokenized(pairs[index])
         except UnusablePair as unusable:
             raise ValueError(f"Pair {index} of the data cannot be used: {unusable}.") from unusable
-        sides = [list(pair[f"{side}_{part}"]) for side in ("chosen", "rejected") for part in ("input_ids", "labels")]
+        sides = [list(pair[column]) for column in COLUMNS]
         digest.update(json.dumps(sides).encode())
         for picture in pair.get("images", ()):
             digest.update(fingerprint(picture).encode())

@@ -40,11 +40,11 @@ from ..text.messages import (
     strings,
 )
 from ..text.pictures import IMAGES
+from .packing import SIDES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SIDES = ("chosen", "rejected")
 PROBES = ("Apple pie", "Zebra cub")
 # What a pair may hold beside prompt, chosen and rejected.
 TOOLS, TEMPLATE_OPTIONS, WEIGHT = "tools", "chat_template_kwargs", "weight"

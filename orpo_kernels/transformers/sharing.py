@@ -19,7 +19,6 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .body import MASKS, layer_kinds, run_body, unwrap, wants_router_loss
-from .encoder_decoder import is_encoder_decoder
 from .engines import is_in_parts
 from .packing import IGNORE_INDEX, SIDES, Packing, pack_pairs
 from .probe import training_without_noise, undisturbed
@@ -68,11 +67,6 @@ def refuses_shared_prompt(model: nn.Module, images: bool = False) -> str | None:
     return obstacle and f"{type(inner).__name__} cannot share prompts: {obstacle}."
 
 
-def refuses_before_training(model: nn.Module, images: bool = False) -> str | None:
-    """As `refuses_shared_prompt`, but None for a model in parts, of which the loss finds it out in the first step."""
-    return None if is_in_parts(model) else refuses_shared_prompt(model, images)
-
-
 def automatic_packing(model: nn.Module, device: torch.device, images: bool = False) -> tuple[Packing, str]:
     """What packing="auto" means for `model` on `device`, and why: shared prompts where they are exact and fast.
 
@@ -101,7 +95,7 @@ def automatic_packing(model: nn.Module, device: torch.device, images: bool = Fal
 
 
 def _known_obstacle(inner: PreTrainedModel, config: PretrainedConfig) -> str | None:
-    if is_encoder_decoder(inner):
+    if inner.config.is_encoder_decoder:
         return "it is an encoder-decoder model, whose encoder runs once for both answers in any case"
     attention, kinds = config._attn_implementation, layer_kinds(config)
     if wants_router_loss(inner):
@@ -204,10 +198,11 @@ def _difference_in_a_shared_row(inner: PreTrainedModel, pairs: list[dict[str, li
         prompt, answer = hidden.split([PROBE_PAIRS[index][0], PROBE_PAIRS[index][1 + side]])
         for segment, expected in ((3 * index, prompt), (3 * index + 1 + side, answer)):
             difference = _difference(shared[packed.segments == segment], expected)
-            if not difference <= _tolerance(hidden):  # NaN is a difference, too
+            tolerance = TOLERANCE[_runs_in(hidden.dtype, hidden.device)]
+            if not difference <= tolerance:  # NaN is a difference, too
                 return (
                     f"the hidden states of a {SIDES[side]} sequence differ by {difference:.2g} from those of the "
-                    f"sequence alone (allowed: {_tolerance(hidden):.0e})"
+                    f"sequence alone (allowed: {tolerance:.0e})"
                 )
     return None
 
@@ -227,10 +222,6 @@ def _difference(shared: Tensor, alone: Tensor) -> float:
     """The mean over tokens of the distance, relative to the norm."""
     shared, alone = shared.float(), alone.float()
     return float(((shared - alone).norm(dim=-1) / alone.norm(dim=-1)).mean())
-
-
-def _tolerance(hidden: Tensor) -> float:
-    return TOLERANCE[_runs_in(hidden.dtype, hidden.device)]
 
 
 def _runs_in(dtype: torch.dtype, device: torch.device) -> torch.dtype:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .packing import IGNORE_INDEX
-from .rendering import SIDES
+from rich.text import Text
+
+from .packing import IGNORE_INDEX, SIDES, prompt_length
 
 if TYPE_CHECKING:
-    from rich.text import Text
     from transformers import PreTrainedTokenizerBase
 
 # What a token is, and the two colours that tokens next to each other take in turns.
@@ -42,7 +42,7 @@ class Token(NamedTuple):
 def tokens_of(pair: Mapping[str, Any], side: str, tokenizer: PreTrainedTokenizerBase) -> list[Token]:
     """The tokens of one side of a tokenised pair, as in a padded batch of this pair alone."""
     ids, labels = list(pair[f"{side}_input_ids"]), list(pair[f"{side}_labels"])
-    first = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
+    first = prompt_length(labels)
     special = set(tokenizer.all_special_ids)
     tokens = []
     for index, (own, label) in enumerate(zip(ids, labels, strict=True)):
@@ -60,7 +60,7 @@ def _text(token: int, tokenizer: PreTrainedTokenizerBase) -> str:
 
 def legend() -> Text:
     """What the colours mean."""
-    return _lines(_labelled(kind, [(meaning, STYLES[kind][0])]) for kind, meaning in MEANINGS.items())
+    return Text("\n").join(_labelled(kind, [(meaning, STYLES[kind][0])]) for kind, meaning in MEANINGS.items())
 
 
 def shown(pair: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, whole: bool = False) -> Text:
@@ -73,14 +73,14 @@ def shown(pair: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, whole: bo
         tokens = tokens_of(pair, side, tokenizer)
         counts = {kind: sum(token.kind == kind for token in tokens) for kind in STYLES}
         told = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
-        lines.append(_plain(f"{side}: {told}", "bold"))
+        lines.append(Text(f"{side}: {told}", "bold"))
         for kind, stretch in groupby(tokens, key=lambda token: token.kind):
             lines.append(_labelled(kind, _painted(kind, [token.text for token in stretch], whole)))
     if cut := pair.get("cut_tokens"):
-        lines.append(_plain(f"{cut} tokens of both sides were cut", "bold red"))
+        lines.append(Text(f"{cut} tokens of both sides were cut", "bold red"))
     if (weight := pair.get("weight")) is not None:
-        lines.append(_plain(f"its loss is multiplied by {weight:g}", "bold"))
-    return _lines(lines)
+        lines.append(Text(f"its loss is multiplied by {weight:g}", "bold"))
+    return Text("\n").join(lines)
 
 
 def _painted(kind: str, texts: Sequence[str], whole: bool) -> list[tuple[str, str]]:
@@ -107,18 +107,4 @@ def _visible(text: str) -> str:
 
 
 def _labelled(kind: str, parts: list[tuple[str, str]]) -> Text:
-    from rich.text import Text
-
     return Text.assemble((f"{kind:>8} ", "dim"), *parts)
-
-
-def _plain(text: str, style: str) -> Text:
-    from rich.text import Text
-
-    return Text(text, style)
-
-
-def _lines(lines: Iterable[Text]) -> Text:
-    from rich.text import Text
-
-    return Text("\n").join(lines)

@@ -28,7 +28,7 @@ each with its end token, and nothing else.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, get_args
 
@@ -44,23 +44,20 @@ End = Literal["single", "trl"]
 TooLong = Literal["cut", "refuse"]
 
 
-class _Ids(TypedDict):
-    chosen_input_ids: list[int]
-    chosen_labels: list[int]
-    rejected_input_ids: list[int]
-    rejected_labels: list[int]
-
-
-class TokenizedPair(_Ids, total=False):
+class TokenizedPair(TypedDict, total=False):
     """One pair as lists of ids, ready for a `datasets.Dataset`. The names of its four columns of ids are TRL's.
 
     Labels are unshifted: the response's ids, and -100 on the prompt (and between the turns of an answer).
 
-    `cut_tokens`: how many tokens of both sides `max_length` cost, if any. `weight`: what the pair's loss is multiplied
-    by, if the example says so; `images`: its pictures, as the example names them; `ref_chosen_logps` and
-    `ref_rejected_logps` likewise.
+    The other keys are there where they have something to say. `cut_tokens`: how many tokens of both sides `max_length`
+    cost. `weight`: what the pair's loss is multiplied by; `images`: its pictures, as the example names them;
+    `ref_chosen_logps` and `ref_rejected_logps` likewise.
     """
 
+    chosen_input_ids: list[int]
+    chosen_labels: list[int]
+    rejected_input_ids: list[int]
+    rejected_labels: list[int]
     cut_tokens: int
     weight: float
     images: list[Any]
@@ -151,16 +148,16 @@ def tokenize_pair(
     rendered = render_pair(example, tokenizer, len(images), None if processor is None else processor.mark)
     if processor is not None and images:
         rendered = processor.expanded(rendered, read_images(images, processor.urls))
-    sides = [_finish(_split(side, tokenizer), side, tokenizer, end) for side in rendered]
-    chosen, rejected = whole = _Sides(*sides)
+    sides = [_finish(side, tokenizer, end) for side in rendered]
+    chosen, rejected = sides
     if max_length is not None:
-        if too_long == "refuse" and whole.longest > max_length:
-            raise UnusablePair(f"it has {whole.longest} tokens, more than max_length={max_length}")
-        chosen, rejected = _truncate(whole, max_length, tokenizer.bos_token_id)
+        if too_long == "refuse" and (longest := max(map(len, sides))) > max_length:
+            raise UnusablePair(f"it has {longest} tokens, more than max_length={max_length}")
+        chosen, rejected = _truncate(sides, max_length, tokenizer.bos_token_id)
         if images and processor is not None:
-            _check_pictures_whole(whole.chosen, chosen, processor, max_length)
+            _check_pictures_whole(sides[0], chosen, processor, max_length)
     _check_sides(chosen, rejected, max_length)
-    pair = pair_of(chosen, rejected, sum(map(len, whole)) - len(chosen) - len(rejected), example)
+    pair = pair_of(chosen, rejected, sum(map(len, sides)) - len(chosen) - len(rejected), example)
     if images:
         pair["images"] = images
     return pair
@@ -187,20 +184,15 @@ def _apart(given: Any) -> tuple[Any, Processor | None]:
     return (given.tokenizer, given) if isinstance(given, Processor) else (given, None)
 
 
-def check_options(tokenizer: PreTrainedTokenizerBase, max_length: int | None, end: str, too_long: str) -> None:
+def check_options(
+    tokenizer: PreTrainedTokenizerBase, max_length: int | None, end: str, too_long: str, needs_offsets: bool = True
+) -> None:
     """Raise `TypeError` or `ValueError` for what cannot work for any pair."""
-    if not getattr(tokenizer, "is_fast", False):
+    if needs_offsets and not getattr(tokenizer, "is_fast", False):
         raise TypeError(
             f"{type(tokenizer).__name__} gives no character offsets, by which the boundary between prompt and response "
             "is found; load the model's fast tokenizer (use_fast=True)."
         )
-    check_length_and_choices(tokenizer, max_length, end, too_long)
-
-
-def check_length_and_choices(
-    tokenizer: PreTrainedTokenizerBase, max_length: int | None, end: str, too_long: str
-) -> None:
-    """`check_options` of a tokenizer from which no character offsets are asked for."""
     if tokenizer.eos_token_id is None:
         raise ValueError("The tokenizer has no EOS token, so a response could not end; set tokenizer.eos_token.")
     if max_length is not None and max_length < 2:
@@ -228,14 +220,8 @@ def numbers_of(example: Mapping[str, Any]) -> Any:
 # --- text to tokens ------------------------------------------------------------------------------------------------
 
 
-class _Tokens(NamedTuple):
+def _split(side: Rendered, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[tuple[int, int]]]:
     """A text's ids, and the ranges (first, behind) of those that are the answers'."""
-
-    ids: list[int]
-    answers: list[tuple[int, int]]
-
-
-def _split(side: Rendered, tokenizer: PreTrainedTokenizerBase) -> _Tokens:
     encoding = tokenizer(side.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
     answers, behind = [], 0
@@ -247,7 +233,7 @@ def _split(side: Rendered, tokenizer: PreTrainedTokenizerBase) -> _Tokens:
         if stop < len(side.text):
             behind = next((i for i in range(first, len(ids)) if offsets[i][0] >= stop), len(ids))
         answers.append((first, behind))
-    return _Tokens(ids, answers)
+    return ids, answers
 
 
 def _true_stop(token: int, offsets: tuple[int, int], text: str, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -262,13 +248,13 @@ def _true_stop(token: int, offsets: tuple[int, int], text: str, tokenizer: PreTr
 # --- beginning and end ---------------------------------------------------------------------------------------------
 
 
-def _finish(tokens: _Tokens, side: Rendered, tokenizer: PreTrainedTokenizerBase, end: End) -> Side:
+def _finish(side: Rendered, tokenizer: PreTrainedTokenizerBase, end: End) -> Side:
     """Give the sequence its beginning (a BOS, once) and every turn of the answer its end."""
-    ids, bos, eos = tokens.ids, tokenizer.bos_token_id, tokenizer.eos_token_id
+    (ids, answers), bos, eos = _split(side, tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id
     opener = _opener(ids, tokenizer)
-    first, last = tokens.answers[0][0], len(ids)
+    first, last = answers[0][0], len(ids)
     labels = [IGNORE_INDEX] * len(ids)
-    for start, behind in tokens.answers:
+    for start, behind in answers:
         stop = _turn_end(ids, start, behind, opener, tokenizer) if side.is_chat else None
         last = behind if stop is None else stop
         labels[start:last] = ids[start:last]
@@ -340,20 +326,11 @@ def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 # --- length --------------------------------------------------------------------------------------------------------
 
 
-class _Sides(NamedTuple):
-    chosen: Side
-    rejected: Side
-
-    @property
-    def longest(self) -> int:
-        return max(map(len, self))
-
-
-def _truncate(sides: _Sides, max_length: int, bos: int | None) -> _Sides:
+def _truncate(sides: Sequence[Side], max_length: int, bos: int | None) -> list[Side]:
     """The rule of the module's docstring. Both prompts lose the same tokens."""
     promised = min(max(len(side.response) for side in sides), max_length // 2)
     surplus = max(0, max(len(side.prompt) for side in sides) + promised - max_length)
-    return _Sides(*(_shortened(side, surplus, max_length, bos) for side in sides))
+    return [_shortened(side, surplus, max_length, bos) for side in sides]
 
 
 def _shortened(side: Side, surplus: int, max_length: int, bos: int | None) -> Side:

@@ -1,12 +1,4 @@
-"""ORPO, SFT, DPO, SimPO and CPO in `transformers.Trainer`: raw preference pairs go in, no logits are made.
-
-    collator = PreferenceCollator(tokenizer, max_length=1024)
-    trainer = PreferenceTrainer(model, args, data_collator=collator, train_dataset=pairs, method="dpo")
-    trainer.train()
-
-What they share with the trainers of other libraries is `PreferenceLossMixin`: exact means over gradient accumulation,
-processes and evaluations.
-"""
+"""ORPO, SFT, DPO, SimPO and CPO in `transformers.Trainer`: raw preference pairs go in, no logits are made."""
 
 from __future__ import annotations
 
@@ -25,21 +17,17 @@ from transformers import Trainer
 
 from .._moved import moved
 from ..methods import Method, all_options, method_named
-from .batches import RowsCollator, with_rows
 from .body import unwrap
-from .collator import PreferenceCollator, Refusal
-from .encoder_decoder import is_encoder_decoder
+from .collator import PreferenceCollator
 from .encoder_decoder_collator import EncoderDecoderCollator
 from .engines import is_in_parts
-from .fitting import check_fits
-from .measuring import cannot_measure
 from .metrics import Averages, averaged_metrics, pair_metrics, preference_metrics
 from .mixin import PreferenceLossMixin, counts_in_loss
-from .packing import Packing
-from .pairs import COLUMNS, NAMED, UsablePairs, UsableStream, is_stream, warn_of_unusable
+from .packing import COLUMNS, Packing
+from .pairs import NAMED, UsablePairs, UsableStream, is_stream
 from .reference_model import ReferencedPairs, has_reference, reference_logps
 from .rendering import KNOWN
-from .versions import loss_takes_counts
+from .tokenization import Refusal
 
 logger = logging.getLogger(__name__)
 
@@ -53,16 +41,17 @@ __getattr__ = moved(__name__, {"run_inside": "orpo_kernels.transformers.engines"
 class PreferenceTrainer(PreferenceLossMixin, Trainer):
     """`transformers.Trainer` with the loss of a preference-tuning method (`orpo_kernels.methods`).
 
+        collator = PreferenceCollator(tokenizer, max_length=1024)
+        trainer = PreferenceTrainer(model, args, data_collator=collator, train_dataset=pairs, method="dpo")
+        trainer.train()
+
     Args, beside those of `Trainer` (all of it by keyword but `model` and `args`):
-        data_collator: a `PreferenceCollator`, or anything that makes the same batches. With `packing="auto"`, its
-            default, prompts are shared if the model allows it and it is fast there (`automatic_packing`); with
-            `packing="measure"` if that is faster here (`measuring.py`), timed when training begins. SFT leaves
-            the rejected answers out of the batches that it trains on. For an encoder-decoder model an
-            `EncoderDecoderCollator` is made of it.
+        data_collator: a `PreferenceCollator`, or anything that makes the same batches. SFT leaves the rejected answers
+            out of the batches that it trains on. For an encoder-decoder model an `EncoderDecoderCollator` is made of
+            it.
         train_dataset, eval_dataset: raw examples (prompt, chosen, rejected; `tokenize_pair` says what else they may
             hold), or pairs that it made. With a `PreferenceCollator` they are looked through and tokenised here, once
-            (`pairs.py`): what cannot be used is left out, said in a warning and held in `unusable_pairs`; what
-            `max_length` cuts is said, too.
+            (`pairs.py`).
         method: "orpo", "sft", "dpo", "simpo" or "cpo".
         beta: the strength of the preference, by default the method's own.
         loss_options: the method's other options (alpha, prompt_nll, nll_reduction, gamma), and what else
@@ -77,11 +66,9 @@ class PreferenceTrainer(PreferenceLossMixin, Trainer):
     as TRL defines them for the method; SFT, which trains without rejected answers, only nll_loss in training.
 
     **DPO's reference** is run once over the datasets, here in the constructor, in batches of
-    `per_device_eval_batch_size`, and its log-probabilities are kept in `output_dir/reference_logps`, under a hash of
-    the model and of the tokens, batch by batch: interrupted, it goes on with the rest. Pairs that have the columns
-    ref_chosen_logps and ref_rejected_logps keep theirs; a stream has to have them.
-
-    `reference_seconds` is what it took here, or what reading it took.
+    `per_device_eval_batch_size`, and kept in `output_dir/reference_logps` (`reference_model.py`); `reference_seconds`
+    is what it took, or what reading it took. Pairs that have the columns ref_chosen_logps and ref_rejected_logps keep
+    theirs; a stream has to have them.
 
     `unusable_pairs`: by the name of the set ("train", "eval", "eval_<name>", ...), the `Refusal`s (index and reason)
     of all pairs that were left out; of a stream, of those so far, in this process (not those that workers of the data
@@ -123,7 +110,6 @@ class PreferenceTrainer(PreferenceLossMixin, Trainer):
         self._recent = Averages()  # since the last log
         options.setdefault("compute_metrics", preference_metrics)
         super().__init__(model, args, data_collator=data_collator, **options)
-        loss_takes_counts(self)
         self._check_setup()
         if isinstance(data_collator, PreferenceCollator):
             self.data_collator = self._for_this_model(data_collator)
@@ -134,20 +120,15 @@ class PreferenceTrainer(PreferenceLossMixin, Trainer):
         """The collator with what it leaves open decided by the model and the device."""
         if collator.aligned is None:
             collator = replace(collator, aligned=self.aligns_widths)
-        if is_encoder_decoder(unwrap(self.model)) and not isinstance(collator, EncoderDecoderCollator):
+        if unwrap(self.model).config.is_encoder_decoder and not isinstance(collator, EncoderDecoderCollator):
             collator = EncoderDecoderCollator.of(collator, self.model)
-        asked, images = collator.packing, collator.processor is not None
-        if asked not in ("auto", "measure"):
+        if collator.packing not in ("auto", "measure"):
             return collator
-        packing, why = self._automatic_packing(images)
-        if asked == "measure":
-            layouts: tuple[Packing, ...] = ("padded", "shared")
-            reason = cannot_measure(self, images)
-            if reason is None:
-                self._to_measure = {name: self._for_training(replace(collator, packing=name)) for name in layouts}
-            why = reason or "until training begins, which times both"
-        logger.info("packing=%r is %r: %s", asked, packing, why)
-        return replace(collator, packing=packing)
+
+        def of(packing: Packing) -> PreferenceCollator:
+            return self._for_training(replace(collator, packing=packing))
+
+        return replace(collator, packing=self._decided(collator.packing, collator.processor is not None, of))
 
     def _take_packing(self, packing: Any) -> None:
         self.data_collator = replace(self.data_collator, packing=packing)
@@ -172,17 +153,7 @@ class PreferenceTrainer(PreferenceLossMixin, Trainer):
             return pairs
         if is_stream(pairs):
             return UsableStream(pairs, self.data_collator, partial(self._leave_out, name))
-        usable = UsablePairs(pairs, self.data_collator, not self.args.disable_tqdm and self.is_local_process_zero())
-        self.unusable_pairs[name] = usable.unusable
-        say = self.is_world_process_zero()
-        warn_of_unusable(usable.unusable, len(usable) + len(usable.unusable), name, say)
-        check_fits(self.model, usable.extent, name, say)
-        if usable.cut_pairs and say:
-            logger.warning(
-                "%d of the %d pairs of the %s set are longer than max_length=%s and are cut, by %d tokens in all.",
-                *(usable.cut_pairs, len(usable), name, self.data_collator.max_length, usable.cut_tokens),
-            )
-        return usable
+        return self._looked_through(pairs, name, self.data_collator)
 
     def _leave_out(self, name: str, refusal: Refusal) -> None:
         """A pair of a stream, whose every epoch may come by here."""
@@ -227,9 +198,6 @@ class PreferenceTrainer(PreferenceLossMixin, Trainer):
         self.reference_seconds += time.perf_counter() - began
         return ReferencedPairs(pairs, logps)
 
-    def loss_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        return with_rows(batch, self.method, self._ignore_index, self.media_tokens)
-
     def compute_loss(
         self,
         model: nn.Module,
@@ -272,8 +240,7 @@ class PreferenceTrainer(PreferenceLossMixin, Trainer):
         collator = self.data_collator
         of_answers = self._for_training(collator) if is_training else collator
         if not self.accelerator.dispatch_batches:  # which concatenates and slices what is in a batch, all of it tensors
-            device, media = self.args.device, self.media_tokens
-            of_answers = RowsCollator(of_answers, self.method, self._ignore_index, device, media)
+            of_answers = self.rows_collator(of_answers)
         self.data_collator = of_answers
         try:
             loader = super()._get_dataloader(dataset, description, *args, is_training=is_training, **options)
