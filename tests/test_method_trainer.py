@@ -209,16 +209,6 @@ def test_it_is_computed_once(tmp_path, monkeypatch):
     assert len(files(tmp_path)) == 4
 
 
-def test_half_a_file_is_not_read(tmp_path):
-    trainer_of(tmp_path, "dpo")
-    names = files(tmp_path)
-    for name in names:
-        file = tmp_path / "reference_logps" / name
-        file.rename(file.with_suffix(".1.partial"))
-    trainer_of(tmp_path, "dpo")
-    assert names < files(tmp_path)
-
-
 def counted(monkeypatch: pytest.MonkeyPatch, stop_at: int = 0) -> list[int]:
     """The pairs of every batch that the reference runs on from here; batch `stop_at` is interrupted."""
     sizes: list[int] = []
@@ -249,7 +239,7 @@ def test_it_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
     resumed = trainer_of(tmp_path / "run", "dpo", train_dataset=chat_examples(16), eval_dataset=None)
     assert rest == [2] * 6
     assert np.array_equal(resumed.train_dataset.logps, whole)
-    assert files(tmp_path / "run") < files(tmp_path / "whole")  # nothing is left of the half
+    assert files(tmp_path / "run") < files(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("torn", ["in a number", "before the end", "zeros of a disk"])

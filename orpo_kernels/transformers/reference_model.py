@@ -1,16 +1,14 @@
 """The log-probabilities of the reference model, which DPO compares with: computed once, before training, and kept.
 
 A pair's two numbers depend on the reference model and on the pair's tokens alone, so they are stored under a hash of
-both, batch by batch: a run that goes on, or another one over the same data, reads what there is. The reference of a
-`peft` model is the model with its adapters disabled, which costs no second copy of the weights.
+both, batch by batch: a run that goes on, or another one over the same data, reads what there is.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -92,28 +90,21 @@ def reference_logps(
             batch = batch_on(collator([pairs[index] for index in indices]), accelerator.device)
             computed[indices] = causal_lm_answers(model, **batch, **options).logps.view(2, -1).T.cpu()
             cache.append(indices, computed[indices])
-    computed = _from_device(accelerator.reduce(_to_device(computed, accelerator.device), "sum"))
-    logps = torch.where(known.isnan(), computed, known).numpy()
-    if accelerator.is_main_process:
-        cache.complete(logps)
-    return logps
+    computed = _exchanged(accelerator.reduce, computed, accelerator.device)
+    if accelerator.is_main_process and accelerator.num_processes > 1:  # the others may write on other machines
+        cache.append(missing, computed[missing])
+    return torch.where(known.isnan(), computed, known).numpy()
 
 
 def _known_to_all(cache: _Cache, pairs: int, accelerator: Accelerator) -> Tensor:
     """(pairs, 2) float64: what the main process finds in its folder, NaN for the rest."""
-    known = torch.full((pairs, 2), torch.nan, dtype=torch.float64)
-    if accelerator.is_main_process:
-        known = torch.from_numpy(cache.read(pairs))
-    return _from_device(broadcast(_to_device(known, accelerator.device)))
+    known = cache.read(pairs) if accelerator.is_main_process else torch.zeros(pairs, 2, dtype=torch.float64)
+    return _exchanged(broadcast, known, accelerator.device)
 
 
-def _to_device(logps: Tensor, device: torch.device) -> Tensor:
-    """Log-probabilities where processes exchange them, in the dtype that there is."""
-    return moved(logps, device, statistics_dtype(device))
-
-
-def _from_device(logps: Tensor) -> Tensor:
-    return logps.cpu().double()
+def _exchanged(exchange: Callable[[Tensor], Any], logps: Tensor, device: torch.device) -> Tensor:
+    """`exchange(logps)` on the device, in the dtype that there is, and back on the host."""
+    return exchange(moved(logps, device, statistics_dtype(device))).cpu().double()
 
 
 # --- the cache -----------------------------------------------------------------------------------------------------
@@ -146,52 +137,31 @@ def _model_hash(model: nn.Module, mixed_precision: str) -> str:
     for name, tensor in inner.state_dict().items():
         if adapters.isdisjoint(name.split(".")):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(_bytes_of(tensor))
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def _bytes_of(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-
-
 class _Cache:
-    """The numbers of one hash: a line for each batch, until all are there; then one file.
+    """The numbers of one hash, a line for each batch. A line that the end of a process or machine tore apart is none.
 
-    Every process has a file of lines to itself. A line that the end of a process or of the machine tore apart is none.
+    Every process writes a file of its own.
     """
 
     def __init__(self, folder: Path, name: str, process: int):
         folder.mkdir(parents=True, exist_ok=True)
-        self._whole = folder / f"{name}.npy"
-        self._lines = folder / f"{name}.{process}.jsonl"
+        self._folder, self._name, self._process = folder, name, process
 
-    def read(self, pairs: int) -> np.ndarray:
+    def read(self, pairs: int) -> Tensor:
         """(pairs, 2) float64, NaN where nothing is known."""
-        if self._whole.exists():
-            return np.load(self._whole)
-        logps = np.full((pairs, 2), np.nan)
-        for path in self._files_of_lines():
+        logps = torch.full((pairs, 2), torch.nan, dtype=torch.float64)
+        for path in sorted(self._folder.glob(f"{self._name}.*.jsonl")):
             for line in path.read_text(errors="replace").splitlines():
                 with suppress(ValueError):
                     batch = json.loads(line)
-                    logps[batch["pairs"]] = batch["logps"]
+                    logps[batch["pairs"]] = torch.tensor(batch["logps"], dtype=torch.float64)
         return logps
 
     def append(self, indices: list[int], logps: Tensor) -> None:
         line = json.dumps({"pairs": indices, "logps": logps.tolist()})
-        with self._lines.open("a") as file:
+        with (self._folder / f"{self._name}.{self._process}.jsonl").open("a") as file:
             file.write(f"\n{line}\n")  # the line before may be torn
-
-    def complete(self, logps: np.ndarray) -> None:
-        """Under another name first: an interruption leaves no half of a file under this one."""
-        partial = self._whole.with_suffix(f".{os.getpid()}.partial")
-        with partial.open("wb") as stream:
-            np.save(stream, logps)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(self._whole)
-        for path in self._files_of_lines():
-            path.unlink()
-
-    def _files_of_lines(self) -> list[Path]:
-        return sorted(self._whole.parent.glob(f"{self._whole.stem}.*.jsonl"))
