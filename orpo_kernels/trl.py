@@ -24,7 +24,7 @@ import inspect
 import logging
 import math
 import os.path
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -44,7 +44,8 @@ from .transformers.images import is_processor
 from .transformers.lm_head import resolve_lm_head
 from .transformers.metrics import PAIR_METRICS, Part, pair_metrics
 from .transformers.mixin import PreferenceLossMixin
-from .transformers.packing import IGNORE_INDEX, PackedPairs, Packing, pack_pairs
+from .transformers.packing import IGNORE_INDEX, SIDES, Packing, pack_pairs
+from .transformers.pairs import of_each_set
 from .transformers.rendering import WEIGHT, Rendered, UnusablePair, render_pair
 from .transformers.tokenization import End, Refusal, end_turn, numbers_of
 from .transformers.versions import body_of, check_trl
@@ -61,20 +62,13 @@ logger = logging.getLogger(__name__)
 
 _LOGITS = ("logits/chosen", "logits/rejected")
 _STEP_COUNTS = "step_counts"
-_TOKENISED = tuple(
-    f"{part}{column}"
-    for part, columns in {
-        "chosen_": ("input_ids", "attention_mask", "labels"),
-        "rejected_": ("input_ids", "attention_mask", "labels"),
-        "prompt_": ("input_ids", "attention_mask"),
-    }.items()
-    for column in columns
-)
-_OF_TWO_PARTS = ("chosen_labels", "rejected_labels", "prompt_input_ids", "prompt_attention_mask")
-_NOTHING = dict.fromkeys(("prompt", "chosen", "rejected"), "")
+_OF_THE_PROMPT = ("prompt_input_ids", "prompt_attention_mask")
+_OF_A_SIDE = ("input_ids", "attention_mask", "labels")
+_TOKENISED = (*(f"{side}_{column}" for side in SIDES for column in _OF_A_SIDE), *_OF_THE_PROMPT)
+_OF_TWO_PARTS = ("chosen_labels", "rejected_labels", *_OF_THE_PROMPT)
+_NOTHING = dict.fromkeys(("prompt", *SIDES), "")
 _REASON = "unusable"  # a column while rows are tokenised: why one cannot be used, "" where it can
 _CUT = "cut"  # another: 0, 1 where a side is as long as max_length allows, 2 where an answer is empty with that
-_LARGEST, _LONGEST = "largest_id", "longest"  # and of both sides
 
 
 class ORPOTrainer(PreferenceLossMixin, TRLORPOTrainer):
@@ -108,7 +102,6 @@ class ORPOTrainer(PreferenceLossMixin, TRLORPOTrainer):
     the loss cannot serve.
     """
 
-    eval_dataset: Any
     _logs_all_metrics = True  # whatever compute_metrics is
     _makes_batches = False  # or TRL, or a collator of the caller's
 
@@ -134,8 +127,8 @@ class ORPOTrainer(PreferenceLossMixin, TRLORPOTrainer):
             given[name] = _rendered(given.get(name), given.get("processing_class"), given.get("args"))
         super().__init__(**given)
         self.unusable_pairs: dict[str, list[Refusal]] = {}
-        self.train_dataset = _of_each_set(self.train_dataset, "train", self._usable)
-        self.eval_dataset = _of_each_set(self.eval_dataset, "eval", self._usable)
+        self.train_dataset = of_each_set(self.train_dataset, "train", self._usable)
+        self.eval_dataset = of_each_set(self.eval_dataset, "eval", self._usable)
         self.method = ORPO(beta=self.beta)
         self.loss_options = {"sparse_eps": sparse_eps}
         self._check_setup()
@@ -160,8 +153,8 @@ class ORPOTrainer(PreferenceLossMixin, TRLORPOTrainer):
             rows = rows if "prompt" in rows.column_names else rows.map(maybe_extract_prompt)
             return self._looked_through(rows, name, collator)
 
-        self.train_dataset = _of_each_set(rows[0], "train", usable)
-        self.eval_dataset = _of_each_set(rows[1], "eval", usable)
+        self.train_dataset = of_each_set(rows[0], "train", usable)
+        self.eval_dataset = of_each_set(rows[1], "eval", usable)
 
     def _refuses_shared_prompt(self, images: bool = False) -> str | None:
         if not self._makes_batches and not self.use_dpo_data_collator:
@@ -175,7 +168,7 @@ class ORPOTrainer(PreferenceLossMixin, TRLORPOTrainer):
         if _REASON not in rows.column_names:
             return rows
         unusable = [Refusal(index, reason) for index, reason in enumerate(rows[_REASON]) if reason]
-        extent = Extent(max(rows[_LARGEST], default=-1), max(rows[_LONGEST], default=0))
+        extent = Extent(**{name: max(rows[name], default=none) for name, none in vars(Extent()).items()})
         extent.add((self.padding_value or 0,))
         self._take_note(name, unusable, len(rows), extent)
         cut = [kind for kind in rows[_CUT] if kind]
@@ -186,7 +179,7 @@ class ORPOTrainer(PreferenceLossMixin, TRLORPOTrainer):
                 f"there; {cut.count(2)} of them have no answer left on a side and count in the NLL alone."
             )
         left_out = {one.index for one in unusable}
-        rows = rows.remove_columns([_REASON, _CUT, _LARGEST, _LONGEST])
+        rows = rows.remove_columns([_REASON, _CUT, *vars(extent)])
         return rows.select([index for index in range(len(rows)) if index not in left_out]) if left_out else rows
 
     def batch_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -195,17 +188,14 @@ class ORPOTrainer(PreferenceLossMixin, TRLORPOTrainer):
         inputs: dict[str, Any] = {}
         if "pair_weights" in weighted:
             inputs["pair_weights"] = moved(weighted["pair_weights"], rows_device(device), torch.float64)
-        if self._makes_batches:
+        if self._makes_batches or "packed" in batch:
             return {name: value for name, value in batch.items() if name != _STEP_COUNTS} | inputs
-        if "packed" in batch:
-            inputs |= {name: batch[name] for name in ("input_ids", "packed", "rows") if name in batch}
-        else:
-            two_parts, padding = self.is_encoder_decoder, self.padding_value or 0
-            tensors = self.concatenated_inputs(batch, two_parts, padding_value=padding, device=device)
-            inputs |= {name: tensors[f"concatenated_{name}"] for name in ("input_ids", "attention_mask", "labels")}
-            if two_parts:
-                inputs |= {name: batch[f"prompt_{name}"].to(device) for name in ("input_ids", "attention_mask")}
-                inputs["decoder_input_ids"] = self._shift_right(inputs["labels"])
+        two_parts, padding = self.is_encoder_decoder, self.padding_value or 0
+        tensors = self.concatenated_inputs(batch, two_parts, padding_value=padding, device=device)
+        inputs |= {name: tensors[f"concatenated_{name}"] for name in _OF_A_SIDE}
+        if two_parts:
+            inputs |= {name: batch[f"prompt_{name}"].to(device) for name in ("input_ids", "attention_mask")}
+            inputs["decoder_input_ids"] = self._shift_right(inputs["labels"])
         return inputs
 
     def compute_loss(
@@ -224,7 +214,7 @@ class ORPOTrainer(PreferenceLossMixin, TRLORPOTrainer):
         """The loss, 0-d, and TRL's metrics; NaN for what is not known."""
         inner = self.accelerator.unwrap_model(model)
         inputs = self.loss_inputs(batch)
-        sides = sides_of(inputs["input_ids"], inputs.get("packed"), inputs.get("decoder_input_ids"))
+        sides = sides_of(inputs)
         with mean_hidden_states(inner, sides / sides.sum((1, 2), keepdim=True)) as means:
             if train_eval == "eval":
                 loss, out = self.evaluation_step(model, inputs)
@@ -265,40 +255,27 @@ class ORPOTrainer(PreferenceLossMixin, TRLORPOTrainer):
                 reason = f"TRL cannot tokenise it ({error})"
         if reason:
             columns = _OF_TWO_PARTS if self.is_encoder_decoder else _TOKENISED
-            return {**{name: [] for name in columns}, _REASON: reason, _CUT: 0, _LARGEST: -1, _LONGEST: 0}
+            return {**{name: [] for name in columns}, _REASON: reason, _CUT: 0, **vars(Extent())}
         if self.is_encoder_decoder:
-            answers = [row[f"{side}_labels"] for side in ("chosen", "rejected")]
+            answers = [row[f"{side}_labels"] for side in SIDES]
             is_cut = max(map(len, answers)) >= self.max_completion_length
-            return {**row, _REASON: "", _CUT: int(is_cut), **_extent(row["prompt_input_ids"], *answers)}
-        sides = [(row[f"{side}_input_ids"], row[f"{side}_labels"]) for side in ("chosen", "rejected")]
+            return {**row, _REASON: "", _CUT: int(is_cut), **vars(Extent().add(row["prompt_input_ids"], *answers))}
+        sides = [(row[f"{side}_input_ids"], row[f"{side}_labels"]) for side in SIDES]
         is_cut = any(len(ids) >= self.max_length for ids, _ in sides)
         is_empty = any(set(labels) <= {IGNORE_INDEX} for _, labels in sides)
         if self.end == "single":
-            for side in ("chosen", "rejected"):
+            for side in SIDES:
                 self._end_once(row, side)
-        extent = _extent(*(ids for ids, _ in sides))
-        return {**row, _REASON: "", _CUT: is_cut + (is_cut and is_empty), **extent}
+        extent = Extent().add(*(ids for ids, _ in sides))
+        return {**row, _REASON: "", _CUT: is_cut + (is_cut and is_empty), **vars(extent)}
 
     def _end_once(self, row: dict[str, Any], side: str) -> None:
         """Cut the side behind the first of its end tokens. A truncated answer has none and stays as it is."""
         ids, labels = row[f"{side}_input_ids"], row[f"{side}_labels"]
         answer = ids[labels.count(IGNORE_INDEX) :]
         surplus = max(0, len(answer) - len(end_turn(answer, self.processing_class)))
-        for column in ("input_ids", "attention_mask", "labels"):
+        for column in _OF_A_SIDE:
             row[f"{side}_{column}"] = row[f"{side}_{column}"][: len(ids) - surplus]
-
-
-def _extent(*sequences: Sequence[int]) -> dict[str, int]:
-    extent = Extent()
-    extent.add(*sequences)
-    return {_LARGEST: extent.largest_id, _LONGEST: extent.longest}
-
-
-def _of_each_set(rows: Any, name: str, function: Callable[[Any, str], Any]) -> Any:
-    """`function(rows, name)`; for each of several sets by its own name."""
-    if isinstance(rows, dict):
-        return type(rows)({key: function(part, f"{name}_{key}") for key, part in rows.items()})
-    return rows if rows is None else function(rows, name)
 
 
 def _take_pictures(given: dict[str, Any], end: End) -> PreferenceCollator:
@@ -378,17 +355,17 @@ def _closed(side: Rendered, tokenizer: Any) -> str:
 # --- mean logits ---------------------------------------------------------------------------------------------------
 
 
-def sides_of(input_ids: Tensor, packed: PackedPairs | None = None, decoder_input_ids: Tensor | None = None) -> Tensor:
+def sides_of(inputs: Mapping[str, Any]) -> Tensor:
     """(2, rows, T) fp32, 0 or 1: the positions that the means over the chosen and over the rejected side are taken of.
 
     As TRL averages logits: over all positions but the last of each sequence, padding included. In a packed batch there
     is no such padding: over all tokens of each sequence. In a decoder, to the last position too.
     """
-    if packed is not None:
-        segments = packed.segments.to(input_ids.device)
+    if "packed" in inputs:
+        segments = inputs["packed"].segments.to(inputs["input_ids"].device)
         others = torch.tensor([2, 1], device=segments.device)[:, None, None]  # rejected answers, chosen answers
         return ((segments >= 0) & (segments % 3 != others)).float()
-    ids, stop = (input_ids, -1) if decoder_input_ids is None else (decoder_input_ids, None)
+    ids, stop = (inputs["decoder_input_ids"], None) if "decoder_input_ids" in inputs else (inputs["input_ids"], -1)
     pairs = len(ids) // 2
     sides = ids.new_zeros(2, *ids.shape, dtype=torch.float32)
     sides[0, :pairs, :stop] = sides[1, pairs:, :stop] = 1

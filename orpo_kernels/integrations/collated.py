@@ -15,7 +15,6 @@ from ..transformers.packing import Packing, pack_pairs
 
 OPTIONS = ("packing", "sparse_eps", "exact_accumulation")
 _BATCH = ("input_ids", "attention_mask", "labels")
-_PACKED = ("input_ids", "packed", "rows")
 _OF_IMAGES = ("pixel", "image", "video", "audio", "input_features")
 
 
@@ -24,9 +23,6 @@ class CollatedPairsMixin(PreferenceLossMixin):
 
     Refused by name, in the first batch, is what the loss would drop: pixel_values, position_ids, ...
     """
-
-    data_collator: Any
-    store_metrics: Any
 
     def serve(
         self,
@@ -47,9 +43,9 @@ class CollatedPairsMixin(PreferenceLossMixin):
         if self._decided(packing) == "shared":
             self.data_collator = self.rows_collator(partial(packed, padding_id=padding_id, aligned=self.aligns_widths))
 
-    def batch_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+    def batch_inputs(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         if "packed" in batch:
-            return {name: batch[name] for name in _PACKED if name in batch}
+            return batch
         if others := [name for name, value in batch.items() if name not in _BATCH and value is not None]:
             raise ValueError(
                 f"The batch holds {', '.join(others)} beside {', '.join(_BATCH)}, which the loss would drop: it serves "

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .chats import chat_or_text, why_no_text
-from .messages import CONVERSATION, MEDIA, BadMessages, carries_text, filled, texts_of
+from .messages import CONVERSATION, MEDIA, BadMessages, carries_text, filled, strings, texts_of
 
 Columns = Mapping[str, str]  # field -> the column that has it
 
@@ -31,8 +31,10 @@ NOTHING = ("None", "nan", "NaN", "<NA>")
 # Conversations: another answer to the pair's question may stand in them. Other text of a conversation is the prompt's.
 WHOLE = ("conversation", "conversations", "dialogue", "messages")
 ASKED = {*CONVERSATION, *ALIASES["prompt"]} - {*WHOLE}
-_SPEAKERS = {"human", "user", "assistant", "system", "model", "gpt", "bot", "ai", "question", "answer", "instruction"}
-_SPEAKERS |= {"response"}
+_SPEAKERS = {
+    *("human", "user", "assistant", "system", "model", "gpt", "bot", "ai"),
+    *("question", "answer", "instruction", "response"),
+}
 _MARKS = re.compile(r"<\|?/?\w+\|?>|\[/?\w+\]")  # of chat templates
 
 
@@ -153,7 +155,7 @@ class Fields:
 
     def _repeated(self, name: str, value: Any, said: _Said) -> bool | None:
         """Whether pairs repeat the text of a column; None if it would be lost."""
-        texts = [text for text in _texts(value) if text.strip()]
+        texts = [text for text in strings(value, but=("role", "from")) if text.strip()]
         is_asked = name.lower() in ASKED
         if not texts or not (is_asked or carries_text(name, value)):
             return False
@@ -219,12 +221,3 @@ def _bounded(text: str) -> re.Pattern[str]:
 def _flat(text: str) -> str:
     """White space as single blanks: texts that differ in nothing else are the same."""
     return " ".join(text.split())
-
-
-def _texts(value: Any) -> list[str]:
-    """All strings in a value, but the roles of messages."""
-    if isinstance(value, Mapping):
-        return [text for key, inner in value.items() if key not in ("role", "from") for text in _texts(inner)]
-    if isinstance(value, list | tuple):
-        return [text for inner in value for text in _texts(inner)]
-    return [value] if isinstance(value, str) else []

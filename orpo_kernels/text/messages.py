@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 ROLES = {
@@ -31,30 +31,9 @@ SPOKEN = ("tool_calls", *REASONING)
 PRINTED = ("role", "content", "name", "tool_call_id", *SPOKEN)  # keys of messages that templates know
 # Columns and keys that belong to the conversation wherever they are, even if they hold a single word.
 CONVERSATION = (
-    "background",
-    "context",
-    "conversation",
-    "conversations",
-    "demonstrations",
-    "dialogue",
-    "document",
-    "documents",
-    "examples",
-    "function_call",
-    "functions",
-    "history",
-    "input",
-    "instruction",
-    "instructions",
-    "messages",
-    "passage",
-    "persona",
-    "query",
-    "question",
-    "system",
-    "system_prompt",
-    "tool_calls",
-    "tools",
+    *("background", "context", "conversation", "conversations", "demonstrations", "dialogue", "document", "documents"),
+    *("examples", "function_call", "functions", "history", "input", "instruction", "instructions", "messages"),
+    *("passage", "persona", "query", "question", "system", "system_prompt", "tool_calls", "tools"),
 )
 IMAGE = "<image>"  # stands for a picture in a text, as in the files of LLaMA-Factory and ms-swift
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
@@ -121,15 +100,13 @@ def texts_of(messages: list[dict[str, Any]]) -> list[str]:
     return [text for message in messages for key, value in message.items() if key != "role" for text in strings(value)]
 
 
-def strings(value: Any) -> list[str]:
-    """All strings in a value, however deep."""
-    if isinstance(value, str):
-        return [value]
+def strings(value: Any, but: Collection[str] = ()) -> list[str]:
+    """All strings in a value, however deep, but those under some keys."""
     if isinstance(value, Mapping):
-        return [text for inner in value.values() for text in strings(inner)]
+        value = [inner for key, inner in value.items() if key not in but]
     if isinstance(value, list | tuple):
-        return [text for inner in value for text in strings(inner)]
-    return []
+        return [text for inner in value for text in strings(inner, but)]
+    return [value] if isinstance(value, str) else []
 
 
 def without_marks(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], set[str]]:

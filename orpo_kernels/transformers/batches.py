@@ -38,12 +38,12 @@ class RowsCollator:
         batch = self.collator(examples)
         is_whole = isinstance(batch, Mapping) and "input_ids" in batch and ("labels" in batch or "packed" in batch)
         batch = with_rows(batch, self.method, self.ignore_index, self.media_tokens) if is_whole else batch
-        return batch if self.device is None or has_float64(self.device) else narrowed(batch)
+        return batch if self.device is None else narrowed(batch, self.device)
 
 
-def narrowed(batch: Any) -> Any:
-    """A batch that a device without float64 can take: its numbers in fp32. Its rows stay on the host."""
-    if not isinstance(batch, Mapping):
+def narrowed(batch: Any, device: torch.device) -> Any:
+    """A batch that the device can take: if that has no float64, with numbers in fp32. Its rows stay on the host."""
+    if has_float64(device) or not isinstance(batch, Mapping):
         return batch
     return {
         name: value.float() if isinstance(value, Tensor) and value.dtype == torch.float64 else value
@@ -53,8 +53,7 @@ def narrowed(batch: Any) -> Any:
 
 def batch_on(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """The batch of a collator on a device."""
-    batch = batch if has_float64(device) else narrowed(batch)
-    return {name: value.to(device) for name, value in batch.items()}
+    return {name: value.to(device) for name, value in narrowed(batch, device).items()}
 
 
 def with_rows(

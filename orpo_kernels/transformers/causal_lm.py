@@ -149,11 +149,10 @@ def causal_lm_preference_loss(
     for one that compares with rejected answers where there are none.
     """
     method = method_named(method) if isinstance(method, str) else method
-    for name in options:
-        if name in _FROM_THE_METHOD:
-            raise TypeError(
-                f"{name} belongs to the method and cannot be passed; give method={type(method).__name__}(...)."
-            )
+    if taken := [name for name in options if name in _FROM_THE_METHOD]:
+        raise TypeError(
+            f"{taken[0]} belongs to the method and cannot be passed; give method={type(method).__name__}(...)."
+        )
     if chosen_only and method.is_preference:
         raise ValueError(
             f"The batch has chosen answers alone (chosen_only), and the method {method.name} compares two."

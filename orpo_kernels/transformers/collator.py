@@ -14,7 +14,7 @@ from torch import Tensor
 from .images import Processor, is_processor, read_images
 from .packing import IGNORE_INDEX, SIDES, Packing, aligned_width, pack_pairs, prompt_length
 from .rendering import REFERENCE, WEIGHT, UnusablePair
-from .tokenization import End, TooLong, check_options, tokenize_pair
+from .tokenization import End, TokenizedPair, TooLong, check_options, tokenize_pair
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -111,9 +111,29 @@ class PreferenceCollator:
     def tokenized(self, example: Mapping[str, Any]) -> Mapping[str, Any]:
         """The pair as it goes into a batch. Raises `UnusablePair`."""
         if isinstance(example, Mapping) and "chosen_input_ids" in example:
-            return _checked(example, self.max_length)
-        options: Any = {"max_length": self.max_length, "end": self.end, "too_long": self.too_long}
+            return self._checked(example)
+        return self._tokenize(example, max_length=self.max_length, end=self.end, too_long=self.too_long)
+
+    def _tokenize(self, example: Mapping[str, Any], **options: Any) -> TokenizedPair:
         return tokenize_pair(example, self.processor or self.tokenizer, **options)
+
+    def _checked(self, pair: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A pair that came tokenised, perhaps by other code."""
+        for side in SIDES:
+            ids, labels = pair.get(f"{side}_input_ids"), pair.get(f"{side}_labels")
+            if ids is None or labels is None:
+                raise UnusablePair(f"it is tokenised but lacks {side}_input_ids or {side}_labels")
+            if len(ids) != len(labels):
+                raise UnusablePair(
+                    f"its {side}_input_ids has {len(ids)} tokens but its {side}_labels has {len(labels)}"
+                )
+            if all(label == IGNORE_INDEX for label in labels[1:]):  # the first token of a sequence has no prediction
+                raise UnusablePair(f"its {side} response is empty: every label is {IGNORE_INDEX}")
+            if self.max_length is not None and len(ids) > self.max_length:
+                raise UnusablePair(
+                    f"its {side} side was tokenised to {len(ids)} tokens, more than max_length={self.max_length}"
+                )
+        return pair
 
     def show(self, examples: Sequence[Mapping[str, Any]], console: Console | None = None, whole: bool = False) -> None:
         """Print pairs as the model will see them: token by token, with what is trained on in colours (needs `rich`).
@@ -144,21 +164,6 @@ class PreferenceCollator:
             return self.tokenized(example)
         except UnusablePair as unusable:
             raise ValueError(f"Pair {index} of the batch cannot be used: {unusable}.") from unusable
-
-
-def _checked(pair: Mapping[str, Any], max_length: int | None) -> Mapping[str, Any]:
-    """A pair that came tokenised, perhaps by other code."""
-    for side in SIDES:
-        ids, labels = pair.get(f"{side}_input_ids"), pair.get(f"{side}_labels")
-        if ids is None or labels is None:
-            raise UnusablePair(f"it is tokenised but lacks {side}_input_ids or {side}_labels")
-        if len(ids) != len(labels):
-            raise UnusablePair(f"its {side}_input_ids has {len(ids)} tokens but its {side}_labels has {len(labels)}")
-        if all(label == IGNORE_INDEX for label in labels[1:]):  # the first token of a sequence has no prediction
-            raise UnusablePair(f"its {side} response is empty: every label is {IGNORE_INDEX}")
-        if max_length is not None and len(ids) > max_length:
-            raise UnusablePair(f"its {side} side was tokenised to {len(ids)} tokens, more than max_length={max_length}")
-    return pair
 
 
 def _chosen_alone(pair: Mapping[str, Any]) -> dict[str, Any]:

@@ -39,11 +39,9 @@ class EncoderDecoderCollator(PreferenceCollator):
     the prompts; `labels` and `decoder_input_ids` (2B, T), the B chosen answers first, then the rejected ones. With
     `answers="chosen"`, (B, T), and `chosen_only=True`.
 
-    Examples are those of `tokenize_pair`, chats by the tokenizer's chat template; an answer is one turn.
-
-    `max_length` bounds the prompt, and each answer, by itself: the prompt loses its first tokens, an answer its last;
-    special tokens around a prompt stay. Raises `ValueError` for `packing="shared"`: the encoder's one pass over a
-    prompt is the sharing.
+    Examples are those of `tokenize_pair`; an answer is one turn. `max_length` bounds the prompt, and each answer, by
+    itself: the prompt loses its first tokens, an answer its last; special tokens around a prompt stay. Raises
+    `ValueError` for `packing="shared"`.
     """
 
     shift: ShiftRight | None = None
@@ -66,14 +64,10 @@ class EncoderDecoderCollator(PreferenceCollator):
         options = {field.name: getattr(collator, field.name) for field in fields(collator)}
         return cls(**options | {"shift": ShiftRight.of(model), "processor": None})
 
-    def tokenized(self, example: Mapping[str, Any]) -> Mapping[str, Any]:
-        if isinstance(example, Mapping) and "chosen_input_ids" in example:
-            return self._checked(example)
-        options: Any = {"max_length": self.max_length, "end": self.end, "too_long": self.too_long}
+    def _tokenize(self, example: Mapping[str, Any], **options: Any) -> TokenizedPair:
         return tokenize_in_two_parts(example, self.tokenizer, **options)
 
     def _checked(self, pair: Mapping[str, Any]) -> Mapping[str, Any]:
-        """A pair that came tokenised."""
         chosen, rejected = (_parts(pair, side) for side in SIDES)
         if chosen[0] != rejected[0]:
             raise UnusablePair("its two sides have different prompts, and the encoder runs once for both")

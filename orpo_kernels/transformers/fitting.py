@@ -9,15 +9,10 @@ from typing import Any
 
 POSITIONS = ("max_position_embeddings", "max_seq_len")  # names in a config; the second is MPT's
 # Models that count positions from the padding token's id on, so that the first ones of their table go unused.
-FROM_PADDING = [
-    "roberta",
-    "xlm-roberta",
-    "xlm-roberta-xl",
-    "roberta-prelayernorm",
-    "camembert",
-    "data2vec-text",
-    "xmod",
-]
+FROM_PADDING = (
+    *("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm"),
+    *("camembert", "data2vec-text", "xmod"),
+)
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +32,10 @@ class Extent:
     largest_id: int = -1
     longest: int = 0
 
-    def add(self, *sequences: Sequence[int]) -> None:
+    def add(self, *sequences: Sequence[int]) -> Extent:
         self.largest_id = max(self.largest_id, *(int(max(ids, default=-1)) for ids in sequences))
         self.longest = max(self.longest, *map(len, sequences))
+        return self
 
 
 def check_fits(model: Any, extent: Extent, name: str, say: bool = True) -> None:

@@ -1,9 +1,8 @@
 """The pictures of a pair: they are read, put into its text by the model's own processor, and made into tensors.
 
-A pair names its pictures in `images` (or `image`): paths, bytes, PIL images, or what a `datasets.Image` column gives.
-They belong to the prompt, where `<image>` (or a part `{"type": "image"}`) stands for each in turn; all in front of the
-first message of the user where none does. The processor says how many tokens a picture takes, and texts are expanded by
-it before they are tokenised, so that everything else goes on as for text.
+`tokenize_pair` says how a pair names its pictures, which may also be what a `datasets.Image` column gives. The
+processor says how many tokens a picture takes, and texts are expanded by it before they are tokenised, so that
+everything else goes on as for text.
 """
 
 from __future__ import annotations

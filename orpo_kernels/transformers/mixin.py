@@ -17,7 +17,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import DynamoBackend
@@ -46,12 +46,17 @@ from .sharing import automatic_packing, refuses_shared_prompt
 from .tokenization import Refusal
 from .versions import body_of, compilation_by_environment, groups_by_length, loss_takes_counts
 
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object
+
 logger = logging.getLogger(__name__)
 
 _PAIR_LOSS, _ROUTER_LOSS = "pair_loss", "router_loss"  # the parts of a loss beside its NLL
 
 
-class PreferenceLossMixin:
+class PreferenceLossMixin(_Trainer):
     """The fused loss inside a `Trainer`. Put it in front of the trainer's class, and give `batch_inputs`.
 
     Attributes:
@@ -59,22 +64,16 @@ class PreferenceLossMixin:
         loss_options: what else `causal_lm_preference_loss` is called with beside the batch: memory_budget, ...
         loss_is_scaled_for_ga: the Trainer's own switch. True: the means run over the whole optimizer step. False: over
             each micro-batch, and the Trainer takes the mean of those.
-        unusable_pairs: by the name of the set ("train", "eval", "eval_<name>", ...), the pairs that were left out.
+        unusable_pairs: the pairs that were left out, by the name of their set.
     """
 
     loss_is_scaled_for_ga: bool | None = True
     method: Method
     loss_options: Mapping[str, Any] = MappingProxyType({})
-    args: Any
-    accelerator: Any
-    train_dataset: Any
-    model: Any
-    optimizer: Any
-    data_collator: Any
-    current_gradient_accumulation_steps: int
     unusable_pairs: dict[str, list[Refusal]]
-    is_world_process_zero: Callable[[], bool]
-    is_local_process_zero: Callable[[], bool]
+    train_dataset: Any
+    eval_dataset: Any
+    data_collator: Any
     _compile_options: dict[str, Any] | None = None
     _sparsity: Sparsity | None = None
     _to_measure: Collators = MappingProxyType({})  # the collators of which `train` takes the faster
@@ -185,20 +184,11 @@ class PreferenceLossMixin:
             _ROUTER_LOSS: Part(coef * router * tokens, tokens),
         }
 
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **options: Any) -> EvalLoopOutput:
         """The Trainer's, with the loss and the metrics of the whole set in place of means over its batches."""
         self._evaluation = Averages()
         try:
-            output = super().evaluation_loop(  # type: ignore[misc]
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-            )
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **options)
             means = self._evaluation.means(self.accelerator)
         finally:
             self._evaluation = None
@@ -232,7 +222,7 @@ class PreferenceLossMixin:
             checkpoint = options.get("resume_from_checkpoint", arguments[0] if arguments else None)
             self._take_packing(chosen_packing(self, self._to_measure, checkpoint))
             self._to_measure = {}
-        return super().train(*arguments, **options)  # type: ignore[misc]
+        return super().train(*arguments, **options)
 
     def _refuses_shared_prompt(self, images: bool = False) -> str | None:
         """Why no batch of this trainer can share prompts; None too for a model in parts, which the first step tries."""
@@ -293,7 +283,7 @@ class PreferenceLossMixin:
             logs["sparse/active_share"] = self._sparsity.active_share
             logs["sparse/dropped_mass"] = self._sparsity.dropped_mass.mean().item()
             self._sparsity = None
-        super().log(logs, start_time)  # type: ignore[misc]
+        super().log(logs, start_time)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         """(2,): NLL weight and valid pairs of the optimizer step; None where each micro-batch has its own mean.
@@ -312,14 +302,14 @@ class PreferenceLossMixin:
         """With group_by_length, by the tokens of prompt and answers."""
         pairs = self.train_dataset if train_dataset is None else train_dataset
         if not groups_by_length(self.args) or (lengths := lengths_of(pairs)) is None:
-            return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
+            return super()._get_train_sampler(train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return GroupedByLength(self.args.train_batch_size * self.args.gradient_accumulation_steps, lengths, seed)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         """An evaluation keeps the order of the pairs, so that predictions are theirs, also with group_by_length."""
         if not groups_by_length(self.args) or eval_dataset is None or is_stream(eval_dataset):
-            return super()._get_eval_sampler(eval_dataset)  # type: ignore[misc]
+            return super()._get_eval_sampler(eval_dataset)
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def _check_setup(self) -> None:
@@ -360,7 +350,7 @@ class PreferenceLossMixin:
 
     def _build_accelerator_args(self, **options: Any) -> dict[str, Any]:
         """`torch_compile=True` compiles the body, which is what the loss calls; Accelerate would compile the model."""
-        arguments = super()._build_accelerator_args(**options)  # type: ignore[misc]
+        arguments = super()._build_accelerator_args(**options)
         self._take_over(arguments.get("dynamo_plugin"))
         return arguments
 

@@ -11,9 +11,6 @@ only. (`sharing.refuses_shared_prompt` tells which do.)
 
 What is shared is what the two sequences have in common from their beginning: the prompt; less of it where a token
 straddles its end or truncation cut the sides apart; more where the answers begin alike.
-
-**Rows** are at least as wide as the longest pair. Wider ones leave less padding, but attention costs the square of the
-width, and pays for pairs that do not see each other: of some widths, that is taken whose sum of both is least.
 """
 
 from __future__ import annotations
@@ -224,7 +221,11 @@ def pack_pairs(
 
 
 def cheapest_bins(sizes: Sequence[int], aligned: bool = False) -> list[list[int]]:
-    """Indices of `sizes` by rows: few rows leave little padding, but attention costs the square of their width."""
+    """Indices of `sizes` by rows, of the width that costs least among some.
+
+    Wide rows leave little padding, but attention costs the square of the width, and pays for pairs that do not see each
+    other.
+    """
     longest, total = max(sizes), sum(sizes)
     widths = {min(total, longest * quarters // 4) for quarters in range(4, 17)} | {total}
 

@@ -37,11 +37,18 @@ def is_stream(pairs: Any) -> bool:
     return isinstance(pairs, IterableDataset) or not hasattr(pairs, "__len__") or not hasattr(pairs, "__getitem__")
 
 
-class UsablePairs(Dataset):
-    """What can be used of `source`, in its order, as tokenised pairs.
+def of_each_set(pairs: Any, name: str, function: Callable[[Any, str], Any]) -> Any:
+    """`function(pairs, name)`; of a dictionary of sets for each by its own name; None for none."""
+    if isinstance(pairs, dict):
+        return type(pairs)({key: function(part, f"{name}_{key}") for key, part in pairs.items()})
+    return pairs if pairs is None else function(pairs, name)
 
-    Of raw examples the ids are kept, as int32. Pairs that came tokenised are read where they are, and so are items that
-    may change, and pictures: decoded once here, to know that they can be, and again where batches are made.
+
+class UsablePairs(Dataset):
+    """What can be used of `source`, in its order, as tokenised pairs, whose ids are kept as int32.
+
+    Read where they are, and not kept, are pairs that came tokenised, and pictures: decoded once here, to know that they
+    can be, and again where batches are made.
 
     Attributes:
         unusable: the pairs that are left out: their index in `source`, and why.

@@ -177,19 +177,14 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def training_without_noise(model: nn.Module) -> Iterator[None]:
-    """Inside `undisturbed`: as in training, gradients included, but whatever is random there gives its mean.
+    """Inside `undisturbed`, to its end: as in training, with gradients, but what is random there gives its mean.
 
     Norms over the batch, which would learn from what they see, stay in evaluation mode.
     """
-    modules = [module for module in model.modules() if not isinstance(module, nn.modules.batchnorm._NormBase)]
+    for module in model.modules():
+        module.training = not isinstance(module, nn.modules.batchnorm._NormBase)
     with torch.enable_grad(), _Means():
-        try:
-            for module in modules:
-                module.training = True
-            yield
-        finally:
-            for module in modules:
-                module.training = False
+        yield
 
 
 class _Means(TorchFunctionMode):

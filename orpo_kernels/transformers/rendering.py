@@ -88,12 +88,12 @@ class Rendered:
 
 
 def render_pair(
-    example: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, pictures: int = 0, mark: str | None = None
+    example: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, pictures: int = 0, mark: str = ""
 ) -> tuple[Rendered, Rendered]:
     """(chosen, rejected) of a pair; `tokenize_pair` says what a pair is.
 
-    pictures, mark: how many it has, and what the model's processor wants to find in the text for each; None for a model
-    of text.
+    pictures, mark: how many it has, and what the model's processor wants to find in the text for each; "" for a model
+    of text, which has none.
 
     Raises `UnusablePair` with the reason, and `ValueError` for a tokenizer without a chat template where one is needed.
     """
@@ -103,7 +103,7 @@ def render_pair(
         raise UnusablePair(f"it has no {' and no '.join(missing)}{_elsewhere(example)}")
     prompt = example["prompt"]
     if isinstance(prompt, str):
-        chosen, rejected = _plain(_with_marks_in(example, pictures, mark) if mark and pictures else example)
+        chosen, rejected = _plain(_with_marks_in(example, pictures, mark) if pictures else example)
     elif isinstance(prompt, list):
         chosen, rejected = _chat(example, tokenizer, pictures, mark)
     else:
@@ -111,7 +111,7 @@ def render_pair(
     if chosen.text == rejected.text:
         raise UnusablePair("its chosen and rejected responses are the same")
     _check_rest(example, chosen.text + rejected.text)
-    if mark is not None:
+    if mark:
         for name, side in zip(SIDES, (chosen, rejected), strict=True):
             _check_marks(name, side, pictures, mark)
     return chosen, rejected
@@ -204,9 +204,9 @@ def _check_rest(example: Mapping[str, Any], text: str) -> None:
             )
 
 
-def _check_media(example: Mapping[str, Any], mark: str | None) -> None:
+def _check_media(example: Mapping[str, Any], mark: str) -> None:
     """Refuse what the model would not see. Video and sound are not served; pictures with a processor."""
-    served = () if mark is None else IMAGES
+    served = IMAGES if mark else ()
     for name, value in example.items():
         if str(name).lower() in MEDIA and name not in served and filled(value):
             raise UnusablePair(f"it has {name}, but only text {'and pictures are' if served else 'is'} served")
@@ -231,16 +231,13 @@ def _with_marks_in(example: Mapping[str, Any], pictures: int, mark: str) -> dict
 # --- chats ---------------------------------------------------------------------------------------------------------
 
 
-def _chat(
-    example: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, pictures: int, mark: str | None
-) -> list[Rendered]:
+def _chat(example: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, pictures: int, mark: str) -> list[Rendered]:
     if tokenizer.chat_template is None:
         raise ValueError("The prompt is a chat, but the tokenizer has no chat template; set tokenizer.chat_template.")
     tools, options = _tools(example.get(TOOLS)), _options(example.get(TEMPLATE_OPTIONS))
-    has_pictures = mark is not None and pictures > 0
-    prompt, *answers = (messages_of(name, example[name], has_pictures) for name in ("prompt", *SIDES))
+    prompt, *answers = (messages_of(name, example[name], pictures > 0) for name in ("prompt", *SIDES))
     forms = _forms(tokenizer, [message for part in (prompt, *answers) for message in part])
-    if mark is not None and has_pictures:
+    if pictures:
         prompt = _with_places(prompt, pictures)
         forms = iter((_with_pictures, partial(_with_marks, mark=mark)))
     reasons = []
@@ -249,10 +246,10 @@ def _chat(
         try:
             rendered = [_side(template, name, prompt, answer) for name, answer in zip(SIDES, answers, strict=True)]
             for message in prompt:
-                for content in message["content"].split(IMAGE) if has_pictures else [message["content"]]:
+                for content in message["content"].split(IMAGE) if pictures else [message["content"]]:
                     _check_heard({**message, "content": content}, rendered[0].prompt, "prompt")
             _check_tools(tools, rendered[0].prompt)
-            if mark is not None and has_pictures:
+            if pictures:
                 _check_marks(SIDES[0], rendered[0], pictures, mark)
         except UnusablePair as unusable:
             reasons.append(unusable)

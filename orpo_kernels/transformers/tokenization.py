@@ -20,9 +20,6 @@ each with its end token, and nothing else.
 1. every response is promised `min(its length, max_length // 2)` tokens;
 2. the prompt gives up its *first* tokens (but a BOS) until the longer response has what it was promised;
 3. what is still too long loses the end of its response, and with it the end token: the answer did not end there.
-
-**Refusal.** A pair that cannot be used is never dropped silently: `tokenize_pairs` lists it with the reason,
-`tokenize_pair` raises.
 """
 
 from __future__ import annotations
@@ -125,8 +122,8 @@ def tokenize_pair(
     Chats may be written as text (JSON, or as Python prints them), all of them then.
 
     `weight` (or `sample_weight`), a number of at least 0, is what the pair's loss is to be multiplied by;
-    `enable_thinking` goes to the template. What else an example holds is not
-    read; where that may be text, the pair is refused.
+    `enable_thinking` goes to the template. What else an example holds is not read; where that may be text, the pair is
+    refused.
 
     With a model's processor (`AutoProcessor`) in the tokenizer's place a pair may have pictures in its prompt: `images`
     (or `image`), a list of paths, bytes or PIL images, and for each in turn a part `{"type": "image"}` or the text
@@ -144,9 +141,9 @@ def tokenize_pair(
     tokenizer, processor = _apart(tokenizer)
     check_options(tokenizer, max_length, end, too_long)
     example = as_pair(example)
-    images = [] if processor is None else sources_of(example)
-    rendered = render_pair(example, tokenizer, len(images), None if processor is None else processor.mark)
-    if processor is not None and images:
+    images = sources_of(example) if processor else []
+    rendered = render_pair(example, tokenizer, len(images), processor.mark if processor else "")
+    if processor and images:
         rendered = processor.expanded(rendered, read_images(images, processor.urls))
     sides = [_finish(side, tokenizer, end) for side in rendered]
     chosen, rejected = sides
@@ -154,7 +151,7 @@ def tokenize_pair(
         if too_long == "refuse" and (longest := max(map(len, sides))) > max_length:
             raise UnusablePair(f"it has {longest} tokens, more than max_length={max_length}")
         chosen, rejected = _truncate(sides, max_length, tokenizer.bos_token_id)
-        if images and processor is not None:
+        if processor and images:
             _check_pictures_whole(sides[0], chosen, processor, max_length)
     _check_sides(chosen, rejected, max_length)
     pair = pair_of(chosen, rejected, sum(map(len, sides)) - len(chosen) - len(rejected), example)

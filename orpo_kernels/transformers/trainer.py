@@ -24,7 +24,7 @@ from .engines import is_in_parts
 from .metrics import Averages, averaged_metrics, pair_metrics, preference_metrics
 from .mixin import PreferenceLossMixin, counts_in_loss
 from .packing import COLUMNS, Packing
-from .pairs import NAMED, UsablePairs, UsableStream, is_stream
+from .pairs import NAMED, UsablePairs, UsableStream, is_stream, of_each_set
 from .reference_model import ReferencedPairs, has_reference, reference_logps
 from .rendering import KNOWN
 from .tokenization import Refusal
@@ -78,8 +78,6 @@ class PreferenceTrainer(PreferenceLossMixin, Trainer):
     method's, for a set of which no pair can be used, and for a model or a parallel setup that the loss cannot serve.
     """
 
-    eval_dataset: Any
-    data_collator: Any
     _signature_columns: Any
 
     def __init__(
@@ -113,8 +111,8 @@ class PreferenceTrainer(PreferenceLossMixin, Trainer):
         self._check_setup()
         if isinstance(data_collator, PreferenceCollator):
             self.data_collator = self._for_this_model(data_collator)
-        self.train_dataset = self._prepared(self.train_dataset, "train")
-        self.eval_dataset = self._prepared(self.eval_dataset, "eval")
+        self.train_dataset = of_each_set(self.train_dataset, "train", self._prepared)
+        self.eval_dataset = of_each_set(self.eval_dataset, "eval", self._prepared)
 
     def _for_this_model(self, collator: PreferenceCollator) -> PreferenceCollator:
         """The collator with what it leaves open decided by the model and the device."""
@@ -141,15 +139,13 @@ class PreferenceTrainer(PreferenceLossMixin, Trainer):
 
     def _prepared(self, pairs: Any, name: str) -> Any:
         """The pairs as they go into batches: those that can be used, with what the method needs of a reference."""
-        if isinstance(pairs, dict):
-            return {key: self._prepared(part, f"{name}_{key}") for key, part in pairs.items()}
         pairs = self._usable(pairs, name)
         return self._with_reference(pairs) if self.method.needs_reference else pairs
 
     def _usable(self, pairs: Any, name: str) -> Any:
         # A collator of the caller's may read more of an example than we know.
         is_prepared = isinstance(pairs, UsablePairs | UsableStream | ReferencedPairs)
-        if pairs is None or is_prepared or type(self.data_collator) not in _COLLATORS:
+        if is_prepared or type(self.data_collator) not in _COLLATORS:
             return pairs
         if is_stream(pairs):
             return UsableStream(pairs, self.data_collator, partial(self._leave_out, name))
@@ -170,7 +166,7 @@ class PreferenceTrainer(PreferenceLossMixin, Trainer):
 
     def _with_reference(self, pairs: Any) -> Any:
         """The pairs with the reference's log-probabilities, if they do not have them."""
-        if pairs is None or has_reference(pairs) or not isinstance(self.data_collator, PreferenceCollator):
+        if has_reference(pairs) or not isinstance(self.data_collator, PreferenceCollator):
             return pairs  # a batch without them is refused by the loss
         model = self.model if self.ref_model is None else self.ref_model.to(self.args.device)
         if is_in_parts(model):
