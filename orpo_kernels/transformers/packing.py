@@ -114,7 +114,7 @@ class PackedPairs(_Movable):
 
         media_tokens: the ids that stand for pictures, which are no targets.
         """
-        rows = _joined(self.answers, self.prompts) if prompt_nll else self.answers
+        rows = _joined((self.answers, self.prompts)) if prompt_nll else self.answers
         if media_tokens:
             is_text = torch.isin(rows.target, rows.target.new_tensor(media_tokens), invert=True)
             rows = rows.select(is_text.nonzero().squeeze(1))
@@ -190,34 +190,31 @@ def pack_pairs(
         bins = cheapest_bins(sizes, aligned)
     else:
         bins = first_fit_decreasing(sizes, max(capacity, *sizes))
-    width = fullest(bins, sizes)
-    width = aligned_row(width) if aligned else width
+    width = row_width(bins, sizes, aligned)
     input_ids = torch.full((len(bins), width), padding_id, dtype=torch.int64)
     segments, position_ids = torch.full_like(input_ids, PADDING), torch.zeros_like(input_ids)
     answers, prompts = [], []
     lengths: list[int] = []  # of the sequences' queries
     keys = []
     for row, members in enumerate(bins):
-        start = 0
+        start = row * width
         for index in members:
             piece = pieces[index]
-            place = slice(start, start + len(piece))
-            input_ids[row, place] = piece.input_ids
-            segments[row, place] = piece.segments(index)
-            position_ids[row, place] = piece.position_ids
-            offset = row * width + start
-            answers += [piece.rows(side, True, offset, index, len(pieces)) for side in (0, 1)]
-            prompts.append(piece.rows(0, False, offset, index, len(pieces)))
-            lengths += piece.lengths
-            keys += [piece.places(side) + offset for side in (0, 1)]
+            for side, places in enumerate(piece.places(start)):
+                input_ids.view(-1)[places] = piece.ids[side]
+                position_ids.view(-1)[places] = torch.arange(len(places))
+                segments.view(-1)[places] = 3 * index + 1 + side
+                answers.append(piece.rows(side, True, places, index, len(pieces)))
+                keys.append(places)
+            segments.view(-1)[places[: piece.shared]] = 3 * index
+            prompts.append(piece.rows(0, False, keys[-2], index, len(pieces)))
+            lengths += [len(piece.ids[0]), len(piece.ids[1]) - piece.shared]
             start += len(piece)
-        lengths.append(width - start)
-        keys.append(torch.arange(start, width) + row * width)
-    rows = _joined(*answers), _joined(*prompts)
-    return {
-        "input_ids": input_ids,
-        "packed": PackedPairs(segments, position_ids, *rows, Sequences.of(lengths, keys)),
-    }
+        end = (row + 1) * width
+        lengths.append(end - start)
+        keys.append(torch.arange(start, end))
+    packed = PackedPairs(segments, position_ids, _joined(answers), _joined(prompts), Sequences.of(lengths, keys))
+    return {"input_ids": input_ids, "packed": packed}
 
 
 def cheapest_bins(sizes: Sequence[int], aligned: bool = False) -> list[list[int]]:
@@ -230,8 +227,7 @@ def cheapest_bins(sizes: Sequence[int], aligned: bool = False) -> list[list[int]
     widths = {min(total, longest * quarters // 4) for quarters in range(4, 17)} | {total}
 
     def cost(bins: list[list[int]]) -> float:
-        width = fullest(bins, sizes)
-        width = aligned_row(width) if aligned else width
+        width = row_width(bins, sizes, aligned)
         return len(bins) * width * (1 + width / ATTENTION_LENGTH)
 
     choice = few_widths(sizes) if aligned else sorted(widths)
@@ -254,9 +250,10 @@ def few_widths(sizes: Sequence[int]) -> list[int]:
     return widths
 
 
-def fullest(bins: Sequence[Sequence[int]], sizes: Sequence[int]) -> int:
+def row_width(bins: Sequence[Sequence[int]], sizes: Sequence[int], aligned: bool) -> int:
     """The width of rows that hold these bins."""
-    return max(sum(sizes[index] for index in members) for members in bins)
+    width = max(sum(sizes[index] for index in members) for members in bins)
+    return aligned_row(width) if aligned else width
 
 
 def first_fit_decreasing(sizes: Sequence[int], capacity: int) -> list[list[int]]:
@@ -303,34 +300,16 @@ class _Piece:
     def __len__(self) -> int:
         return len(self.ids[0]) + len(self.ids[1]) - self.shared
 
-    @property
-    def lengths(self) -> tuple[int, int]:
-        """Of the chosen sequence, and of what is the rejected one's own."""
-        return len(self.ids[0]), len(self.ids[1]) - self.shared
+    def places(self, start: int) -> tuple[Tensor, Tensor]:
+        """Where the tokens of both sequences lie, in a stretch that begins at `start`."""
+        chosen = start + torch.arange(len(self.ids[0]))
+        rest = start + len(chosen) + torch.arange(len(self.ids[1]) - self.shared)
+        return chosen, torch.cat((chosen[: self.shared], rest))
 
-    @property
-    def input_ids(self) -> Tensor:
-        return torch.cat((self.ids[0], self.ids[1][self.shared :]))
-
-    @property
-    def position_ids(self) -> Tensor:
-        return torch.cat((torch.arange(len(self.ids[0])), torch.arange(self.shared, len(self.ids[1]))))
-
-    def segments(self, index: int) -> Tensor:
-        lengths = (self.shared, *(len(ids) - self.shared for ids in self.ids))
-        return 3 * index + torch.arange(3).repeat_interleave(torch.tensor(lengths))
-
-    def places(self, side: int) -> Tensor:
-        """Where the tokens of a side's sequence lie in the stretch."""
-        places = torch.arange(len(self.ids[side]))
-        if side == 1:
-            places[self.shared :] += len(self.ids[0]) - self.shared
-        return places
-
-    def rows(self, side: int, labelled: bool, offset: int, index: int, num_pairs: int) -> Rows:
+    def rows(self, side: int, labelled: bool, places: Tensor, index: int, num_pairs: int) -> Rows:
         """Those of the side that have a label, or that have none. The first token of a sequence has no prediction."""
         own = (self.labels[side][1:] != IGNORE_INDEX) == labelled
-        position = (self.places(side)[:-1] + offset)[own]
+        position = places[:-1][own]
         return Rows(
             position,
             self.ids[side][1:][own],
@@ -341,6 +320,6 @@ class _Piece:
         )
 
 
-def _joined(*parts: Rows) -> Rows:
+def _joined(parts: Sequence[Rows]) -> Rows:
     vectors: Any = {name: torch.cat([getattr(part, name) for part in parts]) for name in DTYPES}
     return Rows(**vectors, num_pairs=parts[0].num_pairs)

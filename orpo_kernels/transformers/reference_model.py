@@ -74,8 +74,10 @@ def reference_logps(
     """
     data_hash, lengths = _read_through(pairs, collator)
     name = f"{_model_hash(model, accelerator.mixed_precision)}-{data_hash}"
-    cache = _Cache(folder / "reference_logps", name, accelerator.process_index)
-    known = _known_to_all(cache, len(pairs), accelerator)
+    own_file = folder / "reference_logps" / f"{name}.{accelerator.process_index}.jsonl"
+    own_file.parent.mkdir(parents=True, exist_ok=True)
+    files = sorted(own_file.parent.glob(f"{name}.*.jsonl")) if accelerator.is_main_process else []
+    known = _exchanged(broadcast, _read(files, len(pairs)), accelerator.device)
     # The longest pairs first: what does not fit the memory does not fit it at once.
     missing = sorted(known.isnan().any(1).nonzero().flatten().tolist(), key=lambda index: -lengths[index])
     if not missing:
@@ -89,17 +91,11 @@ def reference_logps(
         for indices in bar:
             batch = batch_on(collator([pairs[index] for index in indices]), accelerator.device)
             computed[indices] = causal_lm_answers(model, **batch, **options).logps.view(2, -1).T.cpu()
-            cache.append(indices, computed[indices])
+            _append(own_file, indices, computed[indices])
     computed = _exchanged(accelerator.reduce, computed, accelerator.device)
     if accelerator.is_main_process and accelerator.num_processes > 1:  # the others may write on other machines
-        cache.append(missing, computed[missing])
+        _append(own_file, missing, computed[missing])
     return torch.where(known.isnan(), computed, known).numpy()
-
-
-def _known_to_all(cache: _Cache, pairs: int, accelerator: Accelerator) -> Tensor:
-    """(pairs, 2) float64: what the main process finds in its folder, NaN for the rest."""
-    known = cache.read(pairs) if accelerator.is_main_process else torch.zeros(pairs, 2, dtype=torch.float64)
-    return _exchanged(broadcast, known, accelerator.device)
 
 
 def _exchanged(exchange: Callable[[Tensor], Any], logps: Tensor, device: torch.device) -> Tensor:
@@ -141,27 +137,19 @@ def _model_hash(model: nn.Module, mixed_precision: str) -> str:
     return digest.hexdigest()
 
 
-class _Cache:
-    """The numbers of one hash, a line for each batch. A line that the end of a process or machine tore apart is none.
+def _read(files: Sequence[Path], pairs: int) -> Tensor:
+    """(pairs, 2) float64, NaN where nothing is known. A line that the end of a process tore apart is none."""
+    logps = torch.full((pairs, 2), torch.nan, dtype=torch.float64)
+    for path in files:
+        for line in path.read_text(errors="replace").splitlines():
+            with suppress(ValueError):
+                batch = json.loads(line)
+                logps[batch["pairs"]] = torch.tensor(batch["logps"], dtype=torch.float64)
+    return logps
 
-    Every process writes a file of its own.
-    """
 
-    def __init__(self, folder: Path, name: str, process: int):
-        folder.mkdir(parents=True, exist_ok=True)
-        self._folder, self._name, self._process = folder, name, process
-
-    def read(self, pairs: int) -> Tensor:
-        """(pairs, 2) float64, NaN where nothing is known."""
-        logps = torch.full((pairs, 2), torch.nan, dtype=torch.float64)
-        for path in sorted(self._folder.glob(f"{self._name}.*.jsonl")):
-            for line in path.read_text(errors="replace").splitlines():
-                with suppress(ValueError):
-                    batch = json.loads(line)
-                    logps[batch["pairs"]] = torch.tensor(batch["logps"], dtype=torch.float64)
-        return logps
-
-    def append(self, indices: list[int], logps: Tensor) -> None:
-        line = json.dumps({"pairs": indices, "logps": logps.tolist()})
-        with (self._folder / f"{self._name}.{self._process}.jsonl").open("a") as file:
-            file.write(f"\n{line}\n")  # the line before may be torn
+def _append(file: Path, indices: list[int], logps: Tensor) -> None:
+    """A line for a batch, in a file of this process alone."""
+    line = json.dumps({"pairs": indices, "logps": logps.tolist()})
+    with file.open("a") as stream:
+        stream.write(f"\n{line}\n")  # the line before may be torn

@@ -103,7 +103,7 @@ def render_pair(
         raise UnusablePair(f"it has no {' and no '.join(missing)}{_elsewhere(example)}")
     prompt = example["prompt"]
     if isinstance(prompt, str):
-        chosen, rejected = _plain(_with_marks_in(example, pictures, mark) if pictures else example)
+        chosen, rejected = _plain({**example, "prompt": _marked(prompt, pictures, mark) if pictures else prompt})
     elif isinstance(prompt, list):
         chosen, rejected = _chat(example, tokenizer, pictures, mark)
     else:
@@ -220,12 +220,11 @@ def _check_marks(name: str, side: Rendered, pictures: int, mark: str) -> None:
         raise UnusablePair(f"it has {pictures} pictures, but its prompt has {in_prompt} places for one ({mark})")
 
 
-def _with_marks_in(example: Mapping[str, Any], pictures: int, mark: str) -> dict[str, Any]:
-    """A pair of strings, with the processor's mark for every picture."""
-    prompt = example["prompt"]
+def _marked(prompt: str, pictures: int, mark: str) -> str:
+    """With the processor's mark for every picture."""
     if IMAGE not in prompt and mark not in prompt:
         prompt = IMAGE * pictures + prompt
-    return {**example, "prompt": prompt.replace(IMAGE, mark)}
+    return prompt.replace(IMAGE, mark)
 
 
 # --- chats ---------------------------------------------------------------------------------------------------------
