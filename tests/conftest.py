@@ -114,5 +114,6 @@ def fake_gpu(monkeypatch):
     monkeypatch.setattr("triton.runtime.interpreter.InterpretedFunction.run", lambda self, *args, **options: None)
     monkeypatch.setattr("orpo_kernels.ops.triton.launch.INTERPRETER", Target("cuda", 90, 132))
     monkeypatch.setitem(KINDS, "cpu", GPU_KIND)
+    monkeypatch.setattr("orpo_kernels.engine.planning.target_of", lambda device: "sm_90")
     monkeypatch.setattr("torch._subclasses.FakeTensor.data_ptr", lambda tensor: tensor.storage_offset())
     monkeypatch.setattr("torch._subclasses.FakeTensor.is_cuda", True)  # where GEMMs widen their result

@@ -84,12 +84,12 @@ def allocated(case: costs.Case, schedule: str, gradient: bool) -> int:
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
 @pytest.mark.parametrize("name", CASES)
 def test_our_bytes_are_what_the_loss_allocates_on_a_gpu(name, trained, dtype, fake_gpu, monkeypatch):
-    """To 2 %, or 4 MiB: how many numbers a row a forward pass without logits leaves depends on the GPU's tiles."""
+    """To 2 %, or 4 MiB: how many splits a forward pass without logits has depends on the GPU's processors."""
     case = replace(CASES[name], trained=trained, dtype=dtype)
     monkeypatch.setattr(Rows, "largest_pair", lambda rows: case.largest_pair)  # which would be read on the host
     for budget in (5 * GIB, GIB // 2):
         monkeypatch.setitem(KINDS, "cpu", replace(GPU_KIND, memory=16 * budget))
-        for place, cost in enumerate(costs.ours(case, budget)):
+        for place, cost in enumerate(costs.ours(case, budget, "sm_90")):
             schedule, gradient = cost.plan.schedule, cost.plan.schedule != "evaluation"
             assert cost.plan.group_rows is None
             found = allocated(case, "auto" if place == 0 or not gradient else schedule, gradient)

@@ -64,6 +64,12 @@ def causal_lm_orpo_loss(
     alpha: float = 1.0,
     prompt_nll: bool = True,
     nll_reduction: str = "token",
+    decoder_input_ids: Tensor | None = None,
+    packed: PackedPairs | None = None,
+    rows: Rows | None = None,
+    pair_weights: Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    router_aux_loss_coef: float | None = None,
     **options: Any,
 ) -> CausalLMOutput:
     """ORPO loss of one batch, without its logits: a padded one, or one whose rows share their prompts.
@@ -81,7 +87,6 @@ def causal_lm_orpo_loss(
         labels: (2B, T) int64, unshifted: the response's ids, `ignore_index` on prompt and padding.
         beta, alpha, nll_reduction: as in `orpo_loss`.
         prompt_nll: whether the NLL of the chosen side covers its prompt as well (TRL) or only its response (the paper).
-        options: the keywords below, which are those of `causal_lm_preference_loss`.
         decoder_input_ids: of an encoder-decoder model (T5, BART, ...) alone, (2B, T) int64: what its decoder reads to
             predict `labels` (2B, T) at the same places, the B chosen answers first. By default the labels, shifted as
             the model shifts them. Then `input_ids` (B, S) and `attention_mask` (B, S) are the prompts, one for each
@@ -99,12 +104,12 @@ def causal_lm_orpo_loss(
             `config.output_router_logits=True`, which is added to the loss as the model's own forward adds it; by
             default the model's own. It is a mean over the tokens of this batch: where the denominators are those of k
             micro-batches, pass the model's coefficient / k.
-        nll_denominator, pair_denominator, data_group, schedule, memory_budget, backend, sparse_eps, limits: as in
-            `orpo_loss`.
-        pixel_values, image_grid_thw, image_sizes, mm_token_type_ids, ...: what the model's own forward takes beside
-            text, in the order of the 2B rows, which its body is given. Tokens that stand for a picture
-            (`config.image_token_id`) are never targets. The first batch with pictures also runs through the model's own
-            forward, without gradient. With `packed` every picture comes once, in the order of its rows.
+        options: anything else that `orpo_loss` takes: nll_denominator, pair_denominator, data_group, schedule,
+            memory_budget, backend, sparse_eps, limits; and what the model's own forward takes beside text, in the
+            order of the 2B rows (pixel_values, image_grid_thw, image_sizes, mm_token_type_ids, ...), which its body is
+            given. Tokens that stand for a picture (`config.image_token_id`) are never targets. The first batch with
+            pictures also runs through the model's own forward, without gradient. With `packed` every picture comes
+            once, in the order of its rows.
 
     Returns:
         `CausalLMOutput`. `loss` is differentiable with respect to whatever of the model requires grad.
@@ -114,7 +119,17 @@ def causal_lm_orpo_loss(
     `probe.py`, `sharing.py`).
     """
     method = ORPO(beta=beta, alpha=alpha, prompt_nll=prompt_nll, nll_reduction=nll_reduction)
-    return causal_lm_preference_loss(model, input_ids, attention_mask, labels, method=method, **options)
+    return causal_lm_preference_loss(
+        *(model, input_ids, attention_mask, labels),
+        method=method,
+        decoder_input_ids=decoder_input_ids,
+        packed=packed,
+        rows=rows,
+        pair_weights=pair_weights,
+        ignore_index=ignore_index,
+        router_aux_loss_coef=router_aux_loss_coef,
+        **options,
+    )
 
 
 def causal_lm_preference_loss(
