@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from benchmarks.contest.peers import IGNORE, odds_ratio
 from benchmarks.contest.turns import HEADS
+from benchmarks.timing import in_turns, wall_seconds
 from orpo_kernels import orpo_loss
 
 PAIRS, LENGTH, HIDDEN, VOCAB, PROMPT, BETA = 2, 12, 16, 50, 5, 0.1
@@ -41,16 +42,6 @@ def plain(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return -logps[:pairs].sum() / counts[:pairs].sum() + BETA * odds_ratio(means[:pairs], means[pairs:])
 
 
-def seconds(loss: Loss, hidden: Tensor, weight: Tensor, labels: Tensor) -> float:
-    """Of one call, with its backward pass where something requires grad."""
-    hidden.grad = weight.grad = None
-    begin = time.perf_counter()
-    result = loss(hidden, weight, labels)
-    if result.requires_grad:
-        result.backward()
-    return time.perf_counter() - begin
-
-
 def measure(head: str, rounds: int) -> tuple[float, float]:
     """The median seconds of ours and of plain torch, one call each in every round."""
     train_hidden, train_head = HEADS[head]
@@ -59,12 +50,18 @@ def measure(head: str, rounds: int) -> tuple[float, float]:
     labels = torch.randint(VOCAB, (2 * PAIRS, LENGTH))
     labels[:, :PROMPT] = IGNORE
     torch.testing.assert_close(ours(hidden, weight, labels), plain(hidden, weight, labels))
-    times: dict[Loss, list[float]] = {ours: [], plain: []}
-    for i in range(rounds + rounds // 3):  # the first ones warm up
-        for loss in (ours, plain) if i % 2 else (plain, ours):
-            times[loss].append(seconds(loss, hidden, weight, labels))
-    mine, theirs = (statistics.median(times[loss][-rounds:]) for loss in (ours, plain))
-    return mine, theirs
+
+    def call(loss: Loss) -> None:
+        result = loss(hidden, weight, labels)
+        if result.requires_grad:
+            result.backward()
+
+    def seconds(loss: Loss) -> float:
+        hidden.grad = weight.grad = None
+        return wall_seconds(partial(call, loss), hidden.device)
+
+    times = in_turns((ours, plain), rounds, seconds, warm_up=rounds // 3)
+    return statistics.median(times[ours]), statistics.median(times[plain])
 
 
 def main() -> None:

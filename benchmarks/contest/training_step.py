@@ -41,6 +41,7 @@ from torch import nn
 
 from benchmarks.contest.process import ProcessPeak
 from benchmarks.contest.workloads import DPO_EN_DEMO, LLMBAR, have_real_data, preference_pairs
+from benchmarks.timing import synchronize
 from orpo_kernels.app import machine
 
 TRL, OURS, SHARED = "TRL ORPOTrainer", "ours", "ours, prompts shared"
@@ -161,8 +162,7 @@ class Clock:
         self.device, self.times = device, {}  # type: tuple[torch.device, dict[str, float]]
 
     def mark(self, name: str) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        synchronize(self.device)
         self.times[name] = time.perf_counter()
 
     @contextmanager

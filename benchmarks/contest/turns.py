@@ -15,7 +15,6 @@ import functools
 import gc
 import random
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +27,7 @@ from benchmarks.contest import peers
 from benchmarks.contest.exact import BETA, Exact, relative_error
 from benchmarks.contest.memory import PeakBytes
 from benchmarks.contest.workloads import Workload
+from benchmarks.timing import Marks
 
 HEADS = {"evaluation": (False, False), "frozen": (True, False), "trained": (True, True)}  # hidden, head require grad
 Variants = Mapping[str, Mapping[str, Any]]  # name -> options of `orpo_loss`
@@ -82,33 +82,6 @@ IN_PLACE = {torch.ops.aten.addmm_: _addmm_flops}  # which torch's counter leaves
 # ---------------------------------------------------------------------------------------------------------------------
 # A call
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-class Marks:
-    """Points on the time line of a device: events in a GPU's queue, or the clock of a CPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.on_gpu = device.type == "cuda"
-        self.marks: list[Any] = []
-        self._wait()
-
-    def add(self) -> None:
-        if self.on_gpu:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self.marks.append(event)
-        else:
-            self.marks.append(time.perf_counter())
-
-    def seconds(self) -> list[float]:
-        """Between each mark and the next."""
-        self._wait()
-        pairs = list(zip(self.marks[:-1], self.marks[1:], strict=True))
-        return [a.elapsed_time(b) / 1e3 if self.on_gpu else b - a for a, b in pairs]
-
-    def _wait(self) -> None:
-        if self.on_gpu:
-            torch.cuda.synchronize()
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import statistics
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -13,7 +12,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.contest import workloads
 from benchmarks.contest.turns import HEADS, Contest, Contestant
-from benchmarks.gpu.cases import Case, Settings, alternate, synchronize, wall_seconds
+from benchmarks.gpu.cases import Case, Settings
+from benchmarks.timing import medians, synchronize, wall_seconds
 
 CALLS = 5  # as many rounds as elsewhere, times this: a call takes a millisecond or two
 
@@ -29,8 +29,7 @@ def measure(head: str, settings: Settings) -> dict[str, Any]:
     work = workloads.synthetic(4, 32, 64, 1000, 0.7, device=device).cast(torch.bfloat16)
     contest = Contest(work, head)
     calls = {name: partial(_call, contest, contest.contestant(name)) for name in ("ours", "plain")}
-    clock = partial(wall_seconds, device=device)
-    found = {name: statistics.median(t) for name, t in alternate(calls, CALLS * settings.rounds, clock).items()}
+    found = medians(calls, CALLS * settings.rounds, partial(wall_seconds, device=device))
     operations = device_operations(calls["ours"], device)
     return {
         **found,

@@ -6,7 +6,6 @@ own copy takes for as many bytes.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -15,8 +14,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.estimates.roofline import SIZES, Launch
-from benchmarks.gpu.cases import Case, Settings, Skip, alternate, device_seconds
+from benchmarks.gpu.cases import Case, Settings, Skip
 from benchmarks.shapes import ModelShape
+from benchmarks.timing import device_seconds, medians
 from orpo_kernels.engine.gemm import WeightSlices
 from orpo_kernels.ops import select
 
@@ -117,4 +117,4 @@ def _operation(name: str, settings: Settings) -> Callable[..., Any]:
 def _timed(calls: dict[str, Callable[[], Any]], settings: Settings) -> dict[str, float]:
     """Medians. Several calls in a row, so that the host's part is behind the device's."""
     clock = partial(device_seconds, device=torch.device(settings.device), repeats=REPEATS)
-    return {name: statistics.median(times) for name, times in alternate(calls, settings.rounds, clock).items()}
+    return medians(calls, settings.rounds, clock)

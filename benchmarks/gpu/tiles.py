@@ -57,7 +57,7 @@ def measure(tile: MatmulTile, settings: Settings) -> dict[str, Any]:
         raise Skip(fault)
     shape = settings.models[min(1, len(settings.models) - 1)]
     work = autotune.Work(2 * settings.pairs * settings.length, shape, DTYPE, settings.device)
-    times = autotune.measure([own, tile], work, DTYPE, target, settings.rounds, show=False)
+    times = autotune.measure([own, tile], work, DTYPE, target, settings.rounds)
     ratio = statistics.median(b / a for a, b in zip(times[own], times[tile], strict=True))
-    medians = {"table": statistics.median(times[own]) / 1e3, "tile": statistics.median(times[tile]) / 1e3}
+    medians = {"table": statistics.median(times[own]), "tile": statistics.median(times[tile])}
     return {**medians, "ratio": ratio, "target": target.name, "fields": asdict(tile), "shape": shape.name}

@@ -7,7 +7,6 @@ A head of every model in bf16, one in fp32: statistics inside the kernel, and th
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import partial
@@ -18,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.cases import Case, Settings, alternate, device_seconds
+from benchmarks.gpu.cases import Case, Settings
 from benchmarks.report.docs import machine_line
 from benchmarks.shapes import ModelShape
+from benchmarks.timing import device_seconds, medians
 from orpo_kernels.engine import speeds
 from orpo_kernels.engine.gemm import WeightSlices, even_chunks
 from orpo_kernels.engine.speeds import CHUNK_ROWS, KERNEL, Record
@@ -49,7 +49,7 @@ def measure(shape: ModelShape, dtype: torch.dtype, schedule: str, settings: Sett
     target = torch.randint(shape.vocab_size, (rows,), device=device)
     calls = _calls(x, w, target, shape.logit_softcap, schedule, select(settings.backend, device, dtype))
     clock = partial(device_seconds, device=device, repeats=REPEATS)
-    times = {way: 1e3 * statistics.median(found) for way, found in alternate(calls, settings.rounds, clock).items()}
+    times = {way: 1e3 * seconds for way, seconds in medians(calls, settings.rounds, clock).items()}
     return {
         "target": target_of(device),
         "dtype": str(dtype).removeprefix("torch."),

@@ -15,10 +15,8 @@ import argparse
 import itertools
 import json
 import os
-import random
 import statistics
 import sys
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,8 +27,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.contest.turns import Marks
 from benchmarks.shapes import SHAPES, ModelShape, named
+from benchmarks.timing import device_seconds, in_turns
 from orpo_kernels.engine.gemm import WeightSlices
 from orpo_kernels.ops import torch_ops
 from orpo_kernels.ops import triton as triton_ops
@@ -105,25 +103,16 @@ def fault_of(tile: MatmulTile, dtype: torch.dtype, target: Target, device: str) 
     return None if max(errors) <= TOLERANCE[dtype] else f"wrong by {max(errors):.1e}"
 
 
-def milliseconds(call: Callable[[], object], device: torch.device) -> float:
-    marks = Marks(device)
-    marks.add()
-    call()
-    marks.add()
-    return 1e3 * marks.seconds()[0]
-
-
 def measure(
-    choices: list[MatmulTile], work: Work, dtype: torch.dtype, target: Target, rounds: int, show: bool = True
+    choices: list[MatmulTile], work: Work, dtype: torch.dtype, target: Target, rounds: int
 ) -> dict[MatmulTile, list[float]]:
-    """Milliseconds of every round; one more round comes first, and is not counted."""
-    times: dict[MatmulTile, list[float]] = {tile: [] for tile in choices}
-    order = random.Random(0)
-    for _ in track(range(rounds + 1), "measuring", disable=not show):
-        for tile in order.sample(choices, len(choices)):
-            with using(tile, dtype, target):
-                times[tile].append(milliseconds(lambda: work.run(triton_ops), work.x.device))
-    return {tile: values[1:] for tile, values in times.items()}
+    """Seconds of every round; one more round comes first, and is not counted."""
+
+    def seconds(tile: MatmulTile) -> float:
+        with using(tile, dtype, target):
+            return device_seconds(lambda: work.run(triton_ops), work.x.device)
+
+    return in_turns(choices, rounds, seconds, warm_up=1)
 
 
 def write(path: Path, target: Target, dtype: str, tile: MatmulTile) -> None:
@@ -155,11 +144,12 @@ def main(arguments: list[str] | None = None) -> int:
     if not choices:
         print("no tile gives the mirror's values: the kernels do not work on this GPU", file=sys.stderr)
         return 1
-    times = measure(choices, Work(options.rows, options.shape, dtype, "cuda"), dtype, target, options.rounds)
+    with console.status("measuring"):
+        times = measure(choices, Work(options.rows, options.shape, dtype, "cuda"), dtype, target, options.rounds)
     ranked = sorted(choices, key=lambda tile: statistics.median(times[tile]))
     table = Table("tile", "ms, median", "ms, best", title=f"{target.name}, {options.dtype}, {options.shape}")
     for tile in ranked[:10]:
-        table.add_row(str(tile), f"{statistics.median(times[tile]):.3f}", f"{min(times[tile]):.3f}")
+        table.add_row(str(tile), f"{1e3 * statistics.median(times[tile]):.3f}", f"{1e3 * min(times[tile]):.3f}")
     console.print(table)
     write(options.output, target, options.dtype, ranked[0])
     console.print(f"wrote {options.output}")

@@ -12,21 +12,21 @@ turns.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import random
 import statistics
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich import box
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import track
 from rich.table import Table
 
+from benchmarks.timing import in_turns, wall_seconds
 from orpo_kernels.app import machine
 from orpo_kernels.ops import torch_ops, why_not
 
@@ -121,31 +121,21 @@ class Chunk:
         _native.exp(x, out, -(-self.logits.numel() // (threads * L1_FLOATS)), threads)
 
 
-def measure(
-    dtype: torch.dtype, vocabulary: int, rounds: int, chunk_bytes: int = CHUNK_BYTES, progress: Progress | None = None
-) -> list[Result]:
+def measure(dtype: torch.dtype, vocabulary: int, rounds: int, chunk_bytes: int = CHUNK_BYTES) -> list[Result]:
     """Every pass on one chunk, all contestants in turn, in a new order every round."""
     rows = max(2, chunk_bytes // (vocabulary * dtype.itemsize))
     chunk = Chunk(rows, vocabulary, dtype)
     name_of_dtype = str(dtype).removeprefix("torch.")
-    runs: list[tuple[str, str, Callable[[str], None]]] = [
-        (name, who, getattr(chunk, who)) for name in PASSES for who in ("ours", "eager", "copy", "exp")
-    ]
-    seconds: dict[tuple[str, str], list[float]] = {(name, who): [] for name, who, _ in runs}
-    task = progress.add_task(f"{name_of_dtype}, V = {vocabulary}", total=rounds + 1) if progress else None
-    shuffle = random.Random(0).shuffle
-    for i_round in range(rounds + 1):
-        shuffle(runs)
-        for name, who, run in runs:
-            chunk.fill()
-            begin = time.perf_counter()
-            run(name)
-            if i_round > 0:  # the first touches every page
-                seconds[name, who].append(time.perf_counter() - begin)
-        if progress and task is not None:
-            progress.advance(task)
+
+    def seconds(run: tuple[str, str]) -> float:
+        name, who = run
+        chunk.fill()
+        return wall_seconds(partial(getattr(chunk, who), name), chunk.logits.device)
+
+    runs = [(name, who) for name in PASSES for who in ("ours", "eager", "copy", "exp")]
+    times = in_turns(runs, rounds, seconds, warm_up=1)  # the first touches every page
+    medians = {run: statistics.median(values) for run, values in times.items()}
     size = chunk.logits.numel() * dtype.itemsize
-    medians = {key: statistics.median(values) for key, values in seconds.items()}
     # One machine, one bandwidth: the best that any of the copies showed, for all passes.
     copy = min(medians["residual", "copy"], medians["recomputed", "copy"], 2 * medians["statistics", "copy"])
     exp = min(medians[name, "exp"] for name in PASSES)
@@ -208,12 +198,11 @@ def main() -> None:
     from orpo_kernels import _native
 
     results: list[Result] = []
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        for dtype in options.dtype:
-            for vocabulary in options.vocabulary:
-                results += measure(getattr(torch, dtype), vocabulary, options.rounds, progress=progress)
-                if options.json:  # after every case, so that an interrupted run leaves what it has
-                    options.json.write_text(json.dumps(as_json(results, _native.isa()), indent=1))
+    cases = list(itertools.product(options.dtype, options.vocabulary))
+    for dtype, vocabulary in track(cases, "measuring", console=Console(stderr=True), transient=True):
+        results += measure(getattr(torch, dtype), vocabulary, options.rounds)
+        if options.json:  # after every case, so that an interrupted run leaves what it has
+            options.json.write_text(json.dumps(as_json(results, _native.isa()), indent=1))
     console.print(table(results, _native.isa()))
 
 
