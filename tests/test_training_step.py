@@ -6,7 +6,6 @@ import io
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +19,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks.contest import training_step
-from benchmarks.contest.training_step import OURS, PARTS, SHARED, TRL, Bench, Case, Contestant, Result
+from benchmarks.contest.training_step import OURS, PARTS, SHARED, TRL, Bench, Case
+from benchmarks.report import plots, tables
 
 from .training import chat_examples, tiny, tokenizer
 
@@ -36,24 +36,20 @@ def bench() -> Bench:
 def test_everyone_takes_the_same_steps(bench, tmp_path):
     weights = [parameter.clone() for parameter in bench.model.parameters()]
     with Progress(console=Console(file=io.StringIO())) as progress:
-        result = training_step.measure(bench, "float32", rounds=3, progress=progress)
+        record = training_step.measure(bench, "float32", rounds=3, progress=progress)
     assert all(torch.equal(old, new) for old, new in zip(weights, bench.model.parameters(), strict=True))
-    assert {contestant.name for contestant in result.contestants} == {TRL, OURS, SHARED}
-    for contestant in result.contestants:
-        assert len(contestant.steps) == 3
-        assert len({step.loss for step in contestant.steps}) == 3
-        for step in contestant.steps:
-            assert min(step.body, step.head_and_loss, step.optimizer) > 0
+    assert {one["name"] for one in record["contestants"]} == {TRL, OURS, SHARED}
+    for one in record["contestants"]:
+        assert len(one["steps"]) == 3
+        assert len({step["loss"] for step in one["steps"]}) == 3
+        assert min(step[part] for step in one["steps"] for part in PARTS) > 0
 
     shown = io.StringIO()
-    Console(file=shown, width=200).print(training_step.table(result))
+    Console(file=shown, width=200).print(tables.step_sheet(record).rich())
     assert TRL in shown.getvalue()
-    with_memory = Result(result.case, result.dtype, [replace(one, peak_bytes=2**30) for one in result.contestants])
-    for name, results in {"time.png": [result], "both.png": [with_memory, with_memory]}.items():
-        training_step.plot(results, tmp_path / "runs" / name)
-        assert (tmp_path / "runs" / name).stat().st_size > 0
-    written = json.loads(json.dumps(training_step.as_json([result])))
-    assert set(written["medians"][0][result.contestants[0].name]) == {"seconds", *PARTS}
+    cases = {"step/tiny/float32": json.loads(json.dumps(record))}
+    plots.step(cases).savefig(tmp_path / "step.png")
+    assert (tmp_path / "step.png").stat().st_size > 0
 
 
 def test_no_pair_is_truncated(bench):
@@ -118,11 +114,11 @@ def test_the_peak_of_steps(bench):
 
 
 def test_memory_is_of_a_process_each(monkeypatch):
-    monkeypatch.setattr(training_step, "peak_of_a_process", lambda name, *_: {TRL: 3, OURS: 2}[name])
-    result = Result("case", "float32", [Contestant(TRL, []), Contestant(OURS, [])])
+    monkeypatch.setattr(training_step, "last_line", lambda module, option, name, *_: {TRL: "3", OURS: "2"}[name])
+    record = {"dtype": "float32", "contestants": [{"name": TRL}, {"name": OURS}]}
     with Progress(console=Console(file=io.StringIO())) as progress:
-        measured = training_step.with_memory(result, "llmbar", "float32", 2, progress)
-    assert [contestant.peak_bytes for contestant in measured.contestants] == [3, 2]
+        training_step.add_memory(record, "llmbar", 2, progress)
+    assert [one["peak_bytes"] for one in record["contestants"]] == [3, 2]
 
 
 def test_quick_is_quick():

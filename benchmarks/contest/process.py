@@ -15,7 +15,6 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -46,33 +45,29 @@ class ProcessPeak:
             self.nbytes = int(status["VmHWM"].split()[0]) * 1024
 
 
-def save(work: Workload, path: Path) -> None:
-    torch.save({field.name: getattr(work, field.name) for field in fields(work)}, path)
-
-
-def peak_of_a_process(name: str, inputs: Path, heads: Sequence[str], threads: int) -> dict[str, int]:
-    """Peak resident bytes of one contestant's call under each head, above what the process held before.
+def last_line(module: str, *arguments: str) -> str:
+    """What a module prints last, run in a fresh process.
 
     Raises:
         RuntimeError: the process failed; its last line says why.
     """
-    module = [sys.executable, "-m", "benchmarks.contest.process"]
-    command = [*module, name, str(inputs), "--threads", str(threads), "--head", *heads]
+    command = [sys.executable, "-m", module, *arguments]
     run = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
     if run.returncode:
         raise RuntimeError((run.stderr.strip() or "it left no message").splitlines()[-1])
-    return json.loads(run.stdout.splitlines()[-1])
+    return run.stdout.splitlines()[-1]
 
 
 def measure(work: Workload, names: Sequence[str], heads: Sequence[str], threads: int, advance: Any) -> dict[str, Any]:
-    """`peak_of_a_process` of everybody: bytes by head, or the reason that there are none."""
+    """Peak resident bytes of everybody's call by head, above what its process held before; or why there are none."""
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         inputs = Path(folder) / "inputs.pt"
-        save(work, inputs)
+        torch.save(vars(work), inputs)
         for name in names:
             try:
-                found[name] = peak_of_a_process(name, inputs, heads, threads)
+                options = ("--threads", str(threads), "--head", *heads)
+                found[name] = json.loads(last_line("benchmarks.contest.process", name, str(inputs), *options))
             except RuntimeError as error:
                 found[name] = {"failure": str(error)}
             advance()

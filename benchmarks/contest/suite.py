@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
-from benchmarks.contest import confidence, malloc, memory, peers, process, turns, workloads
+from benchmarks.contest import confidence, malloc, memory, peers, process, training_step, turns, workloads
 from benchmarks.contest.exact import exact
 from benchmarks.contest.workloads import Workload
 from benchmarks.estimates import roofline
@@ -289,11 +289,10 @@ def _steps(settings: Settings) -> Iterator[Case]:
 
 
 def _step(settings: Settings, data: str, dtype: str, progress: Progress) -> dict[str, Any]:
-    from benchmarks.contest import training_step
-
     bench = training_step.load(training_step.CASES[data], dtype)
-    result = training_step.measure(bench, dtype, STEP_ROUNDS, progress)
-    return asdict(training_step.with_memory(result, data, dtype, settings.threads, progress))
+    record = training_step.measure(bench, dtype, STEP_ROUNDS, progress)
+    training_step.add_memory(record, data, settings.threads, progress)
+    return record
 
 
 def estimate(progress: Progress) -> dict[str, Any]:

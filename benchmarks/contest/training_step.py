@@ -11,19 +11,18 @@ changes the next one's, and every loss has to agree before anything is timed.
 
 The parts of a step: *body* is the transformer's forward and backward; *optimizer* is clipping, AdamW and zero_grad; all
 the rest is *head + loss*. bf16 is autocast, as TRL has it. Peak memory is the most that a fresh process with one
-contestant holds during its steps on the widest batch: resident set on a CPU, allocated bytes on a GPU.
+contestant holds during its steps on the widest batch: resident set on a CPU, allocated bytes on a GPU. Table, plot and
+records are those of the cases `step/*` of `python -m benchmarks`.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import os
 import random
-import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -36,10 +35,9 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from torch import nn
 
-from benchmarks.contest.process import ProcessPeak
+from benchmarks.contest.process import ProcessPeak, last_line
 from benchmarks.contest.workloads import DPO_EN_DEMO, LLMBAR, have_real_data, preference_pairs
 from benchmarks.timing import synchronize
 from orpo_kernels.app import machine
@@ -49,7 +47,6 @@ BETA, MAX_GRAD_NORM = 0.1, 1.0
 WARM_UP = 2  # steps of each contestant
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}  # of a loss, relative, to TRL's
 PARTS = ("body", "head_and_loss", "optimizer")
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -76,39 +73,6 @@ class Step:
     body: float
     head_and_loss: float
     optimizer: float
-
-    @property
-    def seconds(self) -> float:
-        return self.body + self.head_and_loss + self.optimizer
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """All steps of one contestant, and the peak bytes of a process of its own."""
-
-    name: str
-    steps: list[Step]
-    peak_bytes: int | None = None
-
-    @property
-    def median(self) -> float:
-        return statistics.median(step.seconds for step in self.steps)
-
-    def part(self, name: str) -> float:
-        return statistics.median(getattr(step, name) for step in self.steps)
-
-
-@dataclass(frozen=True)
-class Result:
-    """One case in one dtype."""
-
-    case: str
-    dtype: str
-    contestants: list[Contestant]
-
-    @property
-    def ours(self) -> Contestant:
-        return next(contestant for contestant in self.contestants if contestant.name == OURS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -280,8 +244,8 @@ def _width(batch: dict[str, Any]) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def measure(bench: Bench, dtype: str, rounds: int, progress: Progress) -> Result:
-    """Warm up, check the losses, then a step of each per round, in a new order every round."""
+def measure(bench: Bench, dtype: str, rounds: int, progress: Progress) -> dict[str, Any]:
+    """Warm up, check the losses, then a step of each per round, in a new order every round: a record of the results."""
     task = progress.add_task(f"{bench.case.name}, {dtype}", total=(WARM_UP + rounds) * len(bench.names))
     steps: dict[str, list[Step]] = {name: [] for name in bench.names}
     order, shuffle = list(bench.names), random.Random(0).shuffle
@@ -296,7 +260,10 @@ def measure(bench: Bench, dtype: str, rounds: int, progress: Progress) -> Result
             for name, step in taken.items():
                 steps[name].append(step)
     progress.remove_task(task)
-    return Result(str(bench.case), dtype, [Contestant(name, steps[name]) for name in bench.names])
+    contestants = [
+        {"name": name, "steps": [asdict(step) for step in steps[name]], "peak_bytes": None} for name in bench.names
+    ]
+    return {"case": str(bench.case), "dtype": dtype, "contestants": contestants}
 
 
 def check_losses(losses: dict[str, float], tolerance: float) -> None:
@@ -309,23 +276,11 @@ def check_losses(losses: dict[str, float], tolerance: float) -> None:
             )
 
 
-def peak_of_a_process(name: str, case: str, dtype: str, threads: int) -> int:
-    """Peak bytes of a fresh process that runs this contestant alone."""
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.contest.training_step",
-        "--peak-of",
-        name,
-        "--case",
-        case,
-        "--dtype",
-        dtype,
-    ]
-    run = subprocess.run([*command, "--threads", str(threads)], capture_output=True, text=True, check=False)
-    if run.returncode:
-        raise RuntimeError(f"The process that measures the memory of {name} failed:\n{run.stderr}")
-    return int(run.stdout.split()[-1])
+def add_memory(record: dict[str, Any], case: str, threads: int, progress: Progress) -> None:
+    """To every contestant of a record, the peak bytes of a fresh process that runs it alone."""
+    for one in progress.track(record["contestants"], description=f"memory, {record['dtype']}"):
+        arguments = ("--peak-of", one["name"], "--case", case, "--dtype", record["dtype"], "--threads", str(threads))
+        one["peak_bytes"] = int(last_line("benchmarks.contest.training_step", *arguments))
 
 
 def peak_of_steps(bench: Bench, name: str) -> int:
@@ -336,63 +291,6 @@ def peak_of_steps(bench: Bench, name: str) -> int:
         for _ in range(2):
             bench.step(name, widest)
     return peak.nbytes
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Showing
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def table(result: Result) -> Table:
-    shown = Table(title=f"{result.case}\n{result.dtype}: forward, backward, clipping, AdamW")
-    for column in ("step", "median s", "range", "/ ours", "body s", "head + loss s", "optimizer s", "peak GiB"):
-        shown.add_column(column, justify="left" if column == "step" else "right", no_wrap=True)
-    for contestant in sorted(result.contestants, key=lambda contestant: contestant.median):
-        seconds = [step.seconds for step in contestant.steps]
-        shown.add_row(
-            contestant.name,
-            f"{contestant.median:.3f}",
-            f"{min(seconds):.3f}-{max(seconds):.3f}",
-            f"{contestant.median / result.ours.median:.2f}",
-            *(f"{contestant.part(part):.3f}" for part in PARTS),
-            "" if contestant.peak_bytes is None else f"{contestant.peak_bytes / GIB:.2f}",
-            style="bold" if contestant.name == OURS else "",
-        )
-    return shown
-
-
-def plot(results: Sequence[Result], path: Path) -> None:
-    """A column of panels for each case and dtype: seconds of a step by its parts and, if measured, peak memory."""
-    from matplotlib.figure import Figure
-
-    measured = all(contestant.peak_bytes for result in results for contestant in result.contestants)
-    panel_rows = 2 if measured else 1
-    figure = Figure(figsize=(1 + 3.2 * len(results), 3.2 * panel_rows), layout="constrained")
-    panels = figure.subplots(panel_rows, len(results), squeeze=False)
-    for column, result in zip(panels.T, results, strict=True):
-        times = column[0]
-        names = [contestant.name.replace(", ", ",\n").replace(" ", "\n", 1) for contestant in result.contestants]
-        bottom = [0.0] * len(names)
-        for part in PARTS:
-            heights = [contestant.part(part) for contestant in result.contestants]
-            times.bar(names, heights, bottom=bottom, label=part.replace("_and_", " + "))
-            bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
-        times.set(title=f"{result.case}\n{result.dtype}", ylabel="seconds (medians)")
-        times.legend(fontsize="small")
-        if measured:
-            column[1].bar(names, [(contestant.peak_bytes or 0) / GIB for contestant in result.contestants], color="0.5")
-            column[1].set(ylabel="peak GiB of the process")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-
-
-def as_json(results: Sequence[Result]) -> dict[str, Any]:
-    medians = [
-        {contestant.name: {"seconds": contestant.median, **{part: contestant.part(part) for part in PARTS}}}
-        for result in results
-        for contestant in result.contestants
-    ]
-    return {"machine": machine.describe(), "results": [asdict(result) for result in results], "medians": medians}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -412,18 +310,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.peak_of:
         print(peak_of_steps(load(CASES[options.case[0]], options.dtype[0]), options.peak_of))
         return
-    console, results = Console(width=max(Console().width, 110)), []
+    from benchmarks.report import plots, tables
+
+    console, cases = Console(width=max(Console().width, 110)), {}
+    options.plot.parent.mkdir(parents=True, exist_ok=True)
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        for key in options.case:
-            for dtype in options.dtype:
-                result = measure(load(CASES[key], dtype), dtype, options.rounds, progress)
-                if options.memory:
-                    result = with_memory(result, key, dtype, options.threads, progress)
-                results.append(result)
-                console.print(table(result), "")
-                plot(results, options.plot)  # after every case, so that an interrupted run leaves what it has
-                if options.json:
-                    options.json.write_text(json.dumps(as_json(results), indent=1))
+        for key, dtype in itertools.product(options.case, options.dtype):
+            record = cases[f"step/{key}/{dtype}"] = measure(load(CASES[key], dtype), dtype, options.rounds, progress)
+            if options.memory:
+                add_memory(record, key, options.threads, progress)
+            console.print(tables.step_sheet(record).rich(), "")
+            plots.step(cases).savefig(options.plot, dpi=110)  # after every case, for who interrupts it
+            if options.json:
+                options.json.write_text(json.dumps({"machine": machine.describe(), "cases": cases}, indent=1))
     console.print(f"Plot: {options.plot}", soft_wrap=True)
 
 
@@ -431,14 +330,6 @@ def load(case: Case, dtype: str) -> Bench:
     from examples.smollm2 import load_smollm2
 
     return Bench(*load_smollm2(), preference_pairs(case.file), case, dtype)
-
-
-def with_memory(result: Result, case: str, dtype: str, threads: int, progress: Progress) -> Result:
-    measured: list[Contestant] = []
-    for contestant in progress.track(result.contestants, description=f"memory, {dtype}"):
-        peak = peak_of_a_process(contestant.name, case, dtype, threads)
-        measured.append(Contestant(contestant.name, contestant.steps, peak))
-    return Result(result.case, result.dtype, measured)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

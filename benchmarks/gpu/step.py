@@ -20,6 +20,7 @@ from benchmarks.contest import training_step
 from benchmarks.contest.training_step import PARTS, TRL, Bench
 from benchmarks.contest.turns import release
 from benchmarks.gpu.cases import Case, Settings, Skip, Step
+from benchmarks.report.tables import step_medians
 
 NEEDED = ("transformers", "accelerate", "datasets")
 BATCHES = 12
@@ -57,17 +58,14 @@ def measure(name: str, size: Step, attention: str, settings: Settings) -> dict[s
     finally:
         bench = made = None  # type: ignore[assignment] # the model is to go before the next one comes
         release(device)
+    whole, of_parts = step_medians(found), {part: step_medians(found, part) for part in PARTS}
     return {
         "case": str(batches),
         "dtype": dtype,
         "attention": attention,
         "contestants": {
-            one.name: {
-                "seconds": one.median,
-                **{part: one.part(part) for part in PARTS},
-                "peak_bytes": peaks[one.name],
-            }
-            for one in found.contestants
+            name: {"seconds": whole[name], **{part: of_parts[part][name] for part in PARTS}, "peak_bytes": peaks[name]}
+            for name in whole
         },
     }
 

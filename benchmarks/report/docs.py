@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.contest import suite
+from benchmarks.contest.training_step import SHARED, TRL
 from benchmarks.contest.turns import ALL_ROWS
 from benchmarks.report import plots, tables
 from benchmarks.report.results import PROJECT
@@ -169,9 +170,8 @@ def _steps(records: list[dict[str, Any]]) -> str:
     told = []
     for record in records:
         medians = tables.step_medians(record)
-        if {"TRL ORPOTrainer", "ours, prompts shared"} <= set(medians):
-            ratio = medians["TRL ORPOTrainer"] / medians["ours, prompts shared"]
-            told.append(f"{record['case']}, {record['dtype']} {ratio:.1f}")
+        if {TRL, SHARED} <= set(medians):
+            told.append(f"{record['case']}, {record['dtype']} {medians[TRL] / medians[SHARED]:.1f}")
     return "; ".join(told)
 
 

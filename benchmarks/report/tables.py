@@ -13,6 +13,7 @@ from rich.table import Table
 
 from benchmarks.contest import confidence
 from benchmarks.contest.peers import NATIVE_ROWS
+from benchmarks.contest.training_step import OURS, PARTS
 from benchmarks.contest.turns import FLOOR, FLOORS, Measurement, ratios
 from orpo_kernels import Limits
 
@@ -248,9 +249,6 @@ def confidence_sheet(record: dict[str, Any]) -> Sheet:
     return Sheet(title, ["confident answers", *sides], rows)
 
 
-PARTS = ("body", "head_and_loss", "optimizer")  # of a step
-
-
 def step_medians(record: dict[str, Any], *parts: str) -> dict[str, float]:
     """Seconds of everybody's step, or of some of its parts."""
     return {
@@ -266,7 +264,7 @@ def step_sheet(record: dict[str, Any]) -> Sheet:
         [
             name,
             seconds(whole[name]),
-            f"{whole[name] / whole['ours']:.2f}",
+            f"{whole[name] / whole[OURS]:.2f}",
             *(seconds(of_part[name]) for of_part in of_parts),
             "" if steps[name]["peak_bytes"] is None else f"{steps[name]['peak_bytes'] / GIB:.2f}",
         ]
