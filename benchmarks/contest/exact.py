@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -14,7 +14,7 @@ from benchmarks.contest.workloads import Workload
 
 BETA = 0.1
 LOGITS = 2**24  # float64 logits alive at once: 128 MiB, several times in autograd
-COLUMNS = 8192  # of the weight as float64, where only the loss is wanted
+COLUMNS = 8192  # of the weight that are made float64 at one time
 LARGEST_GRADIENT = 2**26  # elements of a weight whose float64 gradient (512 MiB, and the weight's copy) is still made
 
 
@@ -34,48 +34,34 @@ def exact(work: Workload, hidden: bool = False, weight: bool = False) -> Exact:
     if not (hidden or weight) or work.weight.numel() > LARGEST_GRADIENT:
         return Exact(exact_loss(work), {})
     double = work.cast(torch.float64)
-    leaves = {
+    leaves: dict[str, Any] = {
         "hidden": double.hidden.clone().requires_grad_(hidden),
         "weight": double.weight.clone().requires_grad_(weight),
     }
-
-    def logps(states: Tensor, head: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
-        def chunk(h: Tensor, t: Tensor) -> Tensor:
-            z = F.linear(h, head, bias)
-            z = z if work.logit_softcap is None else work.logit_softcap * torch.tanh(z / work.logit_softcap)
-            return z.log_softmax(-1).gather(1, t[:, None]).squeeze(1)
-
-        rows = max(1, LOGITS // len(head))
-        chunks = zip(states.split(rows), target.split(rows), strict=True)
-        return torch.cat([checkpoint(chunk, h, t, use_reentrant=False) for h, t in chunks])
-
-    composed = peers.Composed(logps, _pair_loss)
-    loss = composed(leaves["hidden"], leaves["weight"], work.labels, work.nll_labels, BETA, double.bias)
+    loss = _loss(replace(double, **leaves))
     loss.backward()
     return Exact(loss.item(), {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None})
 
 
+@torch.no_grad()
 def exact_loss(work: Workload) -> float:
     """The loss alone: of the weight, a slice at a time is float64."""
+    return _loss(work).item()
+
+
+def _loss(work: Workload) -> Tensor:
+    def chunk(states: Tensor, head: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
+        z = torch.cat([states.double() @ columns.double().t() for columns in head.split(COLUMNS)], dim=1)
+        z = z if bias is None else z + bias.double()
+        z = z if work.logit_softcap is None else work.logit_softcap * torch.tanh(z / work.logit_softcap)
+        return z.log_softmax(-1).gather(1, target[:, None]).squeeze(1)
 
     def logps(states: Tensor, head: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
         rows = max(1, LOGITS // len(head))
         chunks = zip(states.split(rows), target.split(rows), strict=True)
-        parts = [logits(h.double(), head, bias).log_softmax(-1).gather(1, t[:, None]) for h, t in chunks]
-        return torch.cat(parts).squeeze(1)
+        return torch.cat([checkpoint(chunk, h, head, bias, t, use_reentrant=False) for h, t in chunks])
 
-    def logits(states: Tensor, head: Tensor, bias: Tensor | None) -> Tensor:
-        z = torch.cat([states @ columns.double().t() for columns in head.split(COLUMNS)], dim=1)
-        z = z if bias is None else z + bias.double()
-        return z if work.logit_softcap is None else work.logit_softcap * torch.tanh(z / work.logit_softcap)
-
-    composed = peers.Composed(logps, _pair_loss)
-    with torch.no_grad():
-        return composed(work.hidden, work.weight, work.labels, work.nll_labels, BETA, work.bias).item()
-
-
-def _pair_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    return beta * peers.odds_ratio(chosen, rejected)
+    return peers.Composed(logps)(work.hidden, work.weight, work.labels, work.nll_labels, BETA, bias=work.bias)
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:

@@ -11,8 +11,8 @@
 
 Those with `Peer.softcap` also take logit_softcap=c, for logits c * tanh(logits / c).
 
-Packages are imported when their peer is first called; `available()` says which of them are installed. The registry
-`PEERS` carries what a reader has to know about each (`Peer.note`).
+Packages are imported when their peer is first called. The registry `PEERS` carries what a reader has to know about
+each (`Peer.note`), and whether it is installed.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from orpo_kernels import orpo_loss
 from orpo_kernels.app.machine import has_bf16_gemm
 
 IGNORE = -100
@@ -55,37 +56,12 @@ def plain(
     beta: float,
     bias: Tensor | None = None,
     logit_softcap: float | None = None,
+    upcast: bool = False,
 ) -> Tensor:
-    """Logits and log-softmax of every position in the dtype of the hidden states; sums over tokens in fp32."""
-    return _plain(F.linear(hidden, weight, bias), labels, nll_labels, beta, logit_softcap)
-
-
-def plain_fp32(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    nll_labels: Tensor,
-    beta: float,
-    bias: Tensor | None = None,
-    logit_softcap: float | None = None,
-) -> Tensor:
-    """The usual upcast: logits in the dtype of the hidden states, log-softmax in fp32."""
-    return _plain(F.linear(hidden, weight, bias).float(), labels, nll_labels, beta, logit_softcap)
-
-
-def plain_compiled(*args: Any, **options: Any) -> Tensor:
-    """`plain_fp32` under torch.compile, which fuses the upcast, the soft-cap and the log-softmax."""
-    return _compiled_plain()(*args, **options)
-
-
-@functools.cache
-def _compiled_plain() -> Callable[..., Tensor]:
-    return torch.compile(plain_fp32, dynamic=False)
-
-
-def _plain(
-    logits: Tensor, labels: Tensor, nll_labels: Tensor, beta: float, logit_softcap: float | None = None
-) -> Tensor:
+    """Logits and log-softmax of every position in the dtype of the hidden states, or fp32; sums over tokens in fp32."""
+    logits = F.linear(hidden, weight, bias)
+    if upcast:
+        logits = logits.float()
     if logit_softcap is not None:
         logits = logit_softcap * torch.tanh(logits / logit_softcap)
     log_probs = logits.log_softmax(-1)
@@ -97,6 +73,19 @@ def _plain(
     a = logps[..., 0].sum(-1) / (labels != IGNORE).sum(-1)
     nll = -logps[..., 1].sum() / (nll_labels != IGNORE).sum()
     return nll + beta * odds_ratio(a[:pairs], a[pairs:])
+
+
+plain_fp32 = functools.partial(plain, upcast=True)
+
+
+def plain_compiled(*args: Any, **options: Any) -> Tensor:
+    """`plain_fp32` under torch.compile, which fuses the upcast, the soft-cap and the log-softmax."""
+    return _compiled_plain()(*args, upcast=True, **options)
+
+
+@functools.cache
+def _compiled_plain() -> Callable[..., Tensor]:
+    return torch.compile(plain, dynamic=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -252,7 +241,7 @@ class Composed:
     """ORPO on top of a function that gives the log-probabilities of rows: only the rows that matter are projected."""
 
     token_logps: Callable[..., Tensor]  # (R, H), (V, H), (V) or None, (R), options -> (R)
-    pair_loss: Callable[[Tensor, Tensor, float], Tensor]  # mean log-probabilities (B), (B), beta -> 0-d
+    odds_ratio: Callable[[Tensor, Tensor], Tensor] = odds_ratio  # mean log-probabilities (B), (B) -> 0-d
 
     def __call__(
         self,
@@ -261,10 +250,10 @@ class Composed:
         labels: Tensor,
         nll_labels: Tensor,
         beta: float,
-        bias: Tensor | None = None,
+        *args: Any,
         **options: Any,
     ) -> Tensor:
-        return self.from_rows(hidden, weight, valid_rows(labels, nll_labels), len(nll_labels), beta, bias, **options)
+        return self.from_rows(hidden, weight, valid_rows(labels, nll_labels), len(nll_labels), beta, *args, **options)
 
     def from_rows(
         self,
@@ -281,15 +270,11 @@ class Composed:
         sums = logps.new_zeros(2 * pairs).index_add(0, rows.sequence, torch.where(rows.scored, logps, 0.0))
         a = sums / logps.new_zeros(2 * pairs).index_add(0, rows.sequence, rows.scored.to(logps.dtype))
         nll = -torch.where(rows.nll, logps, 0.0).sum() / rows.nll.sum()
-        return nll + self.pair_loss(a[:pairs], a[pairs:], beta)
+        return nll + beta * self.odds_ratio(a[:pairs], a[pairs:])
 
 
-def _torch_pair_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    return beta * odds_ratio(chosen, rejected)
-
-
-def _trl_pair_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    trainer = _trl_trainer(beta)
+def _trl_odds_ratio(chosen: Tensor, rejected: Tensor) -> Tensor:
+    trainer = _trl_trainer(1.0)
     trainer.accelerator.device = chosen.device  # elsewhere its rewards would wait for a copy between devices
     return -trainer.odds_ratio_loss(chosen, rejected)[0].mean()
 
@@ -324,9 +309,9 @@ def _cce_logps(
     return -loss.to(torch.promote_types(loss.dtype, torch.float32))
 
 
-trl_composed = Composed(_trl_logps, _trl_pair_loss)
-torch_native = Composed(_native_logps, _torch_pair_loss)
-cce = Composed(_cce_logps, _torch_pair_loss)
+trl_composed = Composed(_trl_logps, _trl_odds_ratio)
+torch_native = Composed(_native_logps)
+cce = Composed(_cce_logps)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -334,27 +319,16 @@ cce = Composed(_cce_logps, _torch_pair_loss)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def ours(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    nll_labels: Tensor,
-    beta: float,
-    bias: Tensor | None = None,
-    **options: Any,
-) -> Tensor:
-    """`orpo_kernels.orpo_loss`, whose padded form is this signature; `options` go through (schedule, backend, ...)."""
-    from orpo_kernels import orpo_loss
-
-    return orpo_loss(hidden, weight, labels, bias=bias, nll_labels=nll_labels, beta=beta, **options).loss
+def ours(hidden: Tensor, weight: Tensor, labels: Tensor, nll_labels: Tensor, beta: float, **options: Any) -> Tensor:
+    """`orpo_kernels.orpo_loss`, whose padded form is this signature; `options` go through (bias, schedule, ...)."""
+    return orpo_loss(hidden, weight, labels, nll_labels=nll_labels, beta=beta, **options).loss
 
 
 class GemmFloor:
     """The matrix products that exact gradients cannot do without, over `rows` rows and nothing else.
 
-    forward: the logits. backward: dh and, if the weight requires grad, dW. Called, it is both: two or three GEMMs into
-    buffers that already exist. No softmax, no gather, no loss. In the dtype of the hidden states, or in fp32 on a
-    processor that would emulate it.
+    forward: the logits. backward: dh and, if the weight requires grad, dW, into buffers that already exist. In the
+    dtype of the hidden states, or in fp32 on a processor that would emulate it.
     """
 
     def __init__(self, rows: int, hidden: Tensor, weight: Tensor) -> None:
@@ -365,10 +339,6 @@ class GemmFloor:
         self.h = flat[torch.arange(rows, device=flat.device) % len(flat)].contiguous()
         self.logits, self.dh = self.h.new_empty(rows, len(self.head)), torch.empty_like(self.h)
         self.dw = torch.empty_like(self.head) if weight.requires_grad else None
-
-    def __call__(self) -> None:
-        self.forward()
-        self.backward()
 
     def forward(self) -> None:
         torch.mm(self.h, self.head.t(), out=self.logits)
@@ -484,9 +454,3 @@ PEERS: dict[str, Peer] = {
         ),
     )
 }
-
-
-def available(*, bias: bool = False, compiled: bool = True) -> dict[str, Peer]:
-    """The peers whose packages are installed; those that take a bias, or leave torch.compile alone, if asked for."""
-    fits = (p for p in PEERS.values() if p.available and (p.bias or not bias) and (compiled or not p.compiled))
-    return {peer.name: peer for peer in fits}

@@ -132,9 +132,7 @@ def other_errors(workload: Workload) -> dict[str, tuple[Errors, float]]:
     p = logits.softmax(1)
     logps = logits.log_softmax(1).gather(1, target[:, None]).squeeze(1).requires_grad_()
     pairs = len(workload.nll_labels)
-    loss = peers.Composed(lambda *_: logps, lambda c, r, beta: beta * peers.odds_ratio(c, r)).from_rows(
-        workload.hidden, workload.weight, rows, pairs, BETA
-    )
+    loss = peers.Composed(lambda *_: logps).from_rows(workload.hidden, workload.weight, rows, pairs, BETA)
     (g,) = torch.autograd.grad(loss, logps)
     order = logits.mean(0).argsort(descending=True)
     residual = -p

@@ -207,13 +207,13 @@ def contestants(settings: Settings, dtype: str, everyone: bool) -> list[str]:
     everyone: those that compile for long or are slow, too.
     """
     ours = list(turns.OURS) if settings.device == "cuda" else ["ours"]
-    names = list(settings.peers if settings.peers is not None else peers.available())
-    if settings.peers is None:
-        if everyone:
-            names = [name for name in names if not (name == "Liger" and "Liger compiled" in names)]
-        else:
-            quick = (p for p in peers.available().values() if not p.slow and (not p.compiled or p.name in ON_A_CPU))
-            names = [peer.name for peer in quick]
+    installed = {peer.name: peer for peer in peers.PEERS.values() if peer.available}
+    if settings.peers is not None:
+        names = list(settings.peers)
+    elif everyone:
+        names = [name for name in installed if not (name == "Liger" and "Liger compiled" in installed)]
+    else:
+        names = [p.name for p in installed.values() if not p.slow and (not p.compiled or p.name in ON_A_CPU)]
     return [*turns.FLOORS, *ours, *(name for name in names if not (name == "plain fp32" and dtype == "float32"))]
 
 
