@@ -29,15 +29,15 @@ from unittest import mock
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from benchmarks.contest import peers
-from orpo_kernels import Limits, orpo_loss_from_rows
+from orpo_kernels import Limits, Rows, orpo_loss_from_rows
 from orpo_kernels.app import machine
+from orpo_kernels.engine.schedules import sparse
 from orpo_kernels.ops import resolve
 
 GIB = 2**30
@@ -230,10 +230,8 @@ def our_case(
     return Case(f"ours, {schedule if gradient else 'evaluation'}", loss, trained, gradient)
 
 
-def fake_rows(shape: Shape) -> Any:
+def fake_rows(shape: Shape) -> Rows:
     """`Rows` of the right sizes: all scored, all with an NLL weight."""
-    from orpo_kernels import Rows
-
     count = shape.positions if shape.rows is None else shape.rows
     index = torch.zeros(count, dtype=torch.int64)
     scored = torch.ones(count, dtype=torch.bool)
@@ -248,8 +246,6 @@ def active_columns(share: float) -> Iterator[list[int]]:
 
     Gives the reads of all chunks so far: of how many blocks each was.
     """
-    from orpo_kernels.engine.schedules import sparse
-
     reads: list[int] = []
 
     def counted(ranks: Tensor, slices: list[slice]) -> list[Tensor]:
@@ -294,6 +290,17 @@ def peer_cases() -> list[Case]:
     return cases
 
 
+def account(cases: Iterable[Case], shapes: list[Shape], dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
+    """A record of the results: the peaks of these cases at these shapes."""
+    found = []
+    for case in cases:
+        peaks = [case.peak(shape, dtype) for shape in shapes]
+        found.append({"loss": case.name, "head": case.head, "peaks": [peak.peak for peak in peaks]})
+    sizes = [asdict(shape) | {"positions": shape.positions} for shape in shapes]
+    baselines = [peak.baseline for peak in peaks]
+    return {"dtype": str(dtype).removeprefix("torch."), "shapes": sizes, "baselines": baselines, "losses": found}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 # ---------------------------------------------------------------------------------------------------------------------
@@ -318,33 +325,17 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="write the numbers here as well")
     options = parser.parse_args()
-    console, dtype = Console(), getattr(torch, options.dtype)
-    records: list[dict[str, Any]] = []
+    from benchmarks.report.tables import memory_sheet
+
+    console, records = Console(), {}
+    cases = our_cases(None if options.this_processor else True) + peer_cases()
     with kernels_of(options.gpu):
-        for title, shapes in (
-            ("N = 8192 rows, all of them matter", SAME_POSITIONS),
-            ("the same 3440 rows that matter in ever more padding", SAME_ROWS),
-        ):
-            table = Table(title=f"Peak GiB, forward + backward, H = 4096, V = 128256, {options.dtype}\n{title}")
-            for column in ("loss", "head", *(f"{shape.sequences} x {shape.length}" for shape in shapes)):
-                table.add_column(column, justify="right" if " x " in column else "left")
-            inputs = [our_cases()[-1].peak(shape, dtype).baseline for shape in shapes]
-            table.add_row("inputs and weight alone", "", *(f"{n / GIB:.3f}" for n in inputs), end_section=True)
-            for case in track(
-                our_cases(None if options.this_processor else True) + peer_cases(),
-                title,
-                console=Console(stderr=True),
-                transient=True,
-            ):
-                peaks = [case.peak(shape, dtype) for shape in shapes]
-                table.add_row(case.name, case.head, *(f"{peak.peak / GIB:.3f}" for peak in peaks))
-                records += [
-                    {"loss": case.name, "head": case.head, **asdict(shape), **asdict(peak)}
-                    for shape, peak in zip(shapes, peaks, strict=True)
-                ]
-            console.print(table, "")
+        for key, shapes in (("memory/shapes", SAME_POSITIONS), ("memory/padding", SAME_ROWS)):
+            shown = track(cases, key, console=Console(stderr=True), transient=True)
+            records[key] = account(shown, shapes, getattr(torch, options.dtype))
+            console.print(memory_sheet(key, records[key]).rich(), "")
     if options.json:
-        options.json.write_text(json.dumps({"machine": machine.describe(), "results": records}, indent=1))
+        options.json.write_text(json.dumps({"machine": machine.describe(), "cases": records}, indent=1))
 
 
 if __name__ == "__main__":

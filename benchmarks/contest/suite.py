@@ -235,13 +235,7 @@ def _accounting(settings: Settings) -> Iterator[Case]:
 
 
 def _account(shapes: list[memory.Shape], progress: Progress) -> dict[str, Any]:
-    found, all_cases = [], memory.our_cases() + memory.peer_cases()
-    for case in progress.track(all_cases, description="accounting"):
-        peaks = [case.peak(shape) for shape in shapes]
-        found.append({"loss": case.name, "head": case.head, "peaks": [peak.peak for peak in peaks]})
-        baselines = [peak.baseline for peak in peaks]
-    sizes = [asdict(shape) | {"positions": shape.positions} for shape in shapes]
-    return {"dtype": "bfloat16", "shapes": sizes, "baselines": baselines, "losses": found}
+    return memory.account(progress.track(memory.our_cases() + memory.peer_cases(), description="accounting"), shapes)
 
 
 def _processes(settings: Settings) -> Iterator[Case]:
@@ -297,10 +291,9 @@ def _step(settings: Settings, data: str, dtype: str, progress: Progress) -> dict
 
 def estimate(progress: Progress) -> dict[str, Any]:
     """8192 rows in bf16 on every model, schedule and GPU of the roofline."""
-    found = []
-    for shape in progress.track(list(SHAPES.values()), description="counting launches"):
-        for schedule in roofline.SCHEDULES:
-            for gpu in roofline.DATA_SHEETS:
-                one, _ = roofline.estimate(shape, 8192, schedule, gpu)
-                found.append(asdict(one) | {"ratio": one.ratio})
+    kinds = itertools.product(SHAPES.values(), roofline.SCHEDULES, roofline.DATA_SHEETS)
+    found = [
+        roofline.estimate(shape, 8192, schedule, gpu)[0].record()
+        for shape, schedule, gpu in progress.track(list(kinds), description="counting launches")
+    ]
     return {"label": roofline.TITLE, "estimates": found}

@@ -86,69 +86,38 @@ def _project_log_odds(rows: int, hidden_size: int, columns: int, itemsize: int) 
     return 2 * rows * hidden_size * columns, itemsize * (rows + columns) * hidden_size + partials + 24 * rows
 
 
-def _residual(rows: int, columns: int, itemsize: int) -> tuple[int, int]:
-    """One read and one write. It reads a long row twice; what the L2 cache does not keep of it until then is
-    not in here."""
-    return 0, 2 * itemsize * rows * columns + 16 * rows
-
-
-def _statistics(rows: int, columns: int, itemsize: int) -> tuple[int, int]:
-    """Of a shard's logits: one read, a target and two results a row."""
-    return 0, itemsize * rows * columns + 24 * rows
-
-
-def _column_statistics(rows: int, columns: int, itemsize: int) -> tuple[int, int]:
-    """One read, a weight a row, and two results a column."""
-    return 0, itemsize * rows * columns + 4 * rows + 8 * columns
-
-
-def _gather_columns(rows: int, columns: int, active: int, itemsize: int) -> tuple[int, int]:
-    """Active columns lie apart: each takes a sector, until all of the row is read. And a write of them."""
-    read = min(columns * itemsize, active * SECTOR)
-    return 0, rows * (read + active * itemsize + 8) + 8 * active
-
-
-def _project_residual(rows: int, hidden_size: int, columns: int, itemsize: int) -> tuple[int, int]:
-    """A GEMM whose epilogue writes the residual instead of the logits."""
-    flops, traffic = _gemm(rows, hidden_size, columns, itemsize, itemsize, 0)
-    return flops, traffic + 16 * rows
-
-
-def _gather_rows(rows: int, hidden_size: int, itemsize: int, out_itemsize: int) -> tuple[int, int]:
-    """A read and a write of H numbers a row, its position and its coefficient."""
-    return 0, rows * (hidden_size * (itemsize + out_itemsize) + 16)
-
-
-def _scatter_rows(rows: int, positions: int, hidden_size: int, itemsize: int, out_itemsize: int) -> tuple[int, int]:
-    """Rows read, positions read and written; the sort of the positions is a few bytes a row."""
-    return 0, rows * (hidden_size * itemsize + 24) + 2 * min(rows, positions) * hidden_size * out_itemsize
-
-
-def _pairs(rows: int, sequences: int) -> tuple[int, int]:
-    """Kernels 4 and 5: a few numbers a row and a sequence."""
-    return 0, 33 * rows + 24 * sequences
-
-
-def _other(bytes: int) -> tuple[int, int]:
-    """Any other operation of torch: all that it reads and writes."""
-    return 0, bytes
-
-
 COSTS: dict[str, Callable[..., tuple[int, int]]] = {
     "GEMM": _gemm,
     "project_log_odds": _project_log_odds,
-    "residual_": _residual,
-    "statistics": _statistics,
-    "recomputed_residual_": _residual,
-    "column_statistics": _column_statistics,
-    "gather_columns": _gather_columns,
-    "project_residual": _project_residual,
-    "gather_rows": _gather_rows,
-    "scatter_rows_": _scatter_rows,
-    "sequence_sums": _pairs,
-    "odds_ratio": _pairs,
-    "other": _other,
-}
+    # One read and one write. A long row is read twice; what the L2 cache does not keep until then is not in here.
+    "residual_": lambda rows, columns, itemsize: (0, 2 * itemsize * rows * columns + 16 * rows),
+    "recomputed_residual_": lambda rows, columns, itemsize: (0, 2 * itemsize * rows * columns + 16 * rows),
+    # One read; a target and two results a row, or a weight a row and two results a column.
+    "statistics": lambda rows, columns, itemsize: (0, itemsize * rows * columns + 24 * rows),
+    "column_statistics": lambda rows, columns, itemsize: (0, itemsize * rows * columns + 4 * rows + 8 * columns),
+    # Active columns lie apart: each takes a sector, until all of the row is read. And a write of them.
+    "gather_columns": lambda rows, columns, active, itemsize: (
+        0, rows * (min(columns * itemsize, active * SECTOR) + active * itemsize + 8) + 8 * active
+    ),
+    # A GEMM whose epilogue writes the residual instead of the logits.
+    "project_residual": lambda rows, hidden_size, columns, itemsize: (
+        2 * rows * hidden_size * columns,
+        itemsize * (rows * hidden_size + hidden_size * columns + rows * columns) + 16 * rows,
+    ),
+    # A read and a write of H numbers a row, its position and its coefficient.
+    "gather_rows": lambda rows, hidden_size, itemsize, out_itemsize: (
+        0, rows * (hidden_size * (itemsize + out_itemsize) + 16)
+    ),
+    # Rows read, positions read and written; the sort of the positions is a few bytes a row.
+    "scatter_rows_": lambda rows, positions, hidden_size, itemsize, out_itemsize: (
+        0, rows * (hidden_size * itemsize + 24) + 2 * min(rows, positions) * hidden_size * out_itemsize
+    ),
+    # A few numbers a row and a sequence.
+    "sequence_sums": lambda rows, sequences: (0, 33 * rows + 24 * sequences),
+    "odds_ratio": lambda rows, sequences: (0, 33 * rows + 24 * sequences),
+    # Any other operation of torch: all that it reads and writes.
+    "other": lambda bytes: (0, bytes),
+}  # fmt: skip
 
 
 def bare_gemms(shape: ModelShape, rows: int, schedule: str, itemsize: int) -> list[Launch]:
@@ -319,6 +288,9 @@ class Estimate:
     def ratio(self) -> float:
         return self.seconds / self.bare_gemm_seconds
 
+    def record(self) -> dict[str, Any]:
+        return {"label": TITLE, **asdict(self), "ratio": self.ratio}
+
 
 def estimate(
     shape: ModelShape, rows: int, schedule: str, gpu: GPU, dtype: torch.dtype = torch.bfloat16, active: float = 0.0
@@ -386,9 +358,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             kinds.append(launch_table(shape, schedule, ours))
         console.print(table(shape, estimates, options.rows), *(kinds if options.launches else ()), "")
     if options.json:
-        options.json.write_text(
-            json.dumps([{"label": TITLE, **asdict(e), "ratio": e.ratio} for e in estimates], indent=1)
-        )
+        options.json.write_text(json.dumps([one.record() for one in estimates], indent=1))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ Both documents have a pair of comments around what is written here; what stands 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,11 @@ from benchmarks.contest.turns import FLOOR
 from benchmarks.gpu.goals import Cases, Verdict, has, over, verdicts
 from benchmarks.gpu.heads import PEERS, RECOMPUTE
 from benchmarks.gpu.sparse_eps import SPARSE
-from benchmarks.report.docs import machine_line
+from benchmarks.report.docs import machine_line, renewed
 from benchmarks.report.results import PROJECT
-from benchmarks.report.tables import MIB, Sheet, measurements
+from benchmarks.report.tables import GIB, MIB, Sheet, measurements
 from orpo_kernels.engine.speeds import CHUNK_ROWS, KERNEL
 
-GIB = 2**30
 WAYS = (KERNEL, *map(str, CHUNK_ROWS))
 COMMAND = "python -m benchmarks.gpu"
 
@@ -179,13 +177,7 @@ BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {"measured": _measured, "fi
 
 def with_blocks(text: str, results: dict[str, Any]) -> str:
     """A document's text with its blocks renewed."""
-
-    def renew(match: re.Match[str]) -> str:
-        name = match["name"]
-        return f"<!-- gpu: {name} -->\n{BLOCKS[name](results)}\n<!-- end of gpu: {name} -->"
-
-    pattern = rf"<!-- gpu: (?P<name>{'|'.join(BLOCKS)}) -->\n.*?<!-- end of gpu: (?P=name) -->"
-    return re.sub(pattern, renew, text, flags=re.DOTALL)
+    return renewed(text, "gpu", lambda name, _: BLOCKS[name](results))
 
 
 def write(results: dict[str, Any], project: Path = PROJECT) -> list[Path]:

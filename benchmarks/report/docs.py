@@ -147,8 +147,10 @@ def summary(cases: Cases) -> list[str]:
 
 
 def _summary(cases: Cases) -> str:
-    """Times over ours on the real batch, and TRL's step over ours."""
+    """Times over ours on the real batch, and TRL's step over ours; "" without that batch."""
     records = plots.contests(cases, "llmbar")
+    if not records:
+        return ""
     found = {key: tables.measurements(record) for key, record in records.items()}
     heads = [f"{r['dtype'].replace('float', 'fp').replace('bfp', 'bf')}, {r['head']}" for r in records.values()]
     rows = []
@@ -175,8 +177,13 @@ def _steps(records: list[dict[str, Any]]) -> str:
     return "; ".join(told)
 
 
-# Each with the beginning of the keys that it needs.
-BLOCKS: dict[str, tuple[str, Callable[[Cases], str]]] = {"summary": ("contest/llmbar/", _summary)}
+BLOCKS: dict[str, Callable[[Cases], str]] = {"summary": _summary}
+
+
+def renewed(text: str, word: str, write: Callable[[str, str], str]) -> str:
+    """A text whose every block between `<!-- word: NAME -->` and its end is what `write` makes of its name and text."""
+    pattern = rf"(<!-- {word}: (\w+) -->\n)(.*?)(\n<!-- end of {word}: \2 -->)"
+    return re.sub(pattern, lambda m: f"{m[1]}{write(m[2], m[3])}{m[4]}", text, flags=re.DOTALL)
 
 
 def with_blocks(text: str, results: dict[str, Any]) -> str:
@@ -186,18 +193,15 @@ def with_blocks(text: str, results: dict[str, Any]) -> str:
         ValueError: a block that nobody knows how to write.
     """
 
-    def renew(match: re.Match[str]) -> str:
-        name = match["name"]
+    def block(name: str, before: str) -> str:
         if name not in BLOCKS:
             raise ValueError(f"the README has a block {name!r}, but known are {', '.join(BLOCKS)}")
-        start, block = BLOCKS[name]
-        if not any(key.startswith(start) for key in results["cases"]):
-            return match[0]
-        source = f"`{command_of(results['options'])}`, {machine_line(results['machine'])}."
-        return f"<!-- benchmarks: {name} -->\n{block(results['cases'])}\n\n{source}\n<!-- end of benchmarks: {name} -->"
+        figures = BLOCKS[name](results["cases"])
+        if not figures:
+            return before
+        return f"{figures}\n\n`{command_of(results['options'])}`, {machine_line(results['machine'])}."
 
-    pattern = r"<!-- benchmarks: (?P<name>\w+) -->\n.*?<!-- end of benchmarks: (?P=name) -->"
-    return re.sub(pattern, renew, text, flags=re.DOTALL)
+    return renewed(text, "benchmarks", block)
 
 
 def write(results: dict[str, Any], project: Path = PROJECT) -> list[Path]:
