@@ -41,7 +41,6 @@ def test_what_existed_before_does_not_count_unless_it_is_named() -> None:
         named.mul_(2)
         before + before
     assert (memory.baseline, memory.live, memory.peak) == (2000, 2000, 6000)
-    assert memory.largest[0].nbytes == 4000
 
 
 def test_backward_counts_gradients_and_what_is_saved() -> None:

@@ -458,7 +458,7 @@ def test_a_model_without_room_is_a_result(tmp_path: Path, monkeypatch: pytest.Mo
     def no_room(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(suite, "exact", no_room)
+    monkeypatch.setattr(turns, "exact", no_room)
     cases = run(tmp_path, "--peer", "plain", "--case", "contest/*/frozen", "--model", PHI.name)
     assert all("do not fit" in one["failure"] for one in cases.values())
 

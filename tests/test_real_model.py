@@ -21,7 +21,6 @@ from benchmarks.contest.workloads import (
     LLMBAR,
     data_folder,
     have_real_data,
-    llmbar_pairs,
     preference_pairs,
 )
 from examples.smollm2 import load_smollm2
@@ -56,7 +55,7 @@ class Step:
 def whole_examples() -> list[dict[str, Any]]:
     """The pairs of LLMBar that fit whole, shuffled."""
     tokenizer = load_smollm2()[1]
-    examples = [{field: pair[field] for field in ("prompt", "chosen", "rejected")} for pair in llmbar_pairs()]
+    examples = [{field: pair[field] for field in ("prompt", "chosen", "rejected")} for pair in preference_pairs()]
     pairs, refused = tokenize_pairs(examples, tokenizer, end="trl")
     assert not refused
     fitting = [example for example, pair in zip(examples, pairs, strict=True) if longest(pair) <= MAX_LENGTH]

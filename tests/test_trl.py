@@ -18,7 +18,7 @@ from datasets import Dataset
 from trl.experimental.orpo import ORPOConfig
 from trl.experimental.orpo import ORPOTrainer as TRLORPOTrainer
 
-from benchmarks.contest.workloads import have_real_data, llmbar_pairs
+from benchmarks.contest.workloads import have_real_data, preference_pairs
 from orpo_kernels.transformers import tokenize_pairs
 from orpo_kernels.transformers.batches import batch_rows
 from orpo_kernels.trl import ORPOTrainer
@@ -429,7 +429,7 @@ def test_twenty_steps_of_a_real_model(with_lora, tmp_path):
 
     model, own = load_smollm2()
     fields = ("prompt", "chosen", "rejected")
-    examples = [{field: pair[field] for field in fields} for pair in llmbar_pairs()]
+    examples = [{field: pair[field] for field in fields} for pair in preference_pairs()]
     random.Random(0).shuffle(examples)
 
     def trained(trainer_class: Any, model: nn.Module, **options: Any) -> list[float]:

@@ -48,16 +48,6 @@ GIB = 2**30
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Allocation:
-    """One storage: its size, the operation that made it, and the tensor it was made for."""
-
-    nbytes: int
-    operation: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
 class PeakBytes(TorchDispatchMode):
     """Counts the live bytes of every storage that an operation under it returns.
 
@@ -66,48 +56,39 @@ class PeakBytes(TorchDispatchMode):
     host_reads: what `.item()` or `bool(tensor)` answers on a fake tensor, which has no value. None lets it raise, so
     that accounting doubles as the proof that nothing reads the device.
 
-    Attributes: `baseline`, `live` and `peak` in bytes (all including the baseline), and `largest`, the allocations
-    alive at the peak, largest first.
+    Attributes: `baseline`, `live` and `peak` in bytes, all including the baseline.
     """
 
     def __init__(self, baseline: Iterable[Tensor] = (), host_reads: bool | None = None) -> None:
         super().__init__()
         self.host_reads = host_reads
         self.live = self.peak = 0
-        self.largest: list[Allocation] = []
-        self._alive: dict[int, tuple[Any, Allocation | None]] = {}
+        self._alive: dict[int, Any] = {}
         for tensor in baseline:
-            self._track(tensor, "baseline")
+            self._track(tensor)
         self.baseline = self.live
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and self.host_reads is not None:
             return self.host_reads
         for argument in _tensors((args, kwargs)):
-            self._track(argument, None)  # unknown and not made here: it existed before and does not count
+            self._track(argument, counts=False)  # not made here: it existed before
         out = func(*args, **(kwargs or {}))
         for tensor in _tensors(out):
-            self._track(tensor, str(func))
+            self._track(tensor)
         return out
 
-    def _track(self, tensor: Tensor, operation: str | None) -> None:
+    def _track(self, tensor: Tensor, counts: bool = True) -> None:
         storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._alive:
-            return
-        made = None
-        if operation is not None:
-            made = Allocation(storage.nbytes(), operation, tuple(tensor.shape), tensor.dtype)
-            self.live += made.nbytes
-        self._alive[key] = weakref.ref(storage, lambda _: self._free(key)), made
-        if self.live > self.peak:
-            self.peak = self.live
-            alive = (allocation for _, allocation in self._alive.values() if allocation is not None)
-            self.largest = sorted(alive, key=lambda allocation: -allocation.nbytes)[:8]
+        key, nbytes = storage._cdata, storage.nbytes() if counts else 0
+        if key not in self._alive:
+            self.live += nbytes
+            self.peak = max(self.peak, self.live)
+            self._alive[key] = weakref.ref(storage, lambda _: self._free(key, nbytes))
 
-    def _free(self, key: int) -> None:
-        _, made = self._alive.pop(key)
-        self.live -= made.nbytes if made is not None else 0
+    def _free(self, key: int, nbytes: int) -> None:
+        del self._alive[key]
+        self.live -= nbytes
 
 
 def _tensors(tree: Any) -> Iterable[Tensor]:

@@ -34,8 +34,8 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from benchmarks.contest import malloc, peers, suite, turns, workloads
-from benchmarks.contest.exact import BETA, exact
+from benchmarks.contest import malloc, peers, turns, workloads
+from benchmarks.contest.exact import BETA
 from benchmarks.contest.workloads import Workload
 from benchmarks.report import tables
 from orpo_kernels import Limits, measured_sparsity
@@ -127,7 +127,6 @@ def other_errors(workload: Workload) -> dict[str, tuple[Errors, float]]:
     exact = gradients(workload)
     rows = peers.valid_rows(workload.labels, workload.nll_labels)
     h, target = workload.hidden.flatten(0, 1)[rows.position], rows.target
-    logps = torch.empty(len(target))
     logits = h @ workload.weight.t()
     p = logits.softmax(1)
     logps = logits.log_softmax(1).gather(1, target[:, None]).squeeze(1).requires_grad_()
@@ -140,12 +139,9 @@ def other_errors(workload: Workload) -> dict[str, tuple[Errors, float]]:
     del logits, p
 
     def products(residual: Tensor, weight: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        dh = (
-            torch.zeros_like(workload.hidden)
-            .flatten(0, 1)
-            .index_add_(0, rows.position, g[:, None] * (residual @ weight))
-        )
-        return dh.view_as(workload.hidden), residual.t() @ (g[:, None] * h)
+        dh = torch.zeros_like(workload.hidden)
+        dh.flatten(0, 1).index_add_(0, rows.position, g[:, None] * (residual @ weight))
+        return dh, residual.t() @ (g[:, None] * h)
 
     def rounded(tensor: Tensor) -> Tensor:
         return tensor.bfloat16().float()
@@ -189,12 +185,10 @@ def error_table(workload: Workload, points: list[Point], others: dict[str, tuple
 
 def plot(results: dict[str, list[Point]], path: Path) -> None:
     """Errors against the share of active columns, one line for each workload."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axes = figure.subplots(1, 2)
     for name, points in results.items():
         chosen = sorted((p for p in points if p.block == BLOCK), key=lambda p: p.active_share)
         shares = [100 * p.active_share for p in chosen]
@@ -206,7 +200,6 @@ def plot(results: dict[str, list[Point]], path: Path) -> None:
         ax.grid(True, which="both", alpha=0.3)
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -301,10 +294,9 @@ def time_everyone(options: argparse.Namespace, console: Console) -> None:
                 work = workload.cast(getattr(torch, name))
                 task = progress.add_task(f"{name}, head {head}", total=len(names) * (1 + options.rounds))
                 advance = functools.partial(progress.advance, task)
-                truth = exact(work, *turns.HEADS[head])
-                found = turns.measure(work, truth, head, names, options.rounds, advance, variants)
+                record = turns.record(work, head, names, options.rounds, advance, variants)
                 progress.remove_task(task)
-                Console(width=130).print(tables.contest_sheet(suite.record_of(work, head, found)).rich(), "")
+                Console(width=130).print(tables.contest_sheet(record).rich(), "")
 
 
 def main() -> None:

@@ -15,14 +15,13 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from rich.progress import Progress
 
 from benchmarks.contest import confidence, malloc, memory, peers, process, training_step, turns, workloads
-from benchmarks.contest.exact import exact
 from benchmarks.contest.workloads import Workload
 from benchmarks.estimates import roofline
 from benchmarks.shapes import SHAPES, ModelShape, named
@@ -143,18 +142,9 @@ def _models(settings: Settings) -> Iterator[Case]:
 
 
 def _of_model(shape: ModelShape, device: str) -> Workload:
-    sizes: dict[str, Any] = (
-        {"pairs": 4, "length": 1024, "share": 1.0} if device == "cuda" else {"pairs": 1, "length": 64, "share": 0.5}
-    )
-    work = workloads.synthetic(
-        hidden_size=shape.hidden_size,
-        vocabulary=shape.vocab_size,
-        bias=shape.bias,
-        logit_softcap=shape.logit_softcap,
-        device=device,
-        **sizes,
-    )
-    return replace(work, name=shape.name)
+    if device == "cuda":
+        return workloads.of_model(shape, pairs=4, length=1024, share=1.0, device=device)
+    return workloads.of_model(shape, pairs=1, length=64, share=0.5)
 
 
 def _contests(
@@ -180,25 +170,12 @@ def _contest(
         if settings.device == "cpu" and dtype != "float32" and not machine.has_bf16_gemm():
             work = work.smaller(pairs=1, vocabulary=8192)  # emulated products take up to a hundred times as long
         work = work.cast(getattr(torch, dtype)).to(settings.device)
-        truth = exact(work, *turns.HEADS[head])
-        found = turns.measure(work, truth, head, names, settings.rounds, lambda: progress.advance(task))
+        return turns.record(work, head, names, settings.rounds, lambda: progress.advance(task))
     except torch.OutOfMemoryError:
         failure = "out of memory: the inputs and their float64 copy do not fit"
         return {"work": "too large", "dtype": dtype, "head": head, "failure": failure, "measurements": []}
     finally:
         progress.remove_task(task)
-    return record_of(work, head, found)
-
-
-def record_of(work: Workload, head: str, found: list[turns.Measurement]) -> dict[str, Any]:
-    """A contest as it stands in the results, and as `report` shows it."""
-    return {
-        "work": str(work),
-        "dtype": str(work.hidden.dtype).removeprefix("torch."),
-        "head": head,
-        "least_flops": turns.Contest(work, head).least_flops(),
-        "measurements": [asdict(measurement) for measurement in found],
-    }
 
 
 def contestants(settings: Settings, dtype: str, everyone: bool) -> list[str]:

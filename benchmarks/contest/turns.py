@@ -16,7 +16,7 @@ import gc
 import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.contest import peers
-from benchmarks.contest.exact import BETA, Exact, relative_error
+from benchmarks.contest.exact import BETA, Exact, exact, relative_error
 from benchmarks.contest.memory import PeakBytes
 from benchmarks.contest.workloads import Workload
 from benchmarks.timing import Marks
@@ -263,6 +263,26 @@ def measure(
     contest.clear()
     release(contest.device)
     return [Measurement(name, **found[name]) for name in names]
+
+
+def record(
+    work: Workload,
+    head: str,
+    names: Sequence[str],
+    rounds: int,
+    advance: Callable[[], None] = lambda: None,
+    variants: Variants = OURS,
+    truth: Exact | None = None,
+) -> dict[str, Any]:
+    """A contest as it stands in the results, and as `report` shows it; `truth` where it is known already."""
+    found = measure(work, truth or exact(work, *HEADS[head]), head, names, rounds, advance, variants)
+    return {
+        "work": str(work),
+        "dtype": str(work.hidden.dtype).removeprefix("torch."),
+        "head": head,
+        "least_flops": Contest(work, head).least_flops(),
+        "measurements": [asdict(measurement) for measurement in found],
+    }
 
 
 def reason(error: Exception) -> str:

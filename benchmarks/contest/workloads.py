@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.contest.peers import IGNORE
+from benchmarks.shapes import ModelShape
 
 LLMBAR = "llmbar_419.jsonl"
 DPO_EN_DEMO = "dpo_en_demo.jsonl"
@@ -126,6 +127,13 @@ def synthetic(
     return Workload("synthetic", hidden, weight, labels, nll_labels, offset, logit_softcap)
 
 
+def of_model(shape: ModelShape, **options: Any) -> Workload:
+    """`synthetic` with the head of a model; `options` are the other ones."""
+    options |= {"hidden_size": shape.hidden_size, "vocabulary": shape.vocab_size}
+    work = synthetic(bias=shape.bias, logit_softcap=shape.logit_softcap, **options)
+    return replace(work, name=shape.name)
+
+
 def _ragged(sequences: int, length: int, total: int, rng: random.Random) -> list[int]:
     """Counts between 1 and `length` with the given sum, spread widely around their mean."""
     if not sequences <= total <= sequences * length:
@@ -150,12 +158,7 @@ def data_folder() -> Path:
     return Path(os.environ.get("ORPO_KERNELS_DATA", default))
 
 
-def llmbar_pairs() -> list[dict[str, Any]]:
-    """The 419 preference pairs of LLMBar as chat messages: prompt, chosen, rejected."""
-    return preference_pairs(LLMBAR)
-
-
-def preference_pairs(file: str) -> list[dict[str, Any]]:
+def preference_pairs(file: str = LLMBAR) -> list[dict[str, Any]]:
     """The pairs of a file of the data folder, one JSON object a line: prompt, chosen and rejected as chat messages.
 
     Raises:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.contest import peers, suite, turns, workloads
+from benchmarks.contest import peers, turns, workloads
 from benchmarks.contest.exact import Exact, exact
 from benchmarks.contest.workloads import Workload
 from benchmarks.gpu.cases import Case, Settings, Skip
@@ -31,15 +31,14 @@ def cases(settings: Settings) -> Iterator[Case]:
 
 
 def measure(shape: ModelShape, share: str, head: str, settings: Settings) -> dict[str, Any]:
-    """Everybody on one head in bf16, as `suite.record_of` keeps it; a peer that is not installed is named in it."""
+    """Everybody on one head in bf16, as `turns.record` has it; a peer that is not installed is named in it."""
     try:
         work, truth = inputs(shape, share, settings.device, settings.pairs, settings.length)
         ours = list(OURS) if head == "trained" else ["ours"]
         names = [turns.FLOOR, *ours, *(name for name in PEERS if serves(name, shape))]
-        found = turns.measure(work, truth, head, names, settings.rounds, lambda: None, OURS)
+        return turns.record(work, head, names, settings.rounds, variants=OURS, truth=truth)
     except torch.OutOfMemoryError as error:
         raise Skip("out of memory: the inputs do not fit") from error
-    return suite.record_of(work, head, found)
 
 
 def serves(name: str, shape: ModelShape) -> bool:
@@ -51,15 +50,6 @@ def serves(name: str, shape: ModelShape) -> bool:
 @functools.lru_cache(maxsize=1)
 def inputs(shape: ModelShape, share: str, device: str, pairs: int, length: int) -> tuple[Workload, Exact]:
     """A batch in bf16, and float64's loss of it."""
-    work = workloads.synthetic(
-        pairs,
-        length,
-        shape.hidden_size,
-        shape.vocab_size,
-        SHARES[share],
-        bias=shape.bias,
-        logit_softcap=shape.logit_softcap,
-        device=device,
-    )
+    work = workloads.of_model(shape, pairs=pairs, length=length, share=SHARES[share], device=device)
     work = replace(work, name=f"{shape.name}, {share} of the rows").cast(torch.bfloat16)
     return work, exact(work)

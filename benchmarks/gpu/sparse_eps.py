@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.contest import suite, turns, workloads
-from benchmarks.contest.exact import exact
+from benchmarks.contest import turns, workloads
 from benchmarks.contest.workloads import Workload
 from benchmarks.gpu.cases import Case, Settings, Skip
 
@@ -24,10 +23,7 @@ def cases(settings: Settings) -> Iterator[Case]:
 
 
 def measure(head: str, settings: Settings) -> dict[str, Any]:
-    work = real(settings.device)
-    truth = exact(work, *turns.HEADS[head])
-    names = [turns.FLOOR, *VARIANTS]
-    return suite.record_of(work, head, turns.measure(work, truth, head, names, settings.rounds, lambda: None, VARIANTS))
+    return turns.record(real(settings.device), head, [turns.FLOOR, *VARIANTS], settings.rounds, variants=VARIANTS)
 
 
 @functools.lru_cache(maxsize=1)

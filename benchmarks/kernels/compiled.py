@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import multiprocessing
 import re
@@ -45,6 +46,7 @@ from orpo_kernels.ops.triton.label_rows import filled_rows
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 WITH_A_DOT = ("split_statistics_kernel", "project_residual_kernel")
 IN_THE_TABLE = (*WITH_A_DOT, "residual_kernel")
+WITH_TMA = ("sm_90", "sm_100", "sm_120")
 MEMORY_BUDGET = 5 * 2**30  # of the loss: a sixteenth of 80 GB
 
 
@@ -74,10 +76,8 @@ def run_loss(
         pair_weight=torch.empty(num_pairs, dtype=torch.float64) if weighted else None,
     )
     residual = num_rows * shape.vocab_size * dtype.itemsize
-    budget = {
-        "resident": residual,
-        "resident by groups": residual // 2 + shape.vocab_size * shape.hidden_size * 4,
-    }.get(schedule, MEMORY_BUDGET)
+    by_groups = residual // 2 + shape.vocab_size * shape.hidden_size * 4
+    budget = {"resident": residual, "resident by groups": by_groups}.get(schedule, MEMORY_BUDGET)
     name = {"evaluation": "auto", "resident by groups": "resident", "sparse": "auto"}.get(schedule, schedule)
     # How many rows a pair has is read on the host, and fake rows do not say.
     sizes = [num_rows // num_pairs] * (num_pairs - 1)
@@ -165,42 +165,26 @@ ASYNCHRONOUS = {
 
 @dataclass(frozen=True)
 class Code:
-    """One specialisation's machine code.
-
-    Attributes:
-        kernel, target: which.
-        types: of the pointer arguments that are matrices, e.g. "bf16".
-        head: "", "bias", "soft-cap" or "pair weights", and what else the code depends on.
-        tile: rows x columns x depth of a kernel with a dot, columns of a row-wise one.
-        warps, stages: as launched.
-        registers: of a thread; for AMD vector registers, accumulation registers included.
-        spilled: bytes on NVIDIA, registers on AMD that did not fit and went to memory.
-        stack: bytes of local memory a thread (NVIDIA's stack frame, AMD's scratch).
-        shared, shared_limit: bytes a block takes, and may take.
-        blocks: that fit one processor at a time (NVIDIA), or waves that fit one SIMD (AMD); an estimate.
-        matrix, asynchronous: instructions in the code, not executions: a loop counts once.
-        row_loads, row_stores: vector loads and stores of logits in the IR, of `residual_kernel`.
-        error: why it did not compile.
-    """
+    """One specialisation's machine code."""
 
     kernel: str
     target: str
-    types: str
-    head: str
-    tile: str
+    types: str  # of the pointer arguments that are matrices, e.g. "bf16"
+    head: str  # "", "bias", "soft-cap" or "pair weights", and what else the code depends on
+    tile: str  # rows x columns x depth of a kernel with a dot, columns of a row-wise one
     warps: int
     stages: int
-    registers: int = 0
-    spilled: int = 0
-    stack: int = 0
-    shared: int = 0
+    registers: int = 0  # of a thread; for AMD vector registers, accumulation registers included
+    spilled: int = 0  # bytes on NVIDIA, registers on AMD that did not fit and went to memory
+    stack: int = 0  # bytes of local memory a thread (NVIDIA's stack frame, AMD's scratch)
+    shared: int = 0  # bytes that a block takes, and may take
     shared_limit: int = 0
-    blocks: int = 0
-    matrix: dict[str, int] | None = None
+    blocks: int = 0  # that fit one processor at a time (NVIDIA), or waves that fit one SIMD (AMD); an estimate
+    matrix: dict[str, int] | None = None  # instructions in the code, not executions: a loop counts once
     asynchronous: dict[str, int] | None = None
-    row_loads: int = 0
+    row_loads: int = 0  # vector loads and stores of logits in the IR, of `residual_kernel`
     row_stores: int = 0
-    error: str | None = None
+    error: str | None = None  # why it did not compile
 
 
 def inspect(specialisation: Specialisation) -> Code:
@@ -219,7 +203,7 @@ def inspect(specialisation: Specialisation) -> Code:
         return replace(code, error=f"{type(error).__name__}: {error}"[:300])
     text = compiled.asm["ptx" if gpu.backend == "cuda" else "amdgcn"]
     if gpu.backend == "cuda":
-        figures = nvidia_figures(log.getvalue(), compiled.metadata.shared, code, specialisation.target)
+        figures = nvidia_figures(log.getvalue(), compiled.metadata.shared, code)
     else:
         figures = amd_figures(text)
     pointers = rf"tensor<\S*!tt\.ptr<{code.types}>>"
@@ -237,8 +221,7 @@ def inspect(specialisation: Specialisation) -> Code:
 
 def described(specialisation: Specialisation) -> Code:
     """What the specialisation says, before it is compiled."""
-    constants, types = specialisation.constexprs, specialisation.types
-    options = dict(specialisation.options)
+    constants, types, options = specialisation.constexprs, specialisation.types, dict(specialisation.options)
     blocks = ("BLOCK_R", "BLOCK_B", "BLOCK_V", "BLOCK_H", "BLOCK", "BLOCK_A")
     matrices = ("X", "LOGITS", "RESIDUAL", "HIDDEN", "ROWS", "OUT")
     first = next((types[name] for name in matrices if name in types), "*fp64")
@@ -266,13 +249,12 @@ def counts(patterns: dict[str, str], text: str) -> dict[str, int]:
     return {name: count for name, count in found.items() if count}
 
 
-def nvidia_figures(log: str, shared: int, code: Code, target: str) -> dict[str, Any]:
+def nvidia_figures(log: str, shared: int, code: Code) -> dict[str, Any]:
     """What ptxas, run by Triton with its own flags, says; and how many blocks of it a multiprocessor takes."""
     registers = number(r"Used (\d+) registers", log)
-    gpu = TARGETS[target]
-    threads = 32 * code.warps
+    gpu = TARGETS[code.target]
     limits = (
-        65536 // (-(-registers // 8) * 8 * threads),
+        65536 // (-(-registers // 8) * 8 * 32 * code.warps),
         gpu.processor_shared // (shared + 1024),  # of which the system keeps 1 KiB a block
         gpu.processor_warps // code.warps,
     )
@@ -409,17 +391,13 @@ def markdown(codes: list[Code], command: str) -> str:
 
 def compare_tma(targets: list[str], dtypes: list[str], processes: int) -> list[Code]:
     """The kernels with a dot, each with its operands by both ways, on the targets that have both."""
-    plain = [SHAPES["Llama-3-8B"]]
     work = []
-    for target in targets:
-        if target not in ("sm_90", "sm_100", "sm_120"):
-            continue
-        for tma in (False, True):
-            entries = {dtype: replace(tile, tma=tma) for dtype, tile in tiles.MATMUL_TILES[target].items()}
-            with mock.patch.dict(tiles.MATMUL_TILES, {target: entries}):
-                work += [s for s in specialisations(target, plain, dtypes) if s.kernel in WITH_A_DOT]
-    codes = inspect_all(list(dict.fromkeys(work)), processes)
-    ways = grouped(codes, lambda code: (code.target, code.types, code.kernel, code.head))
+    for target, tma in itertools.product([name for name in targets if name in WITH_TMA], (False, True)):
+        entries = {dtype: replace(tile, tma=tma) for dtype, tile in tiles.MATMUL_TILES[target].items()}
+        with mock.patch.dict(tiles.MATMUL_TILES, {target: entries}):
+            found = specialisations(target, [SHAPES["Llama-3-8B"]], dtypes)
+            work += [one for one in found if one.kernel in WITH_A_DOT]
+    ways = grouped(inspect_all(work, processes), lambda code: (code.target, code.types, code.kernel, code.head))
     return [worst(group) for _, group in sorted(ways.items())]
 
 

@@ -179,14 +179,10 @@ def table(results: list[Result], isa: str) -> Table:
 
 
 def as_json(results: list[Result], isa: str) -> dict[str, Any]:
-    derived = [
-        {"gigabytes_per_second": r.gigabytes_per_second, "share": r.share, "speedup": r.speedup} for r in results
-    ]
-    return {
-        "machine": machine.describe(),
-        "isa": isa,
-        "results": [asdict(result) | more for result, more in zip(results, derived, strict=True)],
-    }
+    def with_derived(r: Result) -> dict[str, Any]:
+        return {**asdict(r), "gigabytes_per_second": r.gigabytes_per_second, "share": r.share, "speedup": r.speedup}
+
+    return {"machine": machine.describe(), "isa": isa, "results": [with_derived(result) for result in results]}
 
 
 def main() -> None:

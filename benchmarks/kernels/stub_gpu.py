@@ -43,23 +43,20 @@ class GPU:
 
     Sources: CUDA C++ programming guide, table "technical specifications per compute capability"; AMD's CDNA 3, CDNA 4
     and RDNA 3 instruction set guides.
-
-    Attributes:
-        product: the one whose number of processors is given.
-        backend, arch, warp_size: Triton's name of the target.
-        shared: bytes of shared memory (LDS) that one block may take.
-        processors: streaming multiprocessors, compute units or workgroup processors.
-        processor_shared, processor_warps: of one processor, for all blocks on it; NVIDIA's alone.
     """
 
-    product: str
-    backend: str
+    product: str  # the one whose number of processors is given
+    backend: str  # this and the next two are Triton's name of the target
     arch: int | str
     warp_size: int
-    shared: int
-    processors: int
-    processor_shared: int = 0
+    shared: int  # bytes of shared memory (LDS) that one block may take
+    processors: int  # streaming multiprocessors, compute units or workgroup processors
+    processor_shared: int = 0  # of one processor, for all blocks on it; NVIDIA's alone, as the next
     processor_warps: int = 0
+
+    @property
+    def target(self) -> GPUTarget:
+        return GPUTarget(self.backend, self.arch, self.warp_size)
 
 
 TARGETS = {
@@ -76,24 +73,15 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Specialisation:
-    """What makes a kernel's machine code: plain data, so that it can be compared, and sent to another process.
-
-    Attributes:
-        module, kernel: where the kernel is.
-        target: a name in `TARGETS`.
-        signature: (argument, type) of every argument.
-        constants: (path of the argument, value) of the compile-time constants.
-        attributes: (path of the argument, what is known about it), 16-byte alignment.
-        options: the compiler's, as (name, value).
-    """
+    """What makes a kernel's machine code: plain data, so that it can be compared, and sent to another process."""
 
     module: str
     kernel: str
-    target: str
-    signature: tuple[tuple[str, Any], ...]
-    constants: tuple[tuple[tuple[int, ...], Any], ...]
-    attributes: tuple[tuple[tuple[int, ...], Any], ...]
-    options: tuple[tuple[str, Any], ...]
+    target: str  # a name in `TARGETS`
+    signature: tuple[tuple[str, Any], ...]  # (argument, type) of every argument
+    constants: tuple[tuple[tuple[int, ...], Any], ...]  # (path of the argument, value) of the compile-time constants
+    attributes: tuple[tuple[tuple[int, ...], Any], ...]  # (path, what is known about it), 16-byte alignment
+    options: tuple[tuple[str, Any], ...]  # the compiler's, as (name, value)
 
     @classmethod
     def of(cls, source: ASTSource, options: dict[str, Any], target: str) -> Specialisation:
@@ -123,14 +111,13 @@ class Specialisation:
 
     def compile(self) -> CompiledKernel:
         """The real compiler's result."""
-        gpu = TARGETS[self.target]
         source = ASTSource(
             getattr(importlib.import_module(self.module), self.kernel),
             dict(self.signature),
             dict(self.constants),
             {path: [list(fact) for fact in facts] for path, facts in self.attributes},
         )
-        return triton.compile(source, GPUTarget(gpu.backend, gpu.arch, gpu.warp_size), dict(self.options))
+        return triton.compile(source, TARGETS[self.target].target, dict(self.options))
 
 
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion", "waves_per_eu", "matrix_instr_nonkdim")
@@ -200,7 +187,7 @@ class StubGPU:
         return kernel
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget(self.gpu.backend, self.gpu.arch, self.gpu.warp_size)
+        return self.gpu.target
 
     def get_current_device(self) -> int:
         return self.index

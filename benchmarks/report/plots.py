@@ -8,14 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.contest.training_step import PARTS
 from benchmarks.contest.turns import ALL_ROWS, FLOOR, FLOORS, Measurement, ratios
-from benchmarks.report.tables import GIB, MIB, TITLES, is_ours, measurements
+from benchmarks.report.tables import GIB, MIB, TITLES, is_ours, measurements, step_medians
 
 OURS_COLOR, PEER_COLOR, BACKWARD = "#c44e52", "#4c72b0", 0.55
+Cases = dict[str, dict[str, Any]]
 MARKERS = "osv^D<>pP*X"
 
 
-def draw(cases: dict[str, dict[str, Any]], folder: Path, subtitle: str) -> list[Path]:
+def draw(cases: Cases, folder: Path, subtitle: str) -> list[Path]:
     """Every picture that the records allow, into `folder`; their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
@@ -29,23 +31,34 @@ def draw(cases: dict[str, dict[str, Any]], folder: Path, subtitle: str) -> list[
     return drawn
 
 
-def contests(cases: dict[str, dict[str, Any]], *workloads: str) -> dict[str, dict[str, Any]]:
+def _figure(width: float, height: float, lines: int = 1, columns: int = 1, **options: Any) -> tuple[Any, Any]:
+    """A figure, and its panels by line and column."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(lines, columns, squeeze=False, **options)
+
+
+def _color(name: str) -> str:
+    return OURS_COLOR if is_ours(name) else PEER_COLOR
+
+
+def contests(cases: Cases, *workloads: str) -> Cases:
     """Contests with results, of these workloads; "" is any."""
     starts = tuple(f"contest/{name}/" if name else "contest/" for name in workloads)
     return {key: record for key, record in cases.items() if key.startswith(starts) and record["measurements"]}
 
 
-def time(cases: dict[str, dict[str, Any]]) -> Any:
+def time(cases: Cases) -> Any:
     """Forward and backward of everybody on the real batch, the bare GEMMs as a line."""
 
     def panel(axis: Any, record: dict[str, Any]) -> None:
         found = {name: m for name, m in measurements(record).items() if not m.failure}
         ok = sorted((m for m in found.values() if m.name not in FLOORS), key=lambda m: -m.median)
         for m in ok:
-            color = OURS_COLOR if is_ours(m.name) else PEER_COLOR
             forward, both = sorted(m.forward)[len(m.forward) // 2], m.median
-            axis.barh(m.name, forward, color=color)
-            axis.barh(m.name, max(0.0, both - forward), left=forward, color=color, alpha=BACKWARD)
+            axis.barh(m.name, forward, color=_color(m.name))
+            axis.barh(m.name, max(0.0, both - forward), left=forward, color=_color(m.name), alpha=BACKWARD)
             axis.plot([min(m.both), max(m.both)], [m.name] * 2, color="black", linewidth=1)
         for floor, style in ((FLOOR, "-"), (ALL_ROWS, ":")):
             if floor in found:
@@ -57,7 +70,7 @@ def time(cases: dict[str, dict[str, Any]]) -> Any:
     return _grid(contests(cases, "llmbar", "synthetic"), panel)
 
 
-def memory_here(cases: dict[str, dict[str, Any]]) -> Any:
+def memory_here(cases: Cases) -> Any:
     """Peak bytes on the real batch by accounting, and resident in a fresh process."""
 
     def panel(axis: Any, record: dict[str, Any]) -> None:
@@ -66,26 +79,24 @@ def memory_here(cases: dict[str, dict[str, Any]]) -> Any:
         resident = {name: b[record["head"]] for name, b in resident.items() if record["head"] in b}
         names = sorted({**counted, **resident}, key=lambda name: -(counted.get(name) or resident.get(name) or 0))
         for i, name in enumerate(names):
-            color = OURS_COLOR if is_ours(name) else PEER_COLOR
-            axis.barh(i + 0.2, counted.get(name, 0) / MIB, 0.4, color=color)
-            axis.barh(i - 0.2, resident.get(name, 0) / MIB, 0.4, color=color, alpha=BACKWARD)
+            axis.barh(i + 0.2, counted.get(name, 0) / MIB, 0.4, color=_color(name))
+            axis.barh(i - 0.2, resident.get(name, 0) / MIB, 0.4, color=_color(name), alpha=BACKWARD)
         axis.set_yticks(range(len(names)), names)
         axis.set(xlabel="MiB above the inputs; dark: counted, light: resident")
 
     return _grid(contests(cases, "llmbar", "synthetic"), panel)
 
 
-def accuracy(cases: dict[str, dict[str, Any]]) -> Any:
+def accuracy(cases: Cases) -> Any:
     """Error of the gradients on the real batch."""
 
     def panel(axis: Any, record: dict[str, Any]) -> None:
         found = [m for m in measurements(record).values() if m.gradient_errors]
         found.sort(key=lambda m: -m.gradient_errors["hidden"])
         for i, m in enumerate(found):
-            color = OURS_COLOR if is_ours(m.name) else PEER_COLOR
-            axis.plot(m.gradient_errors["hidden"], i, "o", color=color)
+            axis.plot(m.gradient_errors["hidden"], i, "o", color=_color(m.name))
             if "weight" in m.gradient_errors:
-                axis.plot(m.gradient_errors["weight"], i, "s", color=color, markerfacecolor="none")
+                axis.plot(m.gradient_errors["weight"], i, "s", color=_color(m.name), markerfacecolor="none")
         axis.set_xscale("log")
         axis.set_yticks(range(len(found)), [m.name for m in found])
         axis.set(xlabel="error against float64 (dot: hidden states, square: weight)")
@@ -94,15 +105,13 @@ def accuracy(cases: dict[str, dict[str, Any]]) -> Any:
     return _grid(contests(cases, "llmbar", "synthetic"), panel)
 
 
-def _grid(records: dict[str, dict[str, Any]], panel: Callable[[Any, dict[str, Any]], None]) -> Any:
+def _grid(records: Cases, panel: Callable[[Any, dict[str, Any]], None]) -> Any:
     """A panel a contest, two a line."""
-    from matplotlib.figure import Figure
-
     if not records:
         return None
     lines, columns = -(-len(records) // 2), min(2, len(records))
-    figure = Figure(figsize=(5.2 * columns, 0.4 + 2.9 * lines), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False).flatten()
+    figure, panels = _figure(5.2 * columns, 0.4 + 2.9 * lines, lines, columns)
+    axes = panels.flatten()
     for axis, record in zip(axes, records.values(), strict=False):
         panel(axis, record)
         axis.set_title(f"{record['dtype']}, {TITLES[record['head']]}", fontsize="medium")
@@ -112,14 +121,11 @@ def _grid(records: dict[str, dict[str, Any]], panel: Callable[[Any, dict[str, An
     return figure
 
 
-def growth(cases: dict[str, dict[str, Any]]) -> Any:
+def growth(cases: Cases) -> Any:
     """Time (measured here) and memory (counted, at the size of an 8B model's head) as rows and vocabulary grow."""
-    from matplotlib.figure import Figure
-
     if not any(key.startswith(("rows/", "vocabulary/", "memory/rows")) for key in cases):
         return None
-    figure = Figure(figsize=(10.4, 7), layout="constrained")
-    panels = figure.subplots(2, 2)
+    figure, panels = _figure(10.4, 7, 2, 2)
     for column, kind in enumerate(("rows", "vocabulary")):
         times = {int(key.split("/")[1]): record for key, record in cases.items() if key.startswith(f"{kind}/")}
         by_name: dict[str, list[tuple[int, float]]] = {}
@@ -160,10 +166,8 @@ def _lines(axis: Any, by_name: dict[str, list[tuple[int, float]]]) -> None:
         axis.set_axis_off()
 
 
-def models(cases: dict[str, dict[str, Any]]) -> Any:
+def models(cases: Cases) -> Any:
     """Time over the bare GEMMs for the heads of known models, and for shares of rows that matter."""
-    from matplotlib.figure import Figure
-
     real = contests(cases, "llmbar", "synthetic")
     records = {key: r for key, r in contests(cases, "").items() if key not in real}
     heads = [head for head in TITLES if any(r["head"] == head for r in records.values())]
@@ -171,8 +175,8 @@ def models(cases: dict[str, dict[str, Any]]) -> Any:
         return None
     groups = list(dict.fromkeys(key.split("/")[1] for key in records))
     names = [n for n in dict.fromkeys(n for r in records.values() for n in measurements(r)) if n not in FLOORS]
-    figure = Figure(figsize=(3 + 1.3 * len(groups), 0.5 + 3 * len(heads)), layout="constrained")
-    axes = figure.subplots(len(heads), 1, sharex=True, squeeze=False)[:, 0]
+    figure, panels = _figure(3 + 1.3 * len(groups), 0.5 + 3 * len(heads), len(heads), sharex=True)
+    axes = panels[:, 0]
     width = 0.85 / len(names)
     for axis, head in zip(axes, heads, strict=True):
         for i, name in enumerate(names):
@@ -196,15 +200,21 @@ def over_gemms(name: str, found: dict[str, Measurement]) -> float | None:
     return None if m is None or floor is None or m.failure or floor.failure else ratios(m, floor)[1]
 
 
-def gaps(cases: dict[str, dict[str, Any]]) -> Any:
-    """Error at logit gaps of 1 to 80; beyond the top: not finite."""
-    from matplotlib.figure import Figure
-
-    records = {key: record for key, record in cases.items() if key.startswith("confidence/")}
+def _row(cases: Cases, kind: str, height: float, panel: Callable[[Any, dict[str, Any]], None]) -> Any:
+    """A panel for each record of a kind, side by side."""
+    records = [record for key, record in cases.items() if key.startswith(kind)]
     if not records:
         return None
-    figure = Figure(figsize=(5.2 * len(records), 3.6), layout="constrained")
-    for axis, record in zip(figure.subplots(1, len(records), squeeze=False)[0], records.values(), strict=True):
+    figure, panels = _figure(5.2 * len(records), height, columns=len(records))
+    for axis, record in zip(panels[0], records, strict=True):
+        panel(axis, record)
+    return figure
+
+
+def gaps(cases: Cases) -> Any:
+    """Error at logit gaps of 1 to 80; beyond the top: not finite."""
+
+    def panel(axis: Any, record: dict[str, Any]) -> None:
         for i, (name, errors) in enumerate(record["errors"].items()):
             ys = [min(1e2, y) if math.isfinite(y) else 1e2 for y in errors["both"]]
             style = {"color": OURS_COLOR, "linewidth": 2.5} if is_ours(name) else {"color": f"C{i % 10}", "alpha": 0.8}
@@ -214,29 +224,26 @@ def gaps(cases: dict[str, dict[str, Any]]) -> Any:
         axis.set_yscale("log")
         axis.set(xlabel="logit gap of both answers", ylabel="worst error of loss and gradients", title=record["dtype"])
         axis.legend(fontsize="x-small", loc="center right")
-    return figure
+
+    return _row(cases, "confidence/", 3.6, panel)
 
 
-def step(cases: dict[str, dict[str, Any]]) -> Any:
+def step(cases: Cases) -> Any:
     """The training step by its parts."""
-    from matplotlib.figure import Figure
 
-    records = {key: record for key, record in cases.items() if key.startswith("step/")}
-    if not records:
-        return None
-    figure = Figure(figsize=(5.2 * len(records), 2.6), layout="constrained")
-    for axis, record in zip(figure.subplots(1, len(records), squeeze=False)[0], records.values(), strict=True):
-        for one in reversed(record["contestants"]):
-            left = 0.0
-            for part, color in (("body", "0.6"), ("head_and_loss", OURS_COLOR), ("optimizer", "0.8")):
-                values = sorted(s[part] for s in one["steps"])
-                axis.barh(one["name"], values[len(values) // 2], left=left, color=color)
-                left += values[len(values) // 2]
+    def panel(axis: Any, record: dict[str, Any]) -> None:
+        left = dict.fromkeys(step_medians(record), 0.0)
+        for part, color in zip(PARTS, ("0.6", OURS_COLOR, "0.8"), strict=True):
+            widths = step_medians(record, part)
+            names = list(reversed(widths))
+            axis.barh(names, [widths[name] for name in names], left=[left[name] for name in names], color=color)
+            left = {name: left[name] + width for name, width in widths.items()}
         axis.set(xlabel="seconds: body, head + loss (red), optimizer", title=f"{record['case']}\n{record['dtype']}")
-    return figure
+
+    return _row(cases, "step/", 2.6, panel)
 
 
-PICTURES: dict[str, Callable[[dict[str, dict[str, Any]]], Any]] = {
+PICTURES: dict[str, Callable[[Cases], Any]] = {
     "time": time,
     "memory": memory_here,
     "accuracy": accuracy,

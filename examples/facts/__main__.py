@@ -13,7 +13,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.manual_seed(options.seed)
     console = Console()
     try:
-        with report.RunFolder(options.output) as folder:
-            return _run(options, console, folder)
+        return _run(options, console, report.RunFolder(options.output))
     except KeyboardInterrupt:
         console.print("[yellow]Interrupted.[/]")
         return INTERRUPTED
@@ -51,15 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace, console: Console, folder: report.RunFolder) -> int:
     began = time.perf_counter()
-    recipe = Recipe(
-        options.epochs,
-        options.batch_size,
-        options.lr,
-        options.beta,
-        options.seed,
-        options.max_steps,
-        options.freeze_head,
-    )
+    recipe = Recipe(**{field.name: getattr(options, field.name) for field in fields(Recipe)})
     folder.write("recipe", **asdict(recipe))
     with console.status("Loading SmolLM2-135M-Instruct (the first time converts it, half a minute) …"):
         model, tokenizer = load_smollm2(options.cache)
@@ -77,11 +68,11 @@ def _run(options: argparse.Namespace, console: Console, folder: report.RunFolder
     try:
         _train(model, collator, training, recipe, console, folder, steps)
     except KeyboardInterrupt:
-        folder.plot(steps, before, after=None)
         console.print(f"[yellow]Interrupted after {len(steps)} steps;[/] the evaluation after training is left out.")
         console.print(f"Left: {folder.metrics} and {folder.curves}")
         return INTERRUPTED
-    folder.plot(steps, before, after=None)
+    finally:
+        folder.plot(steps, before, after=None)
 
     after = _evaluate(model, collator, held_out, console, "after")
     said_after = [answer(model, tokenizer, fact) for fact in shown]
@@ -92,7 +83,7 @@ def _run(options: argparse.Namespace, console: Console, folder: report.RunFolder
 
     with console.status("Measuring what the loss cost …"):
         comparison = cost.compare(model, collator, training[: recipe.batch_size], recipe.beta)
-    folder.write("cost", **report.cost_record(comparison))
+    folder.write("cost", **asdict(comparison))
     console.print(report.cost_table(comparison))
     console.print(f"{time.perf_counter() - began:.0f} s in all. Written: {folder.metrics} and {folder.curves}")
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from torch.nn.functional import pad
 
 from benchmarks.contest.memory import peak_bytes
 from benchmarks.contest.peers import plain
+from benchmarks.timing import in_turns, wall_seconds
 from orpo_kernels import orpo_loss
 from orpo_kernels.transformers import PreferenceCollator
 
@@ -56,26 +56,17 @@ def compare(model: Any, collator: PreferenceCollator, facts: Sequence[Fact], bet
     }
     wanted = [tensor for tensor in (hidden, weight) if tensor.requires_grad]
 
-    def both_ways(loss: Callable[[], Tensor]) -> float:
-        value = loss()
+    def both_ways(name: str) -> float:
+        value = sides[name]()
         torch.autograd.grad(value, wanted)
         return value.item()
 
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(1 + ROUNDS):
-        for name, loss in sides.items():
-            began = time.perf_counter()
-            both_ways(loss)
-            seconds[name].append(time.perf_counter() - began)
-    ours, theirs = (
-        Cost(
-            name,
-            seconds=statistics.median(seconds[name][1:]),  # the first warms up
-            nbytes=_extra_bytes(loss, hidden, weight, wanted),
-            loss=both_ways(loss),
-        )
-        for name, loss in sides.items()
-    )
+    def extra_bytes(name: str) -> int:
+        measured = peak_bytes(lambda: torch.autograd.grad(sides[name](), wanted), [hidden, weight])
+        return measured.peak - measured.baseline
+
+    times = in_turns(sides, ROUNDS, lambda name: wall_seconds(lambda: both_ways(name), hidden.device))
+    ours, theirs = (Cost(name, statistics.median(times[name]), extra_bytes(name), both_ways(name)) for name in sides)
     gradient_bytes = sum(tensor.nbytes for tensor in wanted)
     return Comparison(ours, theirs, gradient_bytes, labels.numel(), int((labels != -100).sum()), len(weight))
 
@@ -87,8 +78,3 @@ def _inputs(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         states = model.base_model(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
     head = model.get_output_embeddings().weight
     return states.requires_grad_(), head.detach().requires_grad_(head.requires_grad)
-
-
-def _extra_bytes(loss: Callable[[], Tensor], hidden: Tensor, weight: Tensor, wanted: list[Tensor]) -> int:
-    measured = peak_bytes(lambda: torch.autograd.grad(loss(), wanted), [hidden, weight])
-    return measured.peak - measured.baseline

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -14,11 +12,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
-from .cost import Comparison, Cost
+from .cost import Comparison
 from .data import Fact
 from .scoring import Scores
 from .training import Step
 
+PANELS = {"loss": "loss", "nll": "NLL", "log_odds": "log-odds", "accuracy": "preference accuracy"}
 SMOOTHED_OVER = 10  # steps; one batch's accuracy is a handful of coin flips
 
 
@@ -33,25 +32,18 @@ class RunFolder:
         path.mkdir(parents=True, exist_ok=True)
         self.metrics, self.curves = path / "metrics.jsonl", path / "curves.png"
         self.curves.unlink(missing_ok=True)
-        self._file = self.metrics.open("w", encoding="utf-8")
-
-    def __enter__(self) -> RunFolder:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._file.close()
+        self.metrics.unlink(missing_ok=True)
 
     def write(self, kind: str, **values: Any) -> None:
-        """Append one record and push it to the disk's side."""
-        self._file.write(json.dumps({"kind": kind, **values}, ensure_ascii=False) + "\n")
-        self._file.flush()
+        """Append one record."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"kind": kind, **values}, ensure_ascii=False) + "\n")
 
     def plot(self, steps: Sequence[Step], before: Scores, after: Scores | None) -> None:
         """Loss, NLL, log-odds and accuracy of the training batches, and the held-out values before and after."""
         figure = Figure(figsize=(9, 6), layout="constrained")  # not pyplot's: needs no display and is nobody's global
         axes = figure.subplots(2, 2, sharex=True)
-        panels = {"loss": "loss", "nll": "NLL", "log_odds": "log-odds", "accuracy": "preference accuracy"}
-        for axis, (name, title) in zip(axes.flat, panels.items(), strict=True):
+        for axis, (name, title) in zip(axes.flat, PANELS.items(), strict=True):
             values = [getattr(step, name) for step in steps]
             at = [step.step for step in steps]
             axis.plot(at, values, color="tab:blue", alpha=0.3)
@@ -75,10 +67,7 @@ def _running_mean(values: Sequence[float]) -> list[float]:
 
 def live(steps: Sequence[Step]) -> str:
     """The latest metrics in a line, each a mean over the last few steps."""
-    recent = steps[-SMOOTHED_OVER:]
-    means = {
-        name: np.mean([getattr(step, name) for step in recent]) for name in ("loss", "nll", "log_odds", "accuracy")
-    }
+    means = {name: np.mean([getattr(step, name) for step in steps[-SMOOTHED_OVER:]]) for name in PANELS}
     return "loss {loss:.3f}  NLL {nll:.3f}  log-odds {log_odds:+.2f}  accuracy {accuracy:.0%}".format(**means)
 
 
@@ -129,7 +118,7 @@ def cost_table(comparison: Comparison) -> Table:
     for column in ("loss function", "value", "median time", "peak memory"):
         table.add_column(column, justify="left" if column == "loss function" else "right")
     for cost in (comparison.plain, comparison.ours):
-        table.add_row(*_cost_cells(cost))
+        table.add_row(cost.name, f"{cost.loss:.6f}", f"{cost.seconds * 1e3:.0f} ms", f"{cost.nbytes / 2**20:.0f} MiB")
     plain, ours = comparison.plain, comparison.ours
     table.add_section()
     table.add_row("gradients alone", "", "", f"{comparison.gradient_bytes / 2**20:.0f} MiB")
@@ -137,11 +126,3 @@ def cost_table(comparison: Comparison) -> Table:
         "ratio", "", f"{plain.seconds / ours.seconds:.1f} x", f"{plain.nbytes / ours.nbytes:.1f} x", style="bold"
     )
     return table
-
-
-def _cost_cells(cost: Cost) -> tuple[str, str, str, str]:
-    return cost.name, f"{cost.loss:.6f}", f"{cost.seconds * 1e3:.0f} ms", f"{cost.nbytes / 2**20:.0f} MiB"
-
-
-def cost_record(comparison: Comparison) -> dict[str, Any]:
-    return asdict(comparison)
