@@ -169,18 +169,7 @@ def whole(examples: list[dict[str, Any]], tokenizer: Any, max_length: int) -> li
 
 def _trainers(model: Any, tokenizer: Any, examples: list, case: Case, dtype: str) -> dict[str, Any]:
     """TRL's trainer and ours around one model, as their `train` would prepare it; ours alone where TRL is missing."""
-    if importlib.util.find_spec("trl") is None:
-        trainers = _without_trl(model, tokenizer, examples, case, dtype)
-    else:
-        trainers = _with_trl(model, tokenizer, examples, case, dtype)
-    for trainer in trainers.values():
-        trainer.accelerator.prepare_model(model)
-        trainer.current_gradient_accumulation_steps = 1
-    return trainers
-
-
-def _arguments(case: Case, dtype: str) -> dict[str, Any]:
-    return {
+    arguments: dict[str, Any] = {
         "output_dir": tempfile.mkdtemp(prefix="training_step-"),
         "per_device_train_batch_size": case.pairs,
         "bf16": dtype == "bfloat16",
@@ -189,49 +178,33 @@ def _arguments(case: Case, dtype: str) -> dict[str, Any]:
         "report_to": "none",
         "remove_unused_columns": False,
     }
-
-
-def _without_trl(model: Any, tokenizer: Any, examples: list, case: Case, dtype: str) -> dict[str, Any]:
-    """Ours as a `transformers.Trainer`."""
-    from transformers import TrainingArguments
-
-    from orpo_kernels.transformers import PreferenceCollator
-    from orpo_kernels.transformers.trainer import ORPOTrainer
-
-    config = TrainingArguments(**_arguments(case, dtype))
     packings: dict[str, Any] = {OURS: "padded", SHARED: "shared"}
-    return {
-        name: ORPOTrainer(
-            model,
-            config,
-            data_collator=PreferenceCollator(tokenizer, max_length=case.max_length, packing=packing),
-            train_dataset=examples,
-            beta=BETA,
-        )
-        for name, packing in packings.items()
-    }
+    if importlib.util.find_spec("trl") is None:
+        from transformers import TrainingArguments
 
+        from orpo_kernels.transformers import ORPOTrainer, PreferenceCollator
 
-def _with_trl(model: Any, tokenizer: Any, examples: list, case: Case, dtype: str) -> dict[str, Any]:
-    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    from datasets import Dataset, disable_progress_bars
-    from trl.experimental.orpo import ORPOTrainer as TRLORPOTrainer
+        options = {"args": TrainingArguments(**arguments), "train_dataset": examples, "beta": BETA}
+        trainers: dict[str, Any] = {}
+        for name, packing in packings.items():
+            collator = PreferenceCollator(tokenizer, max_length=case.max_length, packing=packing)
+            trainers[name] = ORPOTrainer(model, data_collator=collator, **options)
+    else:
+        os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+        from datasets import Dataset, disable_progress_bars
+        from trl.experimental.orpo import ORPOTrainer as TRLTrainer
 
-    from orpo_kernels.trl import ORPOConfig, ORPOTrainer
+        from orpo_kernels.trl import ORPOConfig
+        from orpo_kernels.trl import ORPOTrainer as DropIn
 
-    disable_progress_bars()
-    config = ORPOConfig(**_arguments(case, dtype), max_length=case.max_length, beta=BETA)
-    trainers = {}
-    contestants: dict[str, tuple[Any, dict[str, Any]]] = {
-        TRL: (TRLORPOTrainer, {}),
-        OURS: (ORPOTrainer, {"packing": "padded"}),
-        SHARED: (ORPOTrainer, {"packing": "shared"}),
-    }
-    for name, (trainer_class, packing) in contestants.items():
-        data = Dataset.from_list(examples)
-        trainers[name] = trainer_class(
-            model=model, args=config, train_dataset=data, processing_class=tokenizer, **packing
-        )
+        disable_progress_bars()
+        config = ORPOConfig(**arguments, max_length=case.max_length, beta=BETA)
+        options = {"args": config, "train_dataset": Dataset.from_list(examples), "processing_class": tokenizer}
+        trainers = {TRL: TRLTrainer(model, **options)}
+        trainers |= {name: DropIn(model, packing=packing, **options) for name, packing in packings.items()}
+    for trainer in trainers.values():
+        trainer.accelerator.prepare_model(model)
+        trainer.current_gradient_accumulation_steps = 1
     return trainers
 
 

@@ -11,7 +11,7 @@ with fp32 master weights, 16 bytes a parameter, and bf16 for what is gathered.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -166,25 +166,21 @@ HEADER = (
 
 def tables() -> str:
     """Markdown."""
-    parts = []
-    for model in MODELS:
-        lines = ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
-        lines += ["| " + " | ".join(row) + " |" for row in rows_of(model)]
-        parts.append(f"**{model.name}**, GiB a device\n\n" + "\n".join(lines))
-    parts.append(_message_table())
-    return "\n\n".join(parts)
-
-
-def _message_table() -> str:
+    parts = [f"**{model.name}**, GiB a device\n\n{_markdown(HEADER, rows_of(model))}" for model in MODELS]
     model = MODELS[0]
-    lines = ["| group | collective | what | bytes put in by a rank | sent by each of 8 |", "|---|---|---|---|---|"]
     itemsize = 4 if loss_plan(model, VOCAB_RANKS).schedule == "recompute" else BF16
     everything = messages(
         ROWS, PAIRS, model.hidden_size, data=True, vocab=True, sequence=True, gradient_itemsize=itemsize
     )
-    for m in everything:
-        lines.append(f"| {m.group} | {m.collective} | {m.what} | {m.payload:,} | {m.sent(8):,.0f} |")
-    return f"**One call**, {model.name}, {ROWS} rows, {PAIRS} pairs, groups of 8\n\n" + "\n".join(lines)
+    rows = [[m.group, m.collective, m.what, f"{m.payload:,}", f"{m.sent(8):,.0f}"] for m in everything]
+    table = _markdown(("group", "collective", "what", "bytes put in by a rank", "sent by each of 8"), rows)
+    parts.append(f"**One call**, {model.name}, {ROWS} rows, {PAIRS} pairs, groups of 8\n\n{table}")
+    return "\n\n".join(parts)
+
+
+def _markdown(header: Sequence[str], rows: Iterable[list[str]]) -> str:
+    lines = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
 
 
 def gib(size: float) -> str:

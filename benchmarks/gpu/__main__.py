@@ -24,22 +24,19 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 
-if TYPE_CHECKING:
-    from benchmarks.gpu.run import Part
+from benchmarks.gpu.cases import QUICK_ROUNDS
 
 NO_GPU = (
     "This needs a GPU that torch can use, NVIDIA's with a CUDA build or AMD's with a ROCm build, but "
     "torch.cuda.is_available() is False here."
 )
 NO_PACKAGE = "This needs {}: pip install {}"
-SECONDS, QUICK_SECONDS, QUICK_ROUNDS = 480, 120, 3
+SECONDS, QUICK_SECONDS = 480, 120
 NAMES = ("kernels", "heads", "ways", "host", "step", "tests", "tiles", "sparse_eps")
 
 
@@ -49,53 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if refusal := refused():
         print(refusal, file=sys.stderr)
         return 2
-    from benchmarks.gpu import page, ways
-    from benchmarks.gpu.cases import Settings
-    from benchmarks.gpu.run import PARTS
-    from benchmarks.report.results import Results, read
+    options.seconds = options.seconds or (QUICK_SECONDS if options.quick else SECONDS)
+    from benchmarks.gpu import run
 
-    settings = Settings(rounds=QUICK_ROUNDS) if options.quick else Settings()
-    path = options.output / "results.json"
-    if not options.resume:
-        path.unlink(missing_ok=True)
-    try:
-        results = Results(options.output, {"rounds": settings.rounds})
-    except ValueError as error:
-        print(str(error).replace("start anew with --fresh", "start anew without --resume"), file=sys.stderr)
-        return 2
-    warnings.filterwarnings("ignore")  # peers warn about their own deprecations; a wrong loss is caught
-    seconds = options.seconds or (QUICK_SECONDS if options.quick else SECONDS)
-    try:
-        measure([part for part in PARTS if part.name in options.only], settings, results, seconds)
-    except KeyboardInterrupt:
-        print(f"interrupted; --resume goes on from what {path} has", file=sys.stderr)
-        return 130
-    if options.write_docs:
-        for written in [*page.write(read(path)), *ways.write(read(path))]:
-            print(f"wrote {written}")
-    return 0
-
-
-def measure(parts: Sequence[Part], settings: Any, results: Any, seconds: float) -> None:
-    """Run them, with a line for each case as it ends, and print all tables."""
-    from rich.console import Console
-
-    from benchmarks.gpu import page
-    from benchmarks.gpu.run import run
-    from benchmarks.report.docs import machine_line
-
-    console = Console(width=max(Console().width, 130))
-    with console.status("") as status:
-
-        def show(key: str, record: dict[str, Any]) -> None:
-            status.update(key)
-            if "skipped" in record:
-                console.print(f"[dim]{key}: left out: {record['skipped']}", highlight=False)
-
-        run(settings, results, seconds, parts, show)
-    for sheet in page.sheets(results.cases):
-        console.print(sheet.rich())
-    console.print(f"{machine_line(results.machine)}\nEvery number: {results.path}", soft_wrap=True, highlight=False)
+    return run.command(options)
 
 
 def refused() -> str | None:

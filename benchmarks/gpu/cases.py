@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.shapes import SHAPES, ModelShape
 
+QUICK_ROUNDS = 3
 MODELS = ("Llama-3-8B", "Llama-3.2-1B", "Qwen3-0.6B", "SmolLM2-135M", "Gemma-2-2B")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -164,7 +164,3 @@ def _timed(found: dict[str, Measurement], name: str) -> Measurement:
     if found[name].failure or not found[name].forward:
         raise LookupError(f"{name}: {found[name].failure}")
     return found[name]
-
-
-def missed(found: Iterable[Verdict]) -> list[Verdict]:
-    return [verdict for verdict in found if verdict.met is False]

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
+import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from benchmarks.contest.turns import reason, release
-from benchmarks.gpu import heads, host, kernels, right, sparse_eps, step, tiles, ways
-from benchmarks.gpu.cases import Case, Settings, Skip
-from benchmarks.report.results import Results
+from benchmarks.gpu import heads, host, kernels, page, right, sparse_eps, step, tiles, ways
+from benchmarks.gpu.cases import QUICK_ROUNDS, Case, Settings, Skip
+from benchmarks.report.docs import machine_line
+from benchmarks.report.results import Results, read
 
 TIME_IS_OUT = "the time of this part is out"
 
@@ -37,6 +42,40 @@ PARTS = (
     Part("tiles", 0.08, tiles.cases),
     Part("sparse_eps", 0.03, sparse_eps.cases),
 )
+
+
+def command(options: argparse.Namespace) -> int:
+    """`python -m benchmarks.gpu` where there is a GPU: 0 where it ran, 2 or 130 where results do not fit, or Ctrl-C."""
+    settings = Settings(rounds=QUICK_ROUNDS) if options.quick else Settings()
+    path = options.output / "results.json"
+    if not options.resume:
+        path.unlink(missing_ok=True)
+    try:
+        results = Results(options.output, {"rounds": settings.rounds})
+    except ValueError as error:
+        print(str(error).replace("start anew with --fresh", "start anew without --resume"), file=sys.stderr)
+        return 2
+    warnings.filterwarnings("ignore")  # peers warn about their own deprecations; a wrong loss is caught
+    console = Console(width=max(Console().width, 130))
+    try:
+        with console.status("") as status:
+
+            def show(key: str, record: dict[str, Any]) -> None:
+                status.update(key)
+                if "skipped" in record:
+                    console.print(f"[dim]{key}: left out: {record['skipped']}", highlight=False)
+
+            run(settings, results, options.seconds, [part for part in PARTS if part.name in options.only], show)
+    except KeyboardInterrupt:
+        print(f"interrupted; --resume goes on from what {path} has", file=sys.stderr)
+        return 130
+    for sheet in page.sheets(results.cases):
+        console.print(sheet.rich())
+    console.print(f"{machine_line(results.machine)}\nEvery number: {path}", soft_wrap=True, highlight=False)
+    if options.write_docs:
+        for written in [*page.write(read(path)), *ways.write(read(path))]:
+            print(f"wrote {written}")
+    return 0
 
 
 def run(
