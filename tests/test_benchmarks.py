@@ -179,11 +179,11 @@ def test_a_failing_peer_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     for peer in (
-        peers.Peer("plain", no_room, "", softcap=True),
-        peers.Peer("plain fp32", lambda *args, **_: peers.plain(*args) * 1.01, "", softcap=True),
-        peers.Peer("TRL-composed", peers.plain, ""),
-        peers.Peer("CCE", peers.plain, "", package="no_such_package"),
-        peers.Peer("Liger", lambda *_, **__: 1 / 0, "", softcap=True),
+        peers.Peer("plain", no_room, softcap=True),
+        peers.Peer("plain fp32", lambda *args, **_: peers.plain(*args) * 1.01, softcap=True),
+        peers.Peer("TRL-composed", peers.plain),
+        peers.Peer("CCE", peers.plain, package="no_such_package"),
+        peers.Peer("Liger", lambda *_, **__: 1 / 0, softcap=True),
     ):
         monkeypatch.setitem(peers.PEERS, peer.name, peer)
     names = ("plain", "plain fp32", "TRL-composed", "CCE", "Liger")
@@ -207,7 +207,7 @@ def test_a_peer_that_fails_later_is_a_result_too(monkeypatch: pytest.MonkeyPatch
             raise torch.OutOfMemoryError
         return peers.plain(*args)
 
-    monkeypatch.setitem(peers.PEERS, "plain", peers.Peer("plain", fails_at_the_third_call, ""))
+    monkeypatch.setitem(peers.PEERS, "plain", peers.Peer("plain", fails_at_the_third_call))
     found = compete(tiny(), "trained", "plain")
     assert found["plain"].failure == "out of memory"
     assert found["plain"].forward == []
@@ -215,7 +215,7 @@ def test_a_peer_that_fails_later_is_a_result_too(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_slow_peer_has_fewer_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(peers.PEERS, "plain", peers.Peer("plain", peers.plain, "", slow=True))
+    monkeypatch.setitem(peers.PEERS, "plain", peers.Peer("plain", peers.plain, slow=True))
     found = compete(tiny(), "frozen", "plain", rounds=5)
     assert len(found["plain"].forward) == turns.SLOW_ROUNDS < len(found["ours"].forward) == 5
 

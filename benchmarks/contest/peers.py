@@ -11,8 +11,8 @@
 
 Those with `Peer.softcap` also take logit_softcap=c, for logits c * tanh(logits / c).
 
-Packages are imported when their peer is first called. The registry `PEERS` carries what a reader has to know about
-each (`Peer.note`), and whether it is installed.
+Packages are imported when their peer is first called. What to know before believing a number about a peer stands with
+its function.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ plain_fp32 = functools.partial(plain, upcast=True)
 
 
 def plain_compiled(*args: Any, **options: Any) -> Tensor:
-    """`plain_fp32` under torch.compile, which fuses the upcast, the soft-cap and the log-softmax."""
+    """`plain_fp32` under torch.compile, which fuses upcast, soft-cap and log-softmax, again for every new shape."""
     return _compiled_plain()(*args, upcast=True, **options)
 
 
@@ -103,7 +103,11 @@ def liger(
     *,
     compiled: bool = False,
 ) -> Tensor:
-    """`liger_kernel.chunked_loss.LigerFusedLinearORPOLoss`, one pair per chunk (its default, and all it gets right)."""
+    """`liger_kernel.chunked_loss.LigerFusedLinearORPOLoss`, one pair per chunk (its default, and all it gets right).
+
+    An empty response is NaN; dW accumulates in the weight's dtype. Compiled is its default: the first call takes half a
+    minute, and again for a new batch size.
+    """
     # `nll_target` must be as long as `target`, chosen half first: the normaliser counts the first half of *its* rows,
     # so the chosen rows alone would be divided by half of their tokens, silently. The rejected half is never read.
     nll_target = torch.cat([nll_labels, torch.full_like(nll_labels, IGNORE)])
@@ -128,7 +132,8 @@ def trl_trainer(
 
     TRL takes unshifted labels, projects the last position too, and drops it again. So the labels get one position more
     in front, the hidden states one behind, and the model returns the logits of the whole. TRL reads the NLL targets
-    from the ids under the attention mask, the odds-ratio targets from the labels: so both can be given.
+    from the ids under the attention mask, the odds-ratio targets from the labels: so both can be given. In bf16 its
+    token sums are bf16.
     """
     trainer = _trl_trainer(beta)
     pairs = nll_labels.shape[0]
@@ -175,7 +180,11 @@ def unsloth(
     bias: Tensor | None = None,
     logit_softcap: float | None = None,
 ) -> Tensor:
-    """Unsloth's head, called as its ORPO trainer does: every row once, and the NLL's again if any target differs."""
+    """Unsloth's head, called as its ORPO trainer does: every row once, and the NLL's again if any target differs.
+
+    Its metric of logits is left out. A frozen head's gradient is made in the forward pass (2 GEMMs), a trained one's
+    logits again in the backward pass.
+    """
     pairs = nll_labels.shape[0]
     nll_targets = torch.cat([nll_labels, torch.full_like(nll_labels, IGNORE)])
     scored, nll_rows = labels != IGNORE, nll_targets != IGNORE
@@ -282,12 +291,14 @@ def _trl_odds_ratio(chosen: Tensor, rejected: Tensor) -> Tensor:
 def _trl_logps(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, logit_softcap: float | None = None
 ) -> Tensor:
+    """It recomputes the logits in its backward pass."""
     from trl.kernels import ChunkedLogProbFunction
 
     return ChunkedLogProbFunction.apply(hidden, weight, bias, target, 1.0, 32768, logit_softcap, 1.0, ())[0]
 
 
 def _native_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
+    """4 GEMMs, 3 if frozen."""
     options = torch.nn.LinearCrossEntropyOptions()
     if not hidden.is_cuda:  # its own choice, 8 rows at V = 49152 and 16-bit accumulators, takes ten times as long there
         options = torch.nn.LinearCrossEntropyOptions(
@@ -300,6 +311,7 @@ def _native_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: T
 def _cce_logps(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, logit_softcap: float | None = None
 ) -> Tensor:
+    """On a CPU only by torch_compile, which holds the logits; on a GPU it filters small gradients away."""
     from cut_cross_entropy import linear_cross_entropy
 
     if bias is not None:
@@ -356,11 +368,10 @@ class GemmFloor:
 
 @dataclass(frozen=True)
 class Peer:
-    """One peer: its loss in the common signature and what to know before believing a number about it."""
+    """One peer: its loss in the common signature, and what it can."""
 
     name: str
     loss: Callable[..., Tensor]
-    note: str
     package: str = "torch"
     compiled: bool = False  # the first call of every new shape pays for torch.compile
     bias: bool = True
@@ -381,76 +392,15 @@ class Peer:
 PEERS: dict[str, Peer] = {
     peer.name: peer
     for peer in (
-        Peer(
-            "plain", plain, "logits and log-softmax of every position, in the dtype of the hidden states", softcap=True
-        ),
-        Peer(
-            "plain fp32",
-            plain_fp32,
-            "the same with logits.float(), the usual upcast; in fp32 it is plain",
-            softcap=True,
-        ),
-        Peer(
-            "plain compiled",
-            plain_compiled,
-            "plain fp32 under torch.compile: the upcast is fused into the log-softmax; compiles again for a new shape",
-            compiled=True,
-            softcap=True,
-        ),
-        Peer(
-            "Liger",
-            liger,
-            "every position, one pair per chunk; nll_target has to have 2B rows, chosen first; an empty response is "
-            "NaN; dW accumulates in the weight's dtype",
-            "liger_kernel",
-        ),
-        Peer(
-            "Liger compiled",
-            liger_compiled,
-            "its default; the first call compiles for about half a minute and again for a new batch size",
-            "liger_kernel",
-            compiled=True,
-        ),
-        Peer(
-            "TRL trainer",
-            trl_trainer,
-            "ORPOTrainer's own loss on the full logits; projects and drops one position more per sequence; in bf16 its "
-            "token sums are bf16; its NLL looks at the attention mask, its odds ratio at the labels",
-            "trl",
-            slow=True,
-        ),
-        Peer(
-            "Unsloth",
-            unsloth,
-            "the chunked head of its ORPO trainer, its metric of logits left out, over the rows that matter; a frozen "
-            "head's gradient is made in the forward pass (2 GEMMs), a trained one's logits again in the backward pass",
-            "unsloth_zoo",
-            opaque=True,
-            softcap=True,
-        ),
-        Peer(
-            "TRL-composed",
-            trl_composed,
-            "our twelve lines on trl.kernels.ChunkedLogProbFunction over the rows that matter; recomputes in backward",
-            "trl",
-            softcap=True,
-        ),
-        Peer(
-            "torch native",
-            torch_native,
-            "F.linear_cross_entropy(reduction='none') over the rows that matter, on a CPU in chunks and precision that "
-            "are faster than its own choice; 4 GEMMs, 3 if frozen",
-            opaque=True,
-        ),
-        Peer(
-            "CCE",
-            cce,
-            "cut_cross_entropy over the rows that matter; on a CPU only impl='torch_compile', which holds the logits; "
-            "no bias; on a GPU it filters small gradients away",
-            "cut_cross_entropy",
-            compiled=True,
-            bias=False,
-            softcap=True,
-        ),
+        Peer("plain", plain, softcap=True),
+        Peer("plain fp32", plain_fp32, softcap=True),
+        Peer("plain compiled", plain_compiled, compiled=True, softcap=True),
+        Peer("Liger", liger, "liger_kernel"),
+        Peer("Liger compiled", liger_compiled, "liger_kernel", compiled=True),
+        Peer("TRL trainer", trl_trainer, "trl", slow=True),
+        Peer("Unsloth", unsloth, "unsloth_zoo", opaque=True, softcap=True),
+        Peer("TRL-composed", trl_composed, "trl", softcap=True),
+        Peer("torch native", torch_native, opaque=True),
+        Peer("CCE", cce, "cut_cross_entropy", compiled=True, bias=False, softcap=True),
     )
 }
