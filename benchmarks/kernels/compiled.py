@@ -2,7 +2,6 @@
 
     python -m benchmarks.kernels.compiled                                 # bf16, eight targets: a table
     python -m benchmarks.kernels.compiled --dtype bfloat16 float16 float32 --output benchmarks/kernels/compiled.md
-    python -m benchmarks.kernels.compiled --compare-tma                   # operands by TMA, and by cp.async
 
 The loss runs on fake tensors of the models' sizes under a stub driver (`stub_gpu`), forward and backward in every
 schedule, so that exactly the specialisations are collected that a real GPU would be given. Each is compiled once, by
@@ -15,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import itertools
 import json
 import multiprocessing
 import re
@@ -40,13 +38,10 @@ from benchmarks.shapes import SHAPES, ModelShape
 from orpo_kernels import Rows, orpo_loss_from_rows
 from orpo_kernels.app import machine
 from orpo_kernels.ops import triton as triton_ops
-from orpo_kernels.ops.triton import tiles
 from orpo_kernels.ops.triton.label_rows import filled_rows
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-WITH_A_DOT = ("split_statistics_kernel", "project_residual_kernel")
-IN_THE_TABLE = (*WITH_A_DOT, "residual_kernel")
-WITH_TMA = ("sm_90", "sm_100", "sm_120")
+IN_THE_TABLE = ("split_statistics_kernel", "project_residual_kernel", "residual_kernel")
 MEMORY_BUDGET = 5 * 2**30  # of the loss: a sixteenth of 80 GB
 
 
@@ -360,13 +355,6 @@ def _order(group: list[Code]) -> tuple:
     return place == len(IN_THE_TABLE), code.types != "bf16", code.types, place, list(TARGETS).index(code.target)
 
 
-def print_table(title: str, rows: Iterable[tuple[str, ...]]) -> None:
-    table = Table(*COLUMNS, title=title)
-    for row in rows:
-        table.add_row(*row)
-    Console(width=200).print(table)
-
-
 def markdown(codes: list[Code], command: str) -> str:
     facts = machine.describe()
     versions = ", ".join(f"{name} {facts['packages'][name]}" for name in ("torch", "triton"))
@@ -384,23 +372,6 @@ def markdown(codes: list[Code], command: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# By TMA or by cp.async
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def compare_tma(targets: list[str], dtypes: list[str], processes: int) -> list[Code]:
-    """The kernels with a dot, each with its operands by both ways, on the targets that have both."""
-    work = []
-    for target, tma in itertools.product([name for name in targets if name in WITH_TMA], (False, True)):
-        entries = {dtype: replace(tile, tma=tma) for dtype, tile in tiles.MATMUL_TILES[target].items()}
-        with mock.patch.dict(tiles.MATMUL_TILES, {target: entries}):
-            found = specialisations(target, [SHAPES["Llama-3-8B"]], dtypes)
-            work += [one for one in found if one.kernel in WITH_A_DOT]
-    ways = grouped(inspect_all(work, processes), lambda code: (code.target, code.types, code.kernel, code.head))
-    return [worst(group) for _, group in sorted(ways.items())]
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", nargs="*", default=list(TARGETS), choices=list(TARGETS), help="(default: all)")
@@ -409,18 +380,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=2, help="(default: 2)")
     parser.add_argument("--json", type=Path, help="write every figure here")
     parser.add_argument("--output", type=Path, help="write the table here, as markdown")
-    parser.add_argument("--compare-tma", action="store_true", help="only the operands by TMA beside cp.async")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
 
-    if options.compare_tma:
-        codes = compare_tma(options.target, options.dtype, options.processes)
-        print_table("operands by TMA, and by cp.async", map(row_of, codes))
-        return 0
     shapes = [SHAPES[name] for name in options.shape]
     work = [s for target in options.target for s in specialisations(target, shapes, options.dtype)]
     codes = inspect_all(work, options.processes)
-    print_table(f"{len(codes)} specialisations: of each kernel the one nearest to its limits", report_rows(codes))
+    table = Table(*COLUMNS, title=f"{len(codes)} specialisations: of each kernel the one nearest to its limits")
+    for row in report_rows(codes):
+        table.add_row(*row)
+    Console(width=200).print(table)
     if options.json:
         options.json.write_text(json.dumps([asdict(code) for code in codes], indent=1))
     if options.output:
