@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         for name in settings.models:
             shapes.named(name)
-        chosen = [case for case in suite.cases(settings) if _wanted(case.key, options.case)]
+        chosen = [case for case in suite.cases(settings) if any(fnmatch.fnmatch(case.key, p) for p in options.case)]
         if not chosen:
             raise ValueError(f"no case is called {' or '.join(options.case)}: --list shows those of these options")
         if options.list:
@@ -123,10 +123,6 @@ def measured_under(settings: Settings) -> dict[str, object]:
     return kept | {"peers": None if settings.peers is None else list(settings.peers)}
 
 
-def _wanted(key: str, patterns: Sequence[str]) -> bool:
-    return not patterns or any(fnmatch.fnmatch(key, pattern) for pattern in patterns)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -135,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     length.add_argument("--quick", action="store_true", help="the default: about two minutes")
     length.add_argument("--full", action="store_true", help="every case, every peer, more rounds")
     parser.add_argument("--list", action="store_true", help="only list the cases of these options")
-    parser.add_argument("--case", nargs="+", default=[], metavar="PATTERN", help="only these, as in '*/trained'")
+    parser.add_argument("--case", nargs="+", default=["*"], metavar="PATTERN", help="only these, as in '*/trained'")
     parser.add_argument("--peer", nargs="*", choices=list(peers.PEERS), help="(default: every one that is installed)")
     parser.add_argument(
         "--dtype", nargs="+", choices=DTYPES, help="(default: float32, with --full also bfloat16 if in hardware)"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -14,6 +17,12 @@ class ModelShape:
     vocab_size: int
     bias: bool = False
     logit_softcap: float | None = None
+
+    def tensors(self, rows: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Random hidden states (rows, H), weight (V, H) and targets (rows) for kernels; logits have a spread of 1."""
+        x = torch.randn(rows, self.hidden_size, device=device).to(dtype)
+        w = (torch.randn(self.vocab_size, self.hidden_size, device=device) / self.hidden_size**0.5).to(dtype)
+        return x, w, torch.randint(self.vocab_size, (rows,), device=device)
 
     def __str__(self) -> str:
         extra = ", bias" if self.bias else "" if self.logit_softcap is None else f", soft-cap {self.logit_softcap:g}"

@@ -3,8 +3,6 @@
 python -m examples.transformers_trainer    (pip install '.[trainer]'; stopped half-way, it goes on when started again)
 """
 
-from typing import Any
-
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
@@ -17,15 +15,11 @@ FOLDER = "runs/transformers_trainer"
 STEPS = 100
 
 
-def as_chat(pair: dict[str, Any]) -> dict[str, Any]:
-    question = [{"role": "user", "content": pair["prompt"]}]
-    chosen, rejected = ([{"role": "assistant", "content": pair[side]}] for side in ("chosen", "rejected"))
-    return {"prompt": question, "chosen": chosen, "rejected": rejected}
-
-
 model = AutoModelForCausalLM.from_pretrained(MODEL)
 tokenizer = AutoTokenizer.from_pretrained(MODEL)
-pairs = load_dataset("json", data_files=DATA, split="train").map(as_chat).train_test_split(0.1, seed=0)
+facts = load_dataset("json", data_files=DATA, split="train")
+chats = facts.map(lambda fact: {"prompt": [{"role": "user", "content": fact["prompt"]}]})  # answers may stay strings
+pairs = chats.train_test_split(0.1, seed=0)
 
 settings = TrainingArguments(
     output_dir=FOLDER,

@@ -30,7 +30,7 @@ def test_every_pass_beside_its_bounds(dtype: torch.dtype) -> None:
         assert set(result.seconds) == {"ours", "eager", "copy", "exp"}
         assert all(seconds > 0 for seconds in result.seconds.values())
     shown = io.StringIO()
-    Console(file=shown, width=200).print(rowwise.table(results, "avx2"))
+    Console(file=shown, width=200).print(rowwise.table(results, "avx2").rich())
     assert "recomputed" in shown.getvalue()
     assert json.loads(json.dumps(rowwise.as_json(results, "avx2")))["results"][0]["share"] == results[0].share
 

@@ -78,16 +78,14 @@ class Point:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def gradients(workload: Workload, **options: Any) -> tuple[Tensor, Tensor]:
+def gradients(workload: Workload, **options: Any) -> tuple[Tensor, ...]:
     """dh and dW of our loss."""
     hidden, weight = workload.hidden.clone().requires_grad_(), workload.weight.clone().requires_grad_()
-    peers.ours(hidden, weight, workload.labels, workload.nll_labels, BETA, **options).backward()
-    assert hidden.grad is not None
-    assert weight.grad is not None
-    return hidden.grad, weight.grad
+    loss = peers.ours(hidden, weight, workload.labels, workload.nll_labels, BETA, **options)
+    return torch.autograd.grad(loss, (hidden, weight))
 
 
-def compare(ours: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> Errors:
+def compare(ours: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> Errors:
     return Errors(*(((a - b).norm() / b.norm()).item() for a, b in zip(ours, exact, strict=True)))
 
 
@@ -157,11 +155,9 @@ def other_errors(workload: Workload) -> dict[str, tuple[Errors, float]]:
                     count += 1
         return torch.empty_like(kept).index_copy_(1, order, kept), count / of
 
-    found: dict[str, tuple[Errors, float]] = {}
     dh, _ = products(rounded(residual), rounded(workload.weight), h)
     dw = rounded(residual).t() @ rounded(g[:, None] * h)
-    dh, dw = rounded(dh), rounded(dw)
-    found["rounding to bf16"] = compare((dh, dw), exact), 1.0
+    found = {"rounding to bf16": (compare((rounded(dh), rounded(dw)), exact), 1.0)}
     for eps in (12, DEFAULT_EPS):
         kept, share = tiles(2.0**-eps)
         found[f"CCE's filter at 2^-{eps}"] = compare(products(kept, workload.weight, h), exact), share
@@ -284,19 +280,20 @@ def report(parts: list[str], console: Console, plot_path: Path | None) -> str:
 
 def time_everyone(options: argparse.Namespace, console: Console) -> None:
     """Contests with the sparse loss among the contestants."""
-    variants: dict[str, dict[str, float]] = {"ours": {}}
-    variants |= {f"ours, sparse 2^-{eps}": {"sparse_eps": 2.0**-eps} for eps in options.eps}
+    variants: turns.Variants = {
+        "ours": {},
+        **{f"ours, sparse 2^-{eps}": {"sparse_eps": 2.0**-eps} for eps in options.eps},
+    }
     names = [*turns.FLOORS, *variants, *options.peer]
     workload = workloads.synthetic(share=0.42) if options.uniform else workloads.llmbar(4, 256)
     with Progress(console=console, transient=True) as progress:
-        for name in options.dtype:
-            for head in options.head:
-                work = workload.cast(getattr(torch, name))
-                task = progress.add_task(f"{name}, head {head}", total=len(names) * (1 + options.rounds))
-                advance = functools.partial(progress.advance, task)
-                record = turns.record(work, head, names, options.rounds, advance, variants)
-                progress.remove_task(task)
-                Console(width=130).print(tables.contest_sheet(record).rich(), "")
+        for dtype, head in itertools.product(options.dtype, options.head):
+            task = progress.add_task(f"{dtype}, head {head}", total=len(names) * (1 + options.rounds))
+            advance = functools.partial(progress.advance, task)
+            work = workload.cast(getattr(torch, dtype))
+            record = turns.record(work, head, names, options.rounds, advance, variants)
+            progress.remove_task(task)
+            Console(width=130).print(tables.contest_sheet(record).rich(), "")
 
 
 def main() -> None:

@@ -29,10 +29,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -40,6 +38,7 @@ from torch.utils._pytree import tree_iter
 
 from benchmarks import shapes
 from benchmarks.contest import memory
+from benchmarks.report.tables import Sheet
 from benchmarks.shapes import SHAPES, ModelShape
 from orpo_kernels import orpo_loss_from_rows
 from orpo_kernels.app.gpus import DATA_SHEETS, GPU
@@ -303,29 +302,26 @@ def estimate(
     return Estimate(shape.name, schedule, gpu.name, rows, flops, traffic, *times), ours
 
 
-def table(shape: ModelShape, estimates: list[Estimate], rows: int) -> Table:
+def table(shape: ModelShape, estimates: list[Estimate], rows: int) -> Sheet:
     """A row for each schedule, a column for each GPU: milliseconds, and how many times the bare GEMMs they are."""
-    shown = Table(title=f"{TITLE}: {shape}, {rows} rows, bf16", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("schedule", "TFLOP", "GB", *(gpu.name.replace(" ", "\n") for gpu in DATA_SHEETS)):
-        shown.add_column(column, justify="left" if column == "schedule" else "right", no_wrap=True)
+    lines = []
     for schedule in dict.fromkeys(e.schedule for e in estimates):
         mine = [e for e in estimates if (e.shape, e.schedule) == (shape.name, schedule)]
         cells = (f"{e.seconds * 1e3:.3g}\n({e.ratio:.2f})" for e in mine)
-        shown.add_row(schedule, f"{mine[0].flops / 1e12:.3g}", f"{mine[0].bytes / 1e9:.3g}", *cells)
-    shown.caption = "ms at the peaks of the data sheets (over the bare GEMMs at the same peaks)"
-    return shown
+        lines.append([schedule, f"{mine[0].flops / 1e12:.3g}", f"{mine[0].bytes / 1e9:.3g}", *cells])
+    columns = ["schedule", "TFLOP", "GB", *(gpu.name.replace(" ", "\n") for gpu in DATA_SHEETS)]
+    note = "ms at the peaks of the data sheets (over the bare GEMMs at the same peaks)"
+    return Sheet(f"{TITLE}: {shape}, {rows} rows, bf16", columns, lines, [note])
 
 
-def launch_table(shape: ModelShape, schedule: str, ours: list[Launch]) -> Table:
+def launch_table(shape: ModelShape, schedule: str, ours: list[Launch]) -> Sheet:
     """How often each kind of launch runs, and its share."""
-    shown = Table(title=f"{shape.name}, {schedule}: launches", box=SIMPLE_HEAD)
-    for column in ("operation", "launches", "TFLOP", "GB"):
-        shown.add_column(column, justify="left" if column == "operation" else "right")
+    rows = []
     for name in COSTS:
         if mine := [launch for launch in ours if launch.name == name]:
             flops, traffic = sum(launch.flops for launch in mine), sum(launch.bytes for launch in mine)
-            shown.add_row(name, str(len(mine)), f"{flops / 1e12:.3g}", f"{traffic / 1e9:.3g}")
-    return shown
+            rows.append([name, str(len(mine)), f"{flops / 1e12:.3g}", f"{traffic / 1e9:.3g}"])
+    return Sheet(f"{shape.name}, {schedule}: launches", ["operation", "launches", "TFLOP", "GB"], rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -355,8 +351,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for gpu in DATA_SHEETS:
                 found, ours = estimate(shape, options.rows, schedule, gpu, active=options.active or 0.0)
                 estimates.append(found)
-            kinds.append(launch_table(shape, schedule, ours))
-        console.print(table(shape, estimates, options.rows), *(kinds if options.launches else ()), "")
+            kinds.append(launch_table(shape, schedule, ours).rich())
+        console.print(table(shape, estimates, options.rows).rich(), *(kinds if options.launches else ()), "")
     if options.json:
         options.json.write_text(json.dumps([one.record() for one in estimates], indent=1))
 

@@ -101,10 +101,7 @@ def product(name: str, shape: ModelShape, settings: Settings) -> dict[str, Any]:
 
 def _head(shape: ModelShape, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states, weight and targets."""
-    rows, device = 2 * settings.pairs * settings.length, settings.device
-    x = torch.randn(rows, shape.hidden_size, device=device).bfloat16()
-    w = (torch.randn(shape.vocab_size, shape.hidden_size, device=device) / shape.hidden_size**0.5).bfloat16()
-    return x, w, torch.randint(shape.vocab_size, (rows,), device=device)
+    return shape.tensors(2 * settings.pairs * settings.length, torch.bfloat16, settings.device)
 
 
 def _operation(name: str, settings: Settings) -> Callable[..., Any]:

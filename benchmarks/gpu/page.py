@@ -29,15 +29,7 @@ COMMAND = "python -m benchmarks.gpu"
 def sheets(cases: Cases) -> list[Sheet]:
     """All that was measured; what was left out is in the last one, with the reason."""
     measured = {key: record for key, record in cases.items() if "skipped" not in record}
-    made = (
-        _heads(measured),
-        _kernels(measured),
-        _ways(measured),
-        _host(measured),
-        _steps(measured),
-        _tiles(measured),
-        _sparse(measured),
-    )
+    made = (sheet(measured) for sheet in (_heads, _kernels, _ways, _host, _steps, _tiles, _sparse))
     return [sheet for sheet in (goals_sheet(verdicts(cases)), *made, _skipped(cases)) if sheet.rows]
 
 
@@ -96,16 +88,10 @@ def _ways(cases: Cases) -> Sheet:
 
 
 def _host(cases: Cases) -> Sheet:
-    rows = [
-        [
-            words[0],
-            f"{r['ours'] * 1e3:.2f}",
-            f"{r['plain'] * 1e3:.2f}",
-            f"{r['ratio']:.2f}",
-            str(r["operations"] or "-"),
-        ]
-        for words, r in _of(cases, "host")
-    ]
+    rows = []
+    for words, r in _of(cases, "host"):
+        times = [f"{r[name] * 1e3:.2f}" for name in ("ours", "plain")]
+        rows.append([words[0], *times, f"{r['ratio']:.2f}", str(r["operations"] or "-")])
     title = "The host: a call at a tiny size, from an idle GPU"
     return Sheet(title, ["head", "ours, ms", "plain, ms", "/ plain", "device operations"], rows)
 

@@ -44,9 +44,7 @@ def measure(shape: ModelShape, dtype: torch.dtype, schedule: str, settings: Sett
     """The fields of a record of the table but its source; median milliseconds of every way."""
     device = torch.device(settings.device)
     rows = 2 * settings.pairs * settings.length // (SHARE_IN_FP32 if dtype == torch.float32 else 1)
-    x = torch.randn(rows, shape.hidden_size, device=device).to(dtype)
-    w = (torch.randn(shape.vocab_size, shape.hidden_size, device=device) / shape.hidden_size**0.5).to(dtype)
-    target = torch.randint(shape.vocab_size, (rows,), device=device)
+    x, w, target = shape.tensors(rows, dtype, settings.device)
     calls = _calls(x, w, target, shape.logit_softcap, schedule, select(settings.backend, device, dtype))
     clock = partial(device_seconds, device=device, repeats=REPEATS)
     times = {way: 1e3 * seconds for way, seconds in medians(calls, settings.rounds, clock).items()}

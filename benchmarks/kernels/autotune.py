@@ -25,8 +25,8 @@ from unittest import mock
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
+from benchmarks.report.tables import Sheet
 from benchmarks.shapes import SHAPES, ModelShape, named
 from benchmarks.timing import device_seconds, in_turns
 from orpo_kernels.engine.gemm import WeightSlices
@@ -67,17 +67,8 @@ class Work:
     """`project_log_odds` and `project_residual` on random inputs."""
 
     def __init__(self, rows: int, shape: ModelShape, dtype: torch.dtype, device: str) -> None:
-        generator = torch.Generator(device).manual_seed(0)
-
-        def normal(*sizes: int) -> torch.Tensor:
-            return torch.randn(*sizes, generator=generator, device=device)
-
-        self.x = normal(rows, shape.hidden_size).to(dtype)
-        self.w = (normal(shape.vocab_size, shape.hidden_size) / shape.hidden_size**0.5).to(dtype)
-        self.target = torch.randint(shape.vocab_size, (rows,), generator=generator, device=device)
-        self.columns = slice(
-            0, min(8192, shape.vocab_size)
-        )  # of `project_residual`, as the recompute schedule would take them
+        self.x, self.w, self.target = shape.tensors(rows, dtype, device)
+        self.columns = slice(0, min(8192, shape.vocab_size))  # of `project_residual`, as the recompute schedule has it
         self.out = self.x.new_empty(rows, self.columns.stop)
 
     def run(self, ops: object) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,10 +138,12 @@ def main(arguments: list[str] | None = None) -> int:
     with console.status("measuring"):
         times = measure(choices, Work(options.rows, options.shape, dtype, "cuda"), dtype, target, options.rounds)
     ranked = sorted(choices, key=lambda tile: statistics.median(times[tile]))
-    table = Table("tile", "ms, median", "ms, best", title=f"{target.name}, {options.dtype}, {options.shape}")
-    for tile in ranked[:10]:
-        table.add_row(str(tile), f"{1e3 * statistics.median(times[tile]):.3f}", f"{1e3 * min(times[tile]):.3f}")
-    console.print(table)
+    rows = [
+        [str(tile), f"{1e3 * statistics.median(times[tile]):.3f}", f"{1e3 * min(times[tile]):.3f}"]
+        for tile in ranked[:10]
+    ]
+    title = f"{target.name}, {options.dtype}, {options.shape}"
+    console.print(Sheet(title, ("tile", "ms, median", "ms, best"), rows).rich())
     write(options.output, target, options.dtype, ranked[0])
     console.print(f"wrote {options.output}")
     return 0

@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
+from benchmarks.report.tables import Sheet
 from benchmarks.timing import in_turns, wall_seconds
 from orpo_kernels.app import machine
 from orpo_kernels.ops import torch_ops, why_not
@@ -157,12 +156,9 @@ def measure(dtype: torch.dtype, vocabulary: int, rounds: int, chunk_bytes: int =
     ]
 
 
-def table(results: list[Result], isa: str) -> Table:
-    shown = Table(title=f"Row-wise passes on {torch.get_num_threads()} threads, {isa}", box=box.SIMPLE)
-    for column in ("pass", "dtype", "V", "GB/s", "of copy", "of exp", "of both", "eager / ours"):
-        shown.add_column(column, justify="left" if column in ("pass", "dtype") else "right", no_wrap=True)
-    for result in results:
-        shown.add_row(
+def table(results: list[Result], isa: str) -> Sheet:
+    rows = [
+        [
             result.name,
             result.dtype,
             str(result.vocabulary),
@@ -171,11 +167,14 @@ def table(results: list[Result], isa: str) -> Table:
             f"{result.share_of('exp'):.0%}",
             f"{result.share_in_turn:.0%}",
             f"{result.speedup:.1f}",
-        )
+        ]
+        for result in results
+    ]
     copy = max(result.nbytes / result.seconds["copy"] for result in results) / 1e9
     exp = max(result.rows * result.vocabulary / result.seconds["exp"] for result in results) / 1e9
-    shown.caption = f"copy {copy:.1f} GB/s read and written, exp {exp:.2f} G/s, both at their best"
-    return shown
+    note = f"copy {copy:.1f} GB/s read and written, exp {exp:.2f} G/s, both at their best"
+    title = f"Row-wise passes on {torch.get_num_threads()} threads, {isa}"
+    return Sheet(title, ("pass", "dtype", "V", "GB/s", "of copy", "of exp", "of both", "eager / ours"), rows, [note])
 
 
 def as_json(results: list[Result], isa: str) -> dict[str, Any]:
@@ -199,7 +198,7 @@ def main() -> None:
         results += measure(getattr(torch, dtype), vocabulary, options.rounds)
         if options.json:  # after every case, so that an interrupted run leaves what it has
             options.json.write_text(json.dumps(as_json(results, _native.isa()), indent=1))
-    console.print(table(results, _native.isa()))
+    console.print(table(results, _native.isa()).rich())
 
 
 def _options() -> argparse.Namespace:

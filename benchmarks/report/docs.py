@@ -161,20 +161,14 @@ def _summary(cases: Cases) -> str:
             rows.append([name, *(f"{tables.ratios(m, ours)[1]:.2f}" for m, ours in pairs)])
     rows.sort(key=lambda row: float(row[-1]))
     parts = [tables.Sheet("", ["over ours", *heads], rows).markdown(title=False)]
-    steps = [record for key, record in cases.items() if key.startswith("step/")]
-    if told := _steps(steps):
-        parts.append(f"A whole training step by TRL's trainer over ours, prompts shared: {told}.")
-    return "\n\n".join(parts)
-
-
-def _steps(records: list[dict[str, Any]]) -> str:
-    """TRL's median over that of shared prompts, in words."""
     told = []
-    for record in records:
+    for record in (record for key, record in cases.items() if key.startswith("step/")):
         medians = tables.step_medians(record)
         if {TRL, SHARED} <= set(medians):
             told.append(f"{record['case']}, {record['dtype']} {medians[TRL] / medians[SHARED]:.1f}")
-    return "; ".join(told)
+    if told:
+        parts.append(f"A whole training step by TRL's trainer over ours, prompts shared: {'; '.join(told)}.")
+    return "\n\n".join(parts)
 
 
 BLOCKS: dict[str, Callable[[Cases], str]] = {"summary": _summary}
