@@ -16,6 +16,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +33,12 @@ STEP_ROUNDS = 10  # of a whole training step, whose batches differ in length
 SHARES = (0.3, 0.5, 1.0)
 ROWS = (256, 1024, 4096, 16384, 65536)
 VOCABULARIES = (32768, 65536, 131072, 262144)
+COUNTED = {  # bf16, H = 4096: ways to cut 8192 rows, padding, how the rows grow, how the vocabulary grows
+    "shapes": memory.SAME_POSITIONS,
+    "padding": memory.SAME_ROWS,
+    "rows": [memory.Shape(8, rows // 8) for rows in ROWS],
+    "vocabulary": [memory.Shape(8, 1024, vocabulary=v) for v in VOCABULARIES],
+}
 ROWS_TIMED_ON_A_CPU = 4096  # at most: 16 times as many take 16 times as long
 ON_A_CPU = ("CCE",)  # the compiled peer that takes part everywhere: the strongest there, and quick to compile
 
@@ -68,18 +75,33 @@ def default_dtypes(device: str) -> tuple[str, ...]:
     return ("float32", "bfloat16") if device == "cuda" or machine.has_bf16_gemm() else ("float32",)
 
 
-def cases(settings: Settings) -> list[Case]:
+def cases(settings: Settings) -> Iterator[Case]:
     """All cases, in the order in which they run: what a reader looks at first comes first."""
-    found = [*_real(settings)]
+    yield from _real(settings)
     if settings.device == "cpu":
-        found += _accounting(settings)
-    found += _confidence(settings)
+        for name, counted in COUNTED.items():
+            yield Case(f"memory/{name}", partial(_account, counted))
+    for dtype in settings.dtypes:
+        yield Case(f"confidence/{dtype}", partial(_gaps, settings, dtype))
     if settings.full:
-        found += [*_shares(settings), *_growth(settings), *_processes(settings), *_steps(settings)]
-    found += _models(settings)
+        for share in SHARES:
+            make = partial(workloads.synthetic, pairs=2, share=share)
+            yield from _contests(f"contest/share {share}", make, settings.narrow, settings)
+        yield from _growth(settings)
+        if settings.device == "cpu":
+            yield Case(f"process/{settings.dtypes[0]}", partial(_resident, settings, settings.dtypes[0]))
+        if workloads.have_real_data() and peers.PEERS["TRL trainer"].available:
+            for data, dtype in itertools.product(training_step.CASES, settings.dtypes):
+                yield Case(f"step/{data}/{dtype}", partial(_step, settings, data, dtype))
+    for model in settings.models or (list(SHAPES) if settings.full else ()):
+        make = partial(_of_model, named(model), settings.device)
+        yield from _contests(f"contest/{model}", make, settings.narrow, settings)
     if settings.full:
-        found += [*_kept_pages(settings), Case("estimate", estimate)]
-    return found
+        if settings.device == "cpu" and malloc.available():
+            # After all other contests: malloc is not quite as before afterwards.
+            for case in _real(replace(settings, full=False)):
+                yield Case(case.key.replace("contest", "kept pages"), partial(_with_kept_pages, case))
+        yield Case("estimate", estimate)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -91,7 +113,7 @@ def _real(settings: Settings) -> Iterator[Case]:
     """Hidden states of SmolLM2 on LLMBar, and their real masks; where they are missing, a synthetic batch like them."""
     name = "llmbar" if workloads.have_real_data() else "synthetic"
     for dtype in settings.dtypes:
-        yield from _contests(f"contest/{name}", _real_work, dtype, settings.heads, settings, everyone=settings.full)
+        yield from _contests(f"contest/{name}", _real_work, dtype, settings, everyone=settings.full)
 
 
 @functools.cache
@@ -99,65 +121,33 @@ def _real_work() -> Workload:
     return workloads.llmbar() if workloads.have_real_data() else workloads.synthetic()
 
 
-def _kept_pages(settings: Settings) -> Iterator[Case]:
-    """The contests of real hidden states once more. After all others: malloc is not quite as before afterwards."""
-    if settings.device == "cpu" and malloc.available():
-        for case in _real(replace(settings, full=False)):
-            yield Case(case.key.replace("contest", "kept pages"), functools.partial(_with_kept_pages, case))
-
-
 def _with_kept_pages(case: Case, progress: Progress) -> dict[str, Any]:
     with malloc.kept_pages():
         return case.run(progress)
 
 
-def _shares(settings: Settings) -> Iterator[Case]:
-    for share in SHARES:
-        work = functools.partial(workloads.synthetic, pairs=2, share=share)
-        yield from _contests(f"contest/share {share}", work, settings.narrow, settings.heads, settings)
-
-
 def _growth(settings: Settings) -> Iterator[Case]:
     """All rows matter, sequences of 128; the head of SmolLM2's width, trained."""
-    few = replace(settings, rounds=min(settings.rounds, 3))
-    for rows in ROWS:
-        if settings.device == "cuda" or rows <= ROWS_TIMED_ON_A_CPU:
-            work = functools.partial(_dense, rows, 32768)
-            yield from _contests(f"rows/{rows}", work, settings.narrow, ("trained",), few)
-    for vocabulary in VOCABULARIES:
-        work = functools.partial(_dense, 512, vocabulary)
-        yield from _contests(f"vocabulary/{vocabulary}", work, settings.narrow, ("trained",), few)
-
-
-def _dense(rows: int, vocabulary: int) -> Workload:
-    return workloads.synthetic(rows // 256, 128, vocabulary=vocabulary, share=1.0)
-
-
-def _models(settings: Settings) -> Iterator[Case]:
-    """The heads of known models: on a GPU in batches of 8 x 1024 tokens, on a CPU of 2 x 64, half of which matter."""
-    names = settings.models or (list(SHAPES) if settings.full else ())
-    for name in names:
-        work = functools.partial(_of_model, named(name), settings.device)
-        yield from _contests(f"contest/{name}", work, settings.narrow, settings.heads, settings)
+    few = replace(settings, rounds=min(settings.rounds, 3), heads=("trained",))
+    timed = [rows for rows in ROWS if settings.device == "cuda" or rows <= ROWS_TIMED_ON_A_CPU]
+    sizes = {f"rows/{rows}": (rows, 32768) for rows in timed} | {f"vocabulary/{v}": (512, v) for v in VOCABULARIES}
+    for key, (rows, vocabulary) in sizes.items():
+        make = partial(workloads.synthetic, rows // 256, 128, vocabulary=vocabulary, share=1.0)
+        yield from _contests(key, make, settings.narrow, few)
 
 
 def _of_model(shape: ModelShape, device: str) -> Workload:
+    """On a GPU a batch of 8 x 1024 tokens, on a CPU of 2 x 64, half of which matter."""
     if device == "cuda":
         return workloads.of_model(shape, pairs=4, length=1024, share=1.0, device=device)
     return workloads.of_model(shape, pairs=1, length=64, share=0.5)
 
 
 def _contests(
-    key: str,
-    work: Callable[[], Workload],
-    dtype: str,
-    heads: tuple[str, ...],
-    settings: Settings,
-    everyone: bool = False,
+    key: str, make: Callable[[], Workload], dtype: str, settings: Settings, everyone: bool = False
 ) -> Iterator[Case]:
-    for head in heads:
-        run = functools.partial(_contest, work, dtype, head, settings, everyone)
-        yield Case(f"{key}/{dtype}/{head}", run)
+    for head in settings.heads:
+        yield Case(f"{key}/{dtype}/{head}", partial(_contest, make, dtype, head, settings, everyone))
 
 
 def _contest(
@@ -195,30 +185,12 @@ def contestants(settings: Settings, dtype: str, everyone: bool) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Memory
+# Memory, confidence, the whole step, the estimate
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def _accounting(settings: Settings) -> Iterator[Case]:
-    """bf16, H = 4096. The three tables: ways to cut 8192 rows, how the rows grow, how the vocabulary grows."""
-    shapes = {
-        "shapes": memory.SAME_POSITIONS,
-        "padding": memory.SAME_ROWS,
-        "rows": [memory.Shape(8, rows // 8) for rows in ROWS],
-        "vocabulary": [memory.Shape(8, 1024, vocabulary=v) for v in VOCABULARIES],
-    }
-    for name, list_of_shapes in shapes.items():
-        yield Case(f"memory/{name}", functools.partial(_account, list_of_shapes))
 
 
 def _account(shapes: list[memory.Shape], progress: Progress) -> dict[str, Any]:
     return memory.account(progress.track(memory.our_cases() + memory.peer_cases(), description="accounting"), shapes)
-
-
-def _processes(settings: Settings) -> Iterator[Case]:
-    if settings.device == "cpu":
-        dtype = settings.dtypes[0]
-        yield Case(f"process/{dtype}", functools.partial(_resident, settings, dtype))
 
 
 def _resident(settings: Settings, dtype: str, progress: Progress) -> dict[str, Any]:
@@ -228,16 +200,6 @@ def _resident(settings: Settings, dtype: str, progress: Progress) -> dict[str, A
     found = process.measure(work, names, settings.heads, settings.threads, lambda: progress.advance(task))
     progress.remove_task(task)
     return {"work": str(work), "dtype": dtype, "bytes": found}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Confidence, the whole step, the estimate
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _confidence(settings: Settings) -> Iterator[Case]:
-    for dtype in settings.dtypes:
-        yield Case(f"confidence/{dtype}", functools.partial(_gaps, settings, dtype))
 
 
 def _gaps(settings: Settings, dtype: str, progress: Progress) -> dict[str, Any]:
@@ -251,12 +213,6 @@ def _gaps(settings: Settings, dtype: str, progress: Progress) -> dict[str, Any]:
         kind = getattr(torch, dtype)
         found[name] = {side: confidence.errors_by_gap(losses[name], kind, side) for side in confidence.SIDES}
     return {"dtype": dtype, "gaps": list(confidence.GAPS), "errors": found}
-
-
-def _steps(settings: Settings) -> Iterator[Case]:
-    if workloads.have_real_data() and peers.PEERS["TRL trainer"].available:
-        for data, dtype in itertools.product(("llmbar", "dpo"), settings.dtypes):
-            yield Case(f"step/{data}/{dtype}", functools.partial(_step, settings, data, dtype))
 
 
 def _step(settings: Settings, data: str, dtype: str, progress: Progress) -> dict[str, Any]:
