@@ -20,7 +20,7 @@ import itertools
 import json
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -239,20 +239,6 @@ def active_columns(share: float) -> Iterator[list[int]]:
         yield reads
 
 
-@contextmanager
-def kernels_of(gpu: str | None) -> Iterator[None]:
-    """Our loss through its Triton kernels, which are launched and not run; None: in eager torch."""
-    if gpu is None:
-        yield
-        return
-    from benchmarks.kernels.stub_gpu import TARGETS, stub_gpu
-
-    if gpu not in TARGETS:
-        raise SystemExit(f"--gpu is {gpu}, it must be one of {', '.join(TARGETS)}")
-    with stub_gpu(gpu, compile=False):
-        yield
-
-
 def our_cases(native: bool | None = True) -> list[Case]:
     return [
         our_case("single_pass", trained=False, native=native),
@@ -308,9 +294,16 @@ def main() -> None:
     options = parser.parse_args()
     from benchmarks.report.tables import memory_sheet
 
-    console, records = Console(), {}
+    kernels: AbstractContextManager = nullcontext()
+    if options.gpu:
+        from benchmarks.kernels.stub_gpu import TARGETS, stub_gpu
+
+        if options.gpu not in TARGETS:
+            parser.error(f"--gpu is {options.gpu}, it must be one of {', '.join(TARGETS)}")
+        kernels = stub_gpu(options.gpu, compile=False)
+    console, records = Console(width=max(Console().width, 110)), {}
     cases = our_cases(None if options.this_processor else True) + peer_cases()
-    with kernels_of(options.gpu):
+    with kernels:
         for key, shapes in (("memory/shapes", SAME_POSITIONS), ("memory/padding", SAME_ROWS)):
             shown = track(cases, key, console=Console(stderr=True), transient=True)
             records[key] = account(shown, shapes, getattr(torch, options.dtype))

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from benchmarks.contest.training_step import OURS, SHARED, TRL
-from benchmarks.contest.turns import FLOOR, Measurement, ratios
+from benchmarks.contest.turns import FLOOR, ratios
 from benchmarks.gpu.heads import PEERS, RECOMPUTE
 from benchmarks.gpu.kernels import ROW_WISE
 from benchmarks.report.tables import measurements
@@ -155,12 +155,9 @@ def over(record: dict[str, Any], of: str, to: str) -> float:
         LookupError: one of them has no time, with its reason.
     """
     found = measurements(record)
-    return ratios(_timed(found, of), _timed(found, to))[1]
-
-
-def _timed(found: dict[str, Measurement], name: str) -> Measurement:
-    if name not in found:
-        raise LookupError(f"{name} did not take part")
-    if found[name].failure or not found[name].forward:
-        raise LookupError(f"{name}: {found[name].failure}")
-    return found[name]
+    for name in (of, to):
+        if name not in found:
+            raise LookupError(f"{name} did not take part")
+        if not has(record, name):
+            raise LookupError(f"{name}: {found[name].failure}")
+    return ratios(found[of], found[to])[1]

@@ -19,7 +19,7 @@ import multiprocessing
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -114,30 +114,21 @@ def run_labels(num_pairs: int = 4, length: int = 1024) -> None:
 
 def specialisations(target: str, shapes: Iterable[ModelShape], dtypes: Iterable[str]) -> list[Specialisation]:
     """All that a GPU would compile for these models, by every schedule; fp32 at both of torch's precisions."""
+    before = torch.get_float32_matmul_precision()
     with stub_gpu(target, compile=False) as gpu, FakeTensorMode():
         run_labels()
         for dtype in dtypes:
             for precision in ("highest", "high") if dtype == "float32" else ("highest",):
-                with matmul_precision(precision):
-                    for shape in shapes:
-                        run_shard(shape, DTYPES[dtype])
-                        run_loss(shape, DTYPES[dtype], 4096, "evaluation", weighted=True)
-                        for schedule in SCHEDULES:
-                            # As one group of pairs, and as several. The launches of "sparse" are too many for that.
-                            for num_rows in (4096, 32768) if schedule != "sparse" else (1024,):
-                                run_loss(shape, DTYPES[dtype], num_rows, schedule)
+                torch.set_float32_matmul_precision(precision)
+                for shape in shapes:
+                    run_shard(shape, DTYPES[dtype])
+                    run_loss(shape, DTYPES[dtype], 4096, "evaluation", weighted=True)
+                    for schedule in SCHEDULES:
+                        # As one group of pairs, and as several. The launches of "sparse" are too many for that.
+                        for num_rows in (4096, 32768) if schedule != "sparse" else (1024,):
+                            run_loss(shape, DTYPES[dtype], num_rows, schedule)
+    torch.set_float32_matmul_precision(before)
     return gpu.specialisations
-
-
-@contextlib.contextmanager
-def matmul_precision(precision: str) -> Iterator[None]:
-    """`torch.set_float32_matmul_precision`, undone afterwards."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
