@@ -84,7 +84,7 @@ def _arguments(name: str, source: Tensor) -> tuple[Any, ...]:
 def product(name: str, shape: ModelShape, settings: Settings) -> dict[str, Any]:
     """Seconds of the kernel, of the library's product of the same sizes, and their ratio."""
     kernel = _operation(name, settings)
-    x, w, target = _head(shape, settings)
+    x, w, target = shape.tensors(2 * settings.pairs * settings.length, torch.bfloat16, settings.device)
     rows = len(x)
     call: Callable[[], Any]
     if name == "project_log_odds":
@@ -97,11 +97,6 @@ def product(name: str, shape: ModelShape, settings: Settings) -> dict[str, Any]:
         call = partial(kernel, x, w, None, target, target.double(), 1.0, shape.logit_softcap, out)
     found = _timed({"ours": call, "GEMM": partial(torch.mm, x, w.t(), out=out)}, settings)
     return {**found, "flops": 2 * rows * w.numel(), "ratio": found["ours"] / found["GEMM"]}
-
-
-def _head(shape: ModelShape, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states, weight and targets."""
-    return shape.tensors(2 * settings.pairs * settings.length, torch.bfloat16, settings.device)
 
 
 def _operation(name: str, settings: Settings) -> Callable[..., Any]:
