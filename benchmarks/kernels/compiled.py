@@ -293,40 +293,26 @@ def grouped(codes: list[Code], key: Any) -> dict[Any, list[Code]]:
     return groups
 
 
-COLUMNS = (
-    "kernel",
-    "target",
-    "dtype",
-    "tile",
-    "warps",
-    "stages",
-    "registers",
-    "spilled",
-    "shared KiB, of",
-    "instructions",
-    "resident",
-)
-
-
-def row_of(code: Code) -> tuple[str, ...]:
+def row_of(code: Code) -> dict[str, str]:
+    """The cells of the table by column."""
     instructions = {**(code.matrix or {}), **(code.asynchronous or {})}
     unit = "blocks" if TARGETS[code.target].backend == "cuda" else "waves"
-    return (
-        code.kernel.removesuffix("_kernel") + (f" ({code.head})" if code.head else ""),
-        code.target,
-        code.types,
-        code.tile,
-        str(code.warps),
-        str(code.stages),
-        code.error or str(code.registers),
-        str(code.spilled + code.stack),
-        f"{code.shared / 1024:.0f}, {code.shared_limit // 1024}",
-        ", ".join(f"{count} {name}" for name, count in instructions.items()) or "-",
-        f"{code.blocks} {unit}",
-    )
+    return {
+        "kernel": code.kernel.removesuffix("_kernel") + (f" ({code.head})" if code.head else ""),
+        "target": code.target,
+        "dtype": code.types,
+        "tile": code.tile,
+        "warps": str(code.warps),
+        "stages": str(code.stages),
+        "registers": code.error or str(code.registers),
+        "spilled": str(code.spilled + code.stack),
+        "shared KiB, of": f"{code.shared / 1024:.0f}, {code.shared_limit // 1024}",
+        "instructions": ", ".join(f"{count} {name}" for name, count in instructions.items()) or "-",
+        "resident": f"{code.blocks} {unit}",
+    }
 
 
-def report_rows(codes: list[Code]) -> list[tuple[str, ...]]:
+def report_rows(codes: list[Code]) -> list[dict[str, str]]:
     """Of each large kernel on each target its worst specialisation; of a second dtype, and of all others, the worst."""
     large = [code for code in codes if code.kernel in IN_THE_TABLE]
     small = [code for code in codes if code.kernel not in IN_THE_TABLE]
@@ -346,19 +332,19 @@ def _order(group: list[Code]) -> tuple:
     return place == len(IN_THE_TABLE), code.types != "bf16", code.types, place, list(TARGETS).index(code.target)
 
 
-def markdown(codes: list[Code], command: str) -> str:
+def markdown(rows: list[dict[str, str]], count: int, command: str) -> str:
     facts = machine.describe()
     versions = ", ".join(f"{name} {facts['packages'][name]}" for name in ("torch", "triton"))
     lines = [
         "# What the kernels compile to",
         "",
-        f"{facts['date'][:10]}, {versions}. `{command}`: {len(codes)} specialisations; of each kernel the one nearest "
+        f"{facts['date'][:10]}, {versions}. `{command}`: {count} specialisations; of each kernel the one nearest "
         "to its limits. `spilled` is registers or bytes that went to memory. Instructions are counted in the code: "
         "a loop counts once. What is resident on a multiprocessor (NVIDIA) or a SIMD (AMD) at one time is an estimate.",
         "",
-        "| " + " | ".join(COLUMNS) + " |",
-        "|" + "---|" * len(COLUMNS),
-        *("| " + " | ".join(row) + " |" for row in report_rows(codes)),
+        "| " + " | ".join(rows[0]) + " |",
+        "|" + "---|" * len(rows[0]),
+        *("| " + " | ".join(row.values()) + " |" for row in rows),
     ]
     return "\n".join(lines) + "\n"
 
@@ -377,15 +363,16 @@ def main(arguments: list[str] | None = None) -> int:
     shapes = [SHAPES[name] for name in options.shape]
     work = [s for target in options.target for s in specialisations(target, shapes, options.dtype)]
     codes = inspect_all(work, options.processes)
-    table = Table(*COLUMNS, title=f"{len(codes)} specialisations: of each kernel the one nearest to its limits")
-    for row in report_rows(codes):
-        table.add_row(*row)
+    rows = report_rows(codes)
+    table = Table(*rows[0], title=f"{len(codes)} specialisations: of each kernel the one nearest to its limits")
+    for row in rows:
+        table.add_row(*row.values())
     Console(width=200).print(table)
     if options.json:
         options.json.write_text(json.dumps([asdict(code) for code in codes], indent=1))
     if options.output:
         command = f"python -m benchmarks.kernels.compiled --dtype {' '.join(options.dtype)}"
-        options.output.write_text(markdown(codes, command))
+        options.output.write_text(markdown(rows, len(codes), command))
     failed = [code for code in codes if code.error or code.spilled or code.stack or code.shared > code.shared_limit]
     for code in failed:
         print(f"{code.kernel} {code.types} on {code.target}: {code.error or 'spills, or takes too much shared memory'}")
