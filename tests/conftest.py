@@ -26,11 +26,10 @@ settings.load_profile("default")
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1":
-    from .interpreter import check_memory, check_overflow, correct_bf16, patch_once
+    from .interpreter import check_overflow, correct_bf16, patch_once
 
     correct_bf16()
     check_overflow()
-    check_memory()
     patch_once()
 
 
