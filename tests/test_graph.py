@@ -61,7 +61,7 @@ def assert_same(model: nn.Module, eager, compiled, *inputs: Tensor, tolerance: f
         assert relative_error(b, a) <= tolerance
 
 
-@pytest.mark.parametrize("schedule", ["auto", "resident", "recompute"])
+@pytest.mark.parametrize("schedule", ["resident", "recompute"])
 def test_a_step_is_one_graph(schedule, backend):
     model = TinyModel()
     step = train(model, schedule=schedule)
@@ -104,25 +104,6 @@ def test_autocast():
     assert_same(model, step, compiled, *batch(9), tolerance=torch.finfo(torch.bfloat16).eps)
 
 
-def test_a_transformers_model():
-    transformers = pytest.importorskip("transformers", reason="pip install 'orpo-kernels[transformers]'")
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=SIZE,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    model = transformers.LlamaForCausalLM(config)
-
-    def step(ids: Tensor, labels: Tensor) -> ORPOOutput:
-        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
-        return orpo_loss(hidden, model.lm_head.weight, labels, shift=True)
-
-    assert_same(model, step, torch.compile(step, fullgraph=True, backend="aot_eager"), *batch(12), tolerance=1e-5)
-
-
 @pytest.mark.parametrize("weighted", [False, True])
 def test_rows_of_a_collator(weighted):
     """Rows enter a graph as tensors; denominators of a larger batch too."""
@@ -140,9 +121,8 @@ def test_rows_of_a_collator(weighted):
         assert relative_error(b, a) <= 1e-6
 
 
-@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("needs", [[True, True, True], [True, False, False], [False, True, False], [False] * 3])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("dtype", "weighted"), [(torch.float64, False), (torch.bfloat16, True)], ids=str)
 def test_opcheck(dtype, needs, weighted):
     generator = torch.Generator().manual_seed(0)
     rows = random_rows(generator, 20, VOCAB, pairs=2, num_rows=25, weighted=weighted)
@@ -155,22 +135,8 @@ def test_opcheck(dtype, needs, weighted):
     count = torch.tensor(3.0, dtype=torch.float64)
     method = ("orpo", [0.1, 1.0], None)  # beta, alpha; no reference
     limits = Limits(chunk_rows=7, gemm_dtype=dtype).numbers if weighted else None
-    options = (
-        True,
-        rows.pair_weight,
-        None,
-        count,
-        *method,
-        1.0,
-        None,
-        "auto",
-        None,
-        "torch",
-        None,
-        limits,
-        dtype,
-        needs,
-    )
+    chosen = (1.0, None, "auto", None, "torch", None)  # scale and cap of logits, schedule, budget, backend, sparse_eps
+    options = (True, rows.pair_weight, None, count, *method, *chosen, limits, dtype, needs)
     torch.library.opcheck(orpo_loss_op, (hidden, weight, bias, *vectors, rows.num_pairs, *options))
 
 

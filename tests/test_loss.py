@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from orpo_kernels import Limits, ORPOLoss, ORPOOutput, Rows, orpo_loss, orpo_loss_from_rows, reference
+from orpo_kernels import Limits, ORPOLoss, ORPOOutput, orpo_loss, orpo_loss_from_rows, reference
 
 from .batches import Batch, answer_logps, batches, plain_loss, random_labels, random_rows, relative_error
 from .thorough import only_thorough
@@ -82,6 +83,7 @@ def finite(error: float) -> float:
 @given(batch=batches(), schedule=st.sampled_from(SCHEDULES))
 def test_matches_definition(dtype, gemms, batch, schedule, small_chunks, backend):
     """Every schedule, option and dtype; with GEMMs in the inputs' own dtype, and in fp32 for 16-bit inputs."""
+    only_thorough(backend == "triton" and dtype == torch.float16, "interpreted for long, as bfloat16 is")
     assume(serves(schedule, batch))
     batch = batch.to(dtype)
     gemm_dtype = gemms_in(gemms, dtype, backend)
@@ -138,12 +140,13 @@ def test_groups_of_pairs(batch, spare, small_chunks):
     pairs=st.integers(1, 4),
     num_rows=st.integers(0, 30),
     num_positions=st.integers(1, 12),
+    weighted=st.booleans(),
     schedule=st.sampled_from(("auto", "resident", "recompute")),
 )
-def test_packed_rows(seed, pairs, num_rows, num_positions, schedule, small_chunks):
-    """Rows in any order whose positions repeat, as with a shared prompt."""
+def test_packed_rows(seed, pairs, num_rows, num_positions, weighted, schedule, small_chunks):
+    """Rows in any order whose positions repeat, as with a shared prompt, of pairs with weights and without."""
     generator = torch.Generator().manual_seed(seed)
-    rows = random_rows(generator, num_positions, vocab=23, pairs=pairs, num_rows=num_rows)
+    rows = random_rows(generator, num_positions, 23, pairs, num_rows, weighted)
     hidden = torch.randn(num_positions, 6, generator=generator, dtype=torch.float64)
     weight = torch.randn(23, 6, generator=generator, dtype=torch.float64)
 
@@ -161,6 +164,11 @@ def test_packed_rows(seed, pairs, num_rows, num_positions, schedule, small_chunk
         torch.testing.assert_close(value, true, rtol=1e-9, atol=1e-12)
 
 
+def options_of(schedule: str, budget: int) -> dict[str, Any]:
+    """By name; "grouped" by groups of pairs that fit the budget."""
+    return {"schedule": "resident", "memory_budget": budget} if schedule == "grouped" else {"schedule": schedule}
+
+
 @pytest.mark.parametrize("schedule", ["single_pass", "resident", "recompute", "grouped"])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_gradcheck(schedule, softcap, small_chunks):
@@ -170,9 +178,7 @@ def test_gradcheck(schedule, softcap, small_chunks):
     weight = torch.randn(11, 5, dtype=torch.float64, requires_grad=trained)
     bias = torch.randn(11, dtype=torch.float64, requires_grad=trained)
     labels = random_labels(generator, (4, 3), 11, 0.8)
-    options = {"schedule": schedule, "limits": small_chunks}
-    if schedule == "grouped":
-        options |= {"schedule": "resident", "memory_budget": 8 * 11 * (5 + 6)}
+    options = {"limits": small_chunks, **options_of(schedule, 8 * 11 * (5 + 6))}
 
     def loss(hidden, weight, bias):
         return orpo_loss(
@@ -205,9 +211,10 @@ def test_bitwise_repeatable(schedule, dtype, small_chunks, backend):
 
 @pytest.mark.parametrize("nll_reduction", ["token", "sequence"])
 @pytest.mark.parametrize("as_tensor", [False, True])
-def test_micro_batches_add_up(nll_reduction, as_tensor):
-    """With the whole batch's counts, micro-batches of one pair give the whole batch's loss and gradient."""
-    batch = a_batch(pairs=4, nll_reduction=nll_reduction).to(torch.float64)
+@pytest.mark.parametrize("pair_weight", [None, torch.tensor([0.5, 0.0, 2.0, 1.0], dtype=torch.float64)], ids=str)
+def test_micro_batches_add_up(nll_reduction, as_tensor, pair_weight):
+    """With the whole batch's counts, which know no weights, micro-batches of one pair give its loss and gradient."""
+    batch = replace(a_batch(torch.float64, pairs=4, nll_reduction=nll_reduction), pair_weight=pair_weight)
     whole, whole_grads = batch.run(orpo_loss)
     rows = (batch.nll_labels != -100).sum().item()
     counts = {"nll_denominator": rows if nll_reduction == "token" else 4, "pair_denominator": 4}
@@ -216,9 +223,11 @@ def test_micro_batches_add_up(nll_reduction, as_tensor):
     loss, grads = 0.0, None
     for pair in range(4):
         both = [pair, 4 + pair]
-        micro = replace(
-            batch, hidden=batch.hidden[both], labels=batch.labels[both], nll_labels=batch.nll_labels[[pair]]
-        )
+        of_pair = {
+            "nll_labels": batch.nll_labels[[pair]],
+            "pair_weight": None if pair_weight is None else pair_weight[[pair]],
+        }
+        micro = replace(batch, hidden=batch.hidden[both], labels=batch.labels[both], **of_pair)
         out, micro_grads = micro.run(orpo_loss, **counts)
         loss += out.loss.item()
         grads = micro_grads["weight"] if grads is None else grads + micro_grads["weight"]
@@ -233,10 +242,7 @@ def test_retain_graph_and_accumulation(schedule):
     batch = a_batch(torch.float64)
     hidden = batch.hidden.clone().requires_grad_()
     weight = batch.weight.clone().requires_grad_(schedule != "single_pass")
-    options = {"schedule": schedule}
-    if schedule == "grouped":
-        options = {"schedule": "resident", "memory_budget": 8 * 61 * (16 + 24)}
-    loss = orpo_loss(hidden, weight, batch.labels, **options).loss
+    loss = orpo_loss(hidden, weight, batch.labels, **options_of(schedule, 8 * 61 * (16 + 24))).loss
     loss.backward(retain_graph=True)
     once = hidden.grad.clone()
     (2 * loss).backward()
@@ -261,12 +267,6 @@ def test_without_gradient_is_detached():
     assert not out.loss.requires_grad
     out = orpo_loss(batch.hidden.detach(), batch.weight, batch.labels)
     assert not any(value.requires_grad for value in out)
-
-
-def test_only_the_loss_is_differentiable():
-    batch = a_batch()
-    out = orpo_loss(batch.hidden.requires_grad_(), batch.weight, batch.labels)
-    assert [value.requires_grad for value in out] == [True] + [False] * (len(out) - 1)
 
 
 def test_module_is_the_function():
@@ -352,13 +352,3 @@ def test_tied_weight_collects_both_gradients():
         return torch.autograd.grad(loss(weight[ids], weight, batch.labels).loss, weight)[0]
 
     torch.testing.assert_close(gradient(orpo_loss), gradient(reference.orpo_loss))
-
-
-def test_rows_can_be_handed_over():
-    """A collator that has the labels on the host builds the rows; the loss is the same."""
-    from orpo_kernels import rows_from_labels
-
-    batch = a_batch()
-    rows: Rows = rows_from_labels(batch.labels, batch.nll_labels).to("cpu")
-    ours = orpo_loss_from_rows(batch.hidden.flatten(0, 1), batch.weight, rows)
-    assert torch.equal(ours.loss, orpo_loss(batch.hidden, batch.weight, batch.labels, nll_labels=batch.nll_labels).loss)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +11,8 @@ from torch.utils import backend_registration
 from orpo_kernels import backends, devices
 from orpo_kernels.app import doctor
 from orpo_kernels.ops import resolve, why_not
+
+from .processes import run_tests
 
 ARC, MAX = torch.device("xpu", 0), torch.device("xpu", 1)
 
@@ -63,11 +61,4 @@ def test_backends_and_doctor_say_so():
 def test_under_a_narrow_device():
     pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/under_narrow_device.py"],
-        cwd=Path(__file__).parents[1],
-        env=dict(os.environ),
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    run_tests("under_narrow_device.py")

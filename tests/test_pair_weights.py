@@ -13,29 +13,20 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from orpo_kernels import (
-    ORPOLoss,
-    Rows,
-    orpo_loss,
-    orpo_loss_from_rows,
-    preference_loss_from_rows,
-    reference,
-    rows_from_labels,
-)
+from orpo_kernels import Rows, orpo_loss, orpo_loss_from_rows, preference_loss_from_rows, rows_from_labels
 from orpo_kernels.methods import METHODS, ORPO, method_named
 
-from .batches import IGNORE, random_labels, random_rows, random_weights, relative_error
+from .batches import IGNORE, random_labels, random_weights
 from .thorough import only_thorough
 
 SIZE, VOCAB, LENGTH = 12, 41, 7
 SCHEDULES = ("single_pass", "resident", "by groups", "recompute", "sparse")
 each_schedule = pytest.mark.parametrize("schedule", SCHEDULES)
 each_method = pytest.mark.parametrize("name", METHODS)
-share_fixtures = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def inputs(pairs: int = 3, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,8 +77,6 @@ def method_loss(labels: Tensor, name: str, pair_weight: Tensor | None, reference
 @given(seed=st.integers(0, 2**31))
 def test_a_weighted_loss_is_the_weighted_sum_of_the_pairs_own_losses(name, schedule, seed):
     """Each pair alone and without weights, over the denominators of all: loss, its parts, and every gradient."""
-    if schedule == "by groups" and name != "orpo":
-        return  # groups of pairs are ORPO's alone
     pairs = 3
     hidden, weight, labels = inputs(pairs, seed=seed)
     generator = torch.Generator().manual_seed(seed)
@@ -110,8 +99,7 @@ def test_a_weighted_loss_is_the_weighted_sum_of_the_pairs_own_losses(name, sched
 @each_schedule
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_ones_are_no_weights_bit_for_bit(dtype, schedule, backend, small_chunks):
-    extra = backend == "triton" and (dtype == torch.bfloat16 or schedule in ("single_pass", "by groups"))
-    only_thorough(extra, "interpreted for long")
+    only_thorough(backend == "triton" and (dtype, schedule) != (torch.float32, "recompute"), "interpreted for long")
     hidden, weight, labels = inputs(dtype=dtype)
     results = []
     for pair_weight in (None, torch.ones(3, dtype=torch.float64)):
@@ -119,16 +107,6 @@ def test_ones_are_no_weights_bit_for_bit(dtype, schedule, backend, small_chunks)
         out, grads = run(hidden, weight, schedule, loss)
         results.append((*out, *grads))
     for a, b in zip(*results, strict=True):
-        assert torch.equal(a, b)
-
-
-@each_method
-def test_ones_are_no_weights_in_any_method(name):
-    hidden, weight, labels = inputs(dtype=torch.float32)
-    ref = -9 * torch.rand(6)
-    ones = torch.ones(3, dtype=torch.float64)
-    results = [run(hidden, weight, "resident", method_loss(labels, name, w, ref)) for w in (None, ones)]
-    for a, b in zip((*results[0][0], *results[0][1]), (*results[1][0], *results[1][1]), strict=True):
         assert torch.equal(a, b)
 
 
@@ -149,6 +127,7 @@ def test_what_is_of_a_pair_does_not_know_its_weight(name):
 
 @each_schedule
 def test_weight_0_leaves_a_pair_without_gradient(schedule, backend, small_chunks):
+    only_thorough(backend == "triton" and schedule != "resident", "interpreted for long")
     hidden, weight, labels = inputs(dtype=torch.float32)
     weights = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
     _, grads = run(
@@ -159,8 +138,7 @@ def test_weight_0_leaves_a_pair_without_gradient(schedule, backend, small_chunks
 
 
 @each_method
-@pytest.mark.parametrize("schedule", ["resident", "recompute"])
-def test_weight_0_wins_over_an_impossible_answer(name, schedule, backend):
+def test_weight_0_wins_over_an_impossible_answer(name, backend):
     """A pair whose tokens a mask over the vocabulary forbids has an infinite loss: with weight 0 it has none."""
     hidden, weight, labels = inputs(dtype=torch.float32)
     bias = torch.zeros(VOCAB)
@@ -172,72 +150,17 @@ def test_weight_0_wins_over_an_impossible_answer(name, schedule, backend):
     def loss_of(weights: list[float]) -> Any:
         loss = method_loss(labels, name, torch.tensor(weights, dtype=torch.float64), ref)
         with torch.no_grad():
-            return loss(hidden, weight, bias=bias, schedule=schedule).loss
+            return loss(hidden, weight, bias=bias).loss
 
     assert not math.isfinite(loss_of([1.0, 1.0, 1.0]))
     assert math.isfinite(loss_of([1.0, 0.0, 1.0]))
 
 
-@pytest.mark.parametrize("nll_reduction", ["token", "sequence"])
-def test_micro_batches_add_up(nll_reduction):
-    """With the whole batch's counts, which know no weights, as without them."""
-    hidden, weight, labels = inputs(4)
-    weights = torch.tensor([0.5, 0.0, 2.0, 1.0], dtype=torch.float64)
-    counts = {"nll_denominator": int((labels[:4] != IGNORE).sum()) if nll_reduction == "token" else 4}
-    counts["pair_denominator"] = 4
-    loss_function = ORPOLoss(nll_reduction=nll_reduction)
-
-    def gradient(pairs: list[int], **counts: int) -> tuple[Tensor, Tensor]:
-        both, leaf = [*pairs, *(4 + i for i in pairs)], weight.clone().requires_grad_()
-        loss = loss_function(hidden[both], leaf, labels[both], pair_weight=weights[pairs], **counts).loss
-        return loss.detach(), *torch.autograd.grad(loss, leaf)
-
-    micro = [gradient([i], **counts) for i in range(4)]
-    for whole, parts in zip(gradient([0, 1, 2, 3]), zip(*micro, strict=True), strict=True):
-        torch.testing.assert_close(sum(parts), whole)
-
-
-@share_fixtures
-@given(
-    seed=st.integers(0, 2**31),
-    pairs=st.integers(1, 4),
-    num_rows=st.integers(0, 30),
-    schedule=st.sampled_from(("auto", "resident", "recompute")),
-)
-def test_rows_of_any_layout(seed, pairs, num_rows, schedule, small_chunks):
-    """Rows in any order whose positions repeat, against the definition."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = random_rows(generator, 12, VOCAB, pairs, num_rows, weighted=True)
-    hidden = torch.randn(12, SIZE, generator=generator, dtype=torch.float64)
-    weight = torch.randn(VOCAB, SIZE, generator=generator, dtype=torch.float64)
-
-    def results(loss: Any, **options: Any) -> tuple:
-        leaves = [t.clone().requires_grad_() for t in (hidden, weight)]
-        out = loss(*leaves, rows, beta=0.3, **options)
-        return *out, *torch.autograd.grad(out.loss, leaves)
-
-    ours, truth = (
-        results(orpo_loss_from_rows, schedule=schedule, limits=small_chunks),
-        results(reference.orpo_loss_from_rows),
-    )
-    for value, true in zip(ours, truth, strict=True):
-        torch.testing.assert_close(value, true, rtol=1e-9, atol=1e-12)
-
-
-# --- under torch.compile ---------------------------------------------------------------------------------------------
-
-
-def test_weights_enter_a_graph():
+def test_a_bad_weight_is_refused_inside_a_graph():
+    """`test_graph.py` has good ones."""
     torch._dynamo.reset()
     hidden, weight, labels = inputs(dtype=torch.float32)
-    weights = torch.tensor([0.0, 2.5, 0.3], dtype=torch.float64)
-
     compiled = torch.compile(orpo_loss, fullgraph=True, backend="aot_eager")
-    eager, found = (
-        run(hidden, weight, "auto", partial(loss, labels=labels, pair_weight=weights)) for loss in (orpo_loss, compiled)
-    )
-    for a, b in zip((*eager[0], *eager[1]), (*found[0], *found[1]), strict=True):
-        assert relative_error(b, a) <= 1e-6
     with pytest.raises(ValueError, match=r"pair_weight is -1.0 for pair 1"):
         compiled(hidden, weight, labels, pair_weight=torch.tensor([0.0, -1.0, 0.3], dtype=torch.float64))
 
@@ -266,7 +189,6 @@ BAD = {
     "device": (torch.ones(2, dtype=torch.float64, device="meta"), TypeError, "pair_weight is on meta"),
     "gradient": (torch.ones(2, dtype=torch.float64, requires_grad=True), TypeError, "pair_weight requires grad"),
 }
-BAD_VALUES = {"negative": -0.5, "infinite": math.inf, "not a number": math.nan}
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -281,10 +203,10 @@ def test_bad_weights_are_a_sentence(case):
 
 
 @each_method
-@pytest.mark.parametrize("case", BAD_VALUES)
-def test_bad_values_are_a_sentence(name, case):
+@pytest.mark.parametrize("value", [-0.5, math.inf, math.nan])
+def test_bad_values_are_a_sentence(name, value):
     hidden, weight, labels = inputs(2)
-    weights = torch.tensor([1.0, BAD_VALUES[case]], dtype=torch.float64)
+    weights = torch.tensor([1.0, value], dtype=torch.float64)
     with pytest.raises(ValueError, match=r"pair_weight is \S+ for pair 1: weights must be finite and at least 0"):
         method_loss(labels, name, weights, torch.zeros(4))(hidden, weight)
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +20,7 @@ from benchmarks.contest import training_step
 from benchmarks.contest.training_step import OURS, PARTS, SHARED, TRL, Bench, Case
 from benchmarks.report import plots, tables
 
+from .processes import python
 from .training import chat_examples, tiny, tokenizer
 
 CASE = Case("tiny", "none", max_length=60, pairs=2)
@@ -104,9 +103,7 @@ with ProcessPeak(torch.device("cpu")) as peak:
     torch.ones(2**25).sum()
 print((peak.nbytes - nothing.nbytes) / 2**30)
 """
-    run = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[1], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert 0.1 < float(run.stdout) < 0.15
+    assert 0.1 < float(python("-c", script)) < 0.15
 
 
 def test_the_peak_of_steps(bench):
