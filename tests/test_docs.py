@@ -1,4 +1,4 @@
-"""The documents hang together: links lead somewhere, the site lists every page, the README stays short."""
+"""The documents hang together: links lead somewhere, the site lists every page, the README is short and runs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
@@ -38,3 +39,24 @@ def test_the_site_lists_every_page() -> None:
 
 def test_the_readme_is_read_in_minutes() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_the_readmes_code_runs() -> None:
+    pytest.importorskip("transformers")
+    from .training import tiny, tokenizer
+
+    ids = torch.randint(len(tokenizer()), (4, 9))
+    names = {
+        "model": tiny(),
+        "tokenizer": tokenizer(),
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "labels": torch.where(torch.arange(9) < 4, -100, ids),
+        "examples": [{"prompt": "2 + 2 = ", "chosen": "four", "rejected": "five"}] * 2,
+    }
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block, names)
+    assert names["model"].lm_head.weight.grad.isfinite().all()
+    assert names["loss"].isfinite()

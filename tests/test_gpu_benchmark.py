@@ -74,11 +74,8 @@ def test_kernels_beside_a_copy_and_beside_products() -> None:
     assert found["kernels/statistics/640"]["bytes"] == logits + 24 * 51
     for record in found.values():
         assert record["ours"] > 0
-        assert math.isclose(record.get("share", record.get("ratio")), _quotient(record))
-
-
-def _quotient(record: dict[str, Any]) -> float:
-    return record["copy"] / record["ours"] if "bytes" in record else record["ours"] / record["GEMM"]
+        quotient = record["copy"] / record["ours"] if "bytes" in record else record["ours"] / record["GEMM"]
+        assert math.isclose(record.get("share", record.get("ratio")), quotient)
 
 
 def test_the_row_wise_kernels_are_given_what_they_take() -> None:
@@ -210,23 +207,18 @@ def test_a_few_tiles_are_tried_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None
     assert len({tiles.name_of(tile) for tile in found}) == len(found)
 
 
-def test_tiles_of_a_file_would_be_in_the_place_of_those_that_are_tried(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("ORPO_KERNELS_TILES", "tiles.json")
-    results = Results(tmp_path, {})
-    run.run(SMALL, results, 60, [run.Part("tiles", 1, tiles.cases)])
-    assert results.cases["tiles"]["skipped"].startswith("ORPO_KERNELS_TILES is set")
-
-
 def test_a_part_that_cannot_be_listed_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without a driver; and tiles of a file would be in the place of those that are tried."""
+
     def without_a_driver() -> None:
         raise RuntimeError("0 active drivers")
 
     monkeypatch.setattr(tiles, "current_target", without_a_driver)
-    results = Results(tmp_path, {})
-    run.run(SMALL, results, 60, [run.Part("tiles", 1, tiles.cases)])
-    assert results.cases == {"tiles": {"skipped": "0 active drivers"}}
+    for name, reason in (("", "0 active drivers"), ("tiles.json", "ORPO_KERNELS_TILES is set")):
+        monkeypatch.setenv("ORPO_KERNELS_TILES", name)
+        results = Results(tmp_path / name / "results", {})
+        run.run(SMALL, results, 60, [run.Part("tiles", 1, tiles.cases)])
+        assert results.cases["tiles"]["skipped"].startswith(reason)
 
 
 def test_sparse_eps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,9 +235,7 @@ def test_sparse_eps(monkeypatch: pytest.MonkeyPatch) -> None:
     assert page._sparse(found).rows[0][0] == "frozen"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The tests
-# ---------------------------------------------------------------------------------------------------------------------
+# --- the tests -------------------------------------------------------------------------------------------------------
 
 LINES = """\
 [gw0] [ 20%] PASSED tests/gpu/test_a.py::test_one[hidden states-triton]
@@ -291,9 +281,7 @@ def test_as_many_processes_as_have_room(free: int, count: int, monkeypatch: pyte
     assert right.processes(replace(SMALL, device="cuda")) == count
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The run
-# ---------------------------------------------------------------------------------------------------------------------
+# --- the run ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -384,9 +372,7 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) ->
     assert "start anew without --resume" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Goals and documents, of made-up results
-# ---------------------------------------------------------------------------------------------------------------------
+# --- goals and documents, of made-up results -------------------------------------------------------------------------
 
 
 def contest(**seconds: float | None) -> dict[str, Any]:

@@ -14,27 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from benchmarks.contest import host
 from orpo_kernels import orpo_loss
 from orpo_kernels.devices import GPU_KIND, KINDS
 from orpo_kernels.ops import is_interpreted, why_not
 
 # Views, and memory that nobody fills, do no work.
-NO_WORK = (
-    "view",
-    "expand",
-    "as_strided",
-    "slice",
-    "select",
-    "split",
-    "unbind",
-    "detach",
-    "empty",
-    "squeeze",
-    ".t.",
-    "transpose",
-    "alias",
-)
+NO_WORK = "view expand as_strided slice select split unbind detach empty squeeze .t. transpose alias"
 PAIRS, LENGTH, HIDDEN, VOCAB = 2, 12, 16, 50
 # Of a forward and a backward pass with one product per GEMM in it.
 ALLOWED = {"evaluation": 8, "frozen": 14, "trained": 15}
@@ -47,7 +32,7 @@ class Operations(TorchDispatchMode):
         self.counts: Counter[str] = Counter()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not any(word in str(function) for word in NO_WORK):
+        if not any(word in str(function) for word in NO_WORK.split()):
             self.counts[str(function)] += 1
         return function(*args, **(kwargs or {}))
 
@@ -108,8 +93,3 @@ def test_a_call_is_few_launches_on_a_gpu(case, operations_of_a_gpu):
     assert not any("nonzero" in name for name in counts)
     expected = orpo_loss(hidden, weight, labels, shift=True, backend="torch").loss
     torch.testing.assert_close(out.loss, expected)
-
-
-@pytest.mark.parametrize("head", host.GOALS)
-def test_the_benchmark_of_it_compares_equal_losses(head):
-    assert min(host.measure(head, rounds=2)) > 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -25,84 +26,75 @@ from orpo_kernels.ops import triton as triton_ops
 ROWS, VOCAB, SIZE = 3, 40, 17
 TARGET = torch.tensor([0, 17, 39])
 POSITION = torch.tensor([2, 0, 2])
+COLUMNS = torch.tensor([0, 17, 18, 39])
+GENERATOR = torch.Generator().manual_seed(0)
+LOGITS, HIDDEN, MORE = (torch.randn(ROWS, n, generator=GENERATOR).half() for n in (VOCAB, SIZE, SIZE))
+WEIGHT = torch.randn(VOCAB, SIZE, generator=GENERATOR).half() / 4
+OF_ROWS = torch.rand(ROWS, generator=GENERATOR)
+LSE_OTHERS = torch_ops.statistics(LOGITS.double(), TARGET, 1.0, None)[1]
+
+Put = Callable[[Tensor], Tensor]
 
 
-@pytest.fixture
-def apart(tmp_path: Path) -> Callable[[Tensor], Tensor]:
-    """Copies of matrices with their rows 2^30 elements apart."""
+def residual(ops: ModuleType, put: Put) -> tuple[Tensor, ...]:
+    logits = put(LOGITS)
+    return ops.residual_(logits, TARGET, 1.0, None), logits
 
-    def copy(matrix: Tensor) -> Tensor:
-        rows, columns = matrix.shape
+
+def statistics(ops: ModuleType, put: Put) -> tuple[Tensor, ...]:
+    return ops.statistics(put(LOGITS), TARGET, 1.0, None)
+
+
+def recomputed_residual(ops: ModuleType, put: Put) -> tuple[Tensor, ...]:
+    logits = put(LOGITS)
+    ops.recomputed_residual_(logits, TARGET, LSE_OTHERS, 1.0, None)
+    return (logits,)
+
+
+def project_log_odds(ops: ModuleType, put: Put) -> tuple[Tensor, ...]:
+    x = put(HIDDEN)
+    weight = WeightSlices(WEIGHT.to(x.dtype), x.dtype, VOCAB)
+    return ops.project_log_odds(x, weight, None, TARGET, 1.0, None, None)
+
+
+def project_residual(ops: ModuleType, put: Put) -> tuple[Tensor, ...]:
+    x, out = put(HIDDEN), put(LOGITS)
+    ops.project_residual(x, WEIGHT.to(x.dtype), None, TARGET, LSE_OTHERS, 1.0, None, out)
+    return (out,)
+
+
+def gather_and_scatter(ops: ModuleType, put: Put) -> tuple[Tensor, ...]:
+    hidden, coefficient = put(HIDDEN), OF_ROWS.double() if ops is torch_ops else OF_ROWS
+    gathered = ops.gather_rows(hidden, POSITION, coefficient, torch.float32)
+    ops.scatter_rows_(hidden, POSITION, put(MORE), coefficient)
+    return gathered, hidden
+
+
+def columns(ops: ModuleType, put: Put) -> tuple[Tensor, ...]:
+    found = put(LOGITS)
+    weight = OF_ROWS.double() if ops is torch_ops else OF_ROWS
+    return *ops.column_statistics(found, weight), *ops.gather_columns(found, COLUMNS)
+
+
+OPERATIONS = (
+    residual,
+    statistics,
+    recomputed_residual,
+    project_log_odds,
+    project_residual,
+    gather_and_scatter,
+    columns,
+)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.__name__)
+def test_rows_that_lie_far_apart(operation, tmp_path: Path):
+    def far_apart(matrix: Tensor) -> Tensor:
+        rows, width = matrix.shape
         stride = 2**30
         file = tmp_path / str(len(list(tmp_path.iterdir())))
-        storage = torch.from_file(str(file), shared=True, size=(rows - 1) * stride + columns, dtype=matrix.dtype)
-        return storage.as_strided((rows, columns), (stride, 1)).copy_(matrix)
+        storage = torch.from_file(str(file), shared=True, size=(rows - 1) * stride + width, dtype=matrix.dtype)
+        return storage.as_strided((rows, width), (stride, 1)).copy_(matrix)
 
-    return copy
-
-
-def half(*shape: int) -> Tensor:
-    return torch.randn(*shape).half()
-
-
-def assert_close(value: Tensor, truth: Tensor) -> None:
-    torch.testing.assert_close(value.double(), truth.double(), rtol=4e-3, atol=4e-3)
-
-
-def test_residual(apart):
-    logits = half(ROWS, VOCAB)
-    ours, truth = apart(logits), logits.double()
-    log_odds = triton_ops.residual_(ours, TARGET, 1.0, None)
-    assert_close(log_odds, torch_ops.residual_(truth, TARGET, 1.0, None))
-    assert_close(ours, truth)
-
-
-def test_projections(apart):
-    x, w = half(ROWS, SIZE), half(VOCAB, SIZE) / 4
-    log_odds, lse_others = triton_ops.project_log_odds(
-        apart(x), WeightSlices(w, x.dtype, VOCAB), None, TARGET, 1.0, None, None
-    )
-    exact = WeightSlices(w.double(), torch.float64, VOCAB)
-    truth = torch_ops.project_log_odds(x.double(), exact, None, TARGET, 1.0, None, None)
-    assert_close(log_odds, truth[0])
-    assert_close(lse_others, truth[1])
-
-    ours, residual = apart(half(ROWS, VOCAB)), torch.empty(ROWS, VOCAB, dtype=torch.float64)
-    triton_ops.project_residual(apart(x), w, None, TARGET, lse_others, 1.0, None, ours)
-    torch_ops.project_residual(x.double(), w.double(), None, TARGET, lse_others, 1.0, None, residual)
-    assert_close(ours, residual)
-
-
-def test_gather_and_scatter(apart):
-    hidden, rows, coefficient = half(ROWS, SIZE), half(ROWS, SIZE), torch.randn(ROWS)
-    ours = triton_ops.gather_rows(apart(hidden), POSITION, coefficient, torch.float32)
-    assert_close(ours, torch_ops.gather_rows(hidden, POSITION, coefficient, torch.float32))
-    ours, truth = apart(hidden), hidden.double()
-    triton_ops.scatter_rows_(ours, POSITION, apart(rows), coefficient)
-    torch_ops.scatter_rows_(truth, POSITION, rows.double(), coefficient.double())
-    assert_close(ours, truth)
-
-
-def test_columns(apart):
-    residual, columns = half(ROWS, VOCAB), torch.tensor([0, 17, 18, 39])
-    weight = torch.rand(ROWS)
-    for ours, truth in zip(
-        triton_ops.column_statistics(apart(residual), weight),
-        torch_ops.column_statistics(residual, weight),
-        strict=True,
-    ):
-        assert_close(ours, truth)
-    entries, sums = triton_ops.gather_columns(apart(residual), columns)
-    assert torch.equal(entries, residual[:, columns])
-    assert_close(sums, torch_ops.gather_columns(residual, columns)[1])
-
-
-def test_statistics_and_recomputed_residual(apart):
-    logits = half(ROWS, VOCAB)
-    ours, truth = apart(logits), logits.double()
-    statistics = torch_ops.statistics(truth, TARGET, 1.0, None)
-    for value, expected in zip(triton_ops.statistics(ours, TARGET, 1.0, None), statistics, strict=True):
-        assert_close(value, expected)
-    triton_ops.recomputed_residual_(ours, TARGET, statistics[1], 1.0, None)
-    torch_ops.recomputed_residual_(truth, TARGET, statistics[1], 1.0, None)
-    assert_close(ours, truth)
+    for ours, truth in zip(operation(triton_ops, far_apart), operation(torch_ops, Tensor.double), strict=True):
+        torch.testing.assert_close(ours.double(), truth.double(), rtol=4e-3, atol=4e-3)

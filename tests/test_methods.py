@@ -1,8 +1,8 @@
-"""SFT, DPO, SimPO and CPO: the definitions in float64, and TRL's own trainers."""
+"""SFT, DPO, SimPO and CPO: the definitions in float64, groups of pairs and of ranks, and TRL's own trainers."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -12,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from orpo_kernels import preference_loss_from_rows, reference, rows_from_labels
+from orpo_kernels import PreferenceOutput, plan, preference_loss_from_rows, reference, rows_from_labels
 from orpo_kernels.methods import CPO, DPO, METHODS, ORPO, SFT, Method, SimPO, method_named
+
+from .ranks import Ranks, topology
 
 LENGTH, SIZE, VOCAB = 7, 12, 41
 each_method = pytest.mark.parametrize("name", METHODS)
@@ -153,17 +155,6 @@ def test_nothing_at_all_is_zero(name):
     assert not out.valid_pairs.any()
 
 
-@pytest.mark.parametrize("name", ["sft", "dpo", "simpo", "cpo"])
-def test_denominators_make_micro_batches_exact(name):
-    method = method_named(name, alpha=1.0)
-    hidden, weight, labels, ref = make(4)
-    whole = ours(hidden, weight, labels, method, ref).loss
-    counts = {"nll_denominator": int((labels[:4] != -100).sum()), "pair_denominator": 4}
-    parts = [[0, 4], [1, 2, 3, 5, 6, 7]]
-    total = sum(ours(hidden[p], weight, labels[p], method, ref[p], **counts).loss for p in parts)
-    torch.testing.assert_close(total, whole)
-
-
 def test_bad_input_is_a_sentence():
     hidden, weight, labels, ref = make(2)
     with pytest.raises(ValueError, match=r"reference_logps has shape \(3,\), but the batch has 2 pairs"):
@@ -177,11 +168,127 @@ def test_bad_input_is_a_sentence():
     assert method_named("simpo", gamma=None) == SimPO()
 
 
+# --- what the loss of one method can, that of every method can --------------------------------------------------------
+
+
+def inputs(name: str) -> tuple[list[Tensor], dict[str, Any]]:
+    """Leaves, hidden and weight, and the other arguments of `preference_loss_from_rows`."""
+    hidden, weight, labels, ref = make(4, torch.float32)
+    return call(name, hidden, weight, labels, ref)
+
+
+def call(name: str, hidden: Tensor, weight: Tensor, labels: Tensor, ref: Tensor) -> tuple[list[Tensor], dict[str, Any]]:
+    given = ref if METHODS[name].needs_reference else None
+    options = {"rows": rows_from_labels(labels), "method": METHODS[name](), "reference_logps": given}
+    return [hidden.flatten(0, 1).requires_grad_(), weight.requires_grad_()], options
+
+
+def gradients(out: PreferenceOutput, leaves: list[Tensor]) -> list[Tensor]:
+    return [*out, *torch.autograd.grad(3 * out.loss, leaves)]
+
+
+def assert_all_close(some: list[Tensor], others: list[Tensor], rtol: float = 1e-5, atol: float = 1e-6) -> None:
+    for a, b in zip(some, others, strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+
+
+@each_method
+def test_groups_of_pairs(name):
+    """A residual that does not fit as a whole: pair by pair, in fp32."""
+    leaves, rest = inputs(name)
+    rows = rest["rows"]
+    budget = 4 * VOCAB * (SIZE + rows.largest_pair() + 2)
+    assert plan(len(rows), SIZE, VOCAB, memory_budget=budget, largest_pair=rows.largest_pair).group_rows
+    options = {"schedule": "resident", "memory_budget": budget}
+    in_groups = gradients(preference_loss_from_rows(*leaves, **rest, **options), leaves)
+    assert_all_close(in_groups, gradients(preference_loss_from_rows(*leaves, **rest), leaves))
+
+
+@each_method
+def test_a_compiled_graph_without_a_break(name):
+    torch._dynamo.reset()
+    leaves, rest = inputs(name)
+    compiled = torch.compile(preference_loss_from_rows, fullgraph=True, backend="aot_eager")
+    found = gradients(compiled(*leaves, **rest), leaves)
+    assert_all_close(found, gradients(preference_loss_from_rows(*leaves, **rest), leaves))
+
+
+def part(name: str, kind: str) -> list[Tensor]:
+    """This rank's share of the batch: loss, and gradients of hidden states and weight, whole, 0 where others are."""
+    hidden, weight, labels, ref = make(4, torch.float32)
+    rank = torch.distributed.get_rank()
+    held = torch.zeros(labels.shape, dtype=torch.bool)  # positions of this rank
+    columns = slice(0, VOCAB)
+    if kind == "data":
+        held.view(2, 4, LENGTH)[:, slice(0, 1) if rank == 0 else slice(1, 4)] = True
+        pairs = held[:, 0].nonzero().squeeze(1)
+        leaves, rest = call(name, hidden[pairs], weight, labels[pairs], ref[pairs])
+    elif kind == "sequence":
+        held[:, slice(0, 5) if rank == 0 else slice(5, LENGTH)] = True
+        leaves, rest = call(name, hidden[:, held[0]], weight, labels[:, held[0]], ref)
+    else:
+        held[:] = True
+        columns = slice(0, 13) if rank == 0 else slice(13, VOCAB)
+        leaves, rest = call(name, hidden, weight[columns], labels, ref)
+    out = preference_loss_from_rows(*leaves, **rest, **{f"{kind}_group": topology().world})
+    grads = torch.zeros_like(hidden), torch.zeros_like(weight)
+    grads[0][held], grads[1][columns] = torch.autograd.grad(out.loss, leaves)
+    return [out.loss.detach(), *grads]
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    with Ranks(2) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("kind", ["data", "vocab", "sequence"])
+@each_method
+def test_two_ranks_are_one_process(name, kind, ranks):
+    """Gradients are averaged over data and sequence groups; over a vocabulary, those of hidden states are whole."""
+    leaves, rest = inputs(name)
+    loss = preference_loss_from_rows(*leaves, **rest).loss
+    of_hidden, of_weight = torch.autograd.grad(loss, leaves)
+    losses, hiddens, weights = zip(*ranks.run(part, name, kind), strict=True)
+    total = sum(weights) if kind == "vocab" else sum(weights) / 2
+    found = [(sum(hiddens) / 2).flatten(0, 1), total]
+    torch.testing.assert_close(sum(losses) / 2, loss.detach(), rtol=1e-5, atol=1e-6)
+    assert_all_close(found, [of_hidden, of_weight], rtol=1e-4)
+
+
+@dataclass(frozen=True)
+class Squared(Method):
+    """A method of a user's, who gives its pair loss alone."""
+
+    name = "squared"
+
+    def pair_losses(self, scores: Tensor, reference: Tensor | None = None) -> Tensor:
+        chosen, rejected = scores.view(2, -1)
+        return (1 - self.beta * (chosen - rejected)) ** 2
+
+
+def test_a_method_of_a_users_has_its_gradient_by_autograd():
+    leaves, rest = inputs("simpo")
+    hidden, weight = leaves
+    rows, method = rest["rows"], Squared(beta=0.3)
+    out = preference_loss_from_rows(hidden, weight, rows, method)
+    logps = (hidden.double() @ weight.double().t()).log_softmax(-1)[rows.position, rows.target]
+    scores = torch.zeros(8, dtype=torch.float64).index_add(0, rows.sequence, logps)
+    expected = method.pair_losses(scores).mean()
+    torch.testing.assert_close(out.loss.double(), expected, rtol=1e-5, atol=1e-6)
+    ours, theirs = (torch.autograd.grad(loss, leaves) for loss in (out.loss, expected))
+    assert_all_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 # --- TRL -----------------------------------------------------------------------------------------------------------
 
 
 def tokenised(row: dict[str, Any]) -> dict[str, list[int]]:
-    """A row of a TRL trainer's dataset as a pair of ours: CPO has the same columns, DPO the parts of them."""
+    """A row of a TRL trainer's dataset as a pair of ours: CPO has the same columns, DPO the parts of them, SFT one."""
+    if "input_ids" in row:
+        prompt = row["labels"].count(-100)
+        rejected = {"rejected_input_ids": row["input_ids"][:prompt], "rejected_labels": [-100] * prompt}
+        return {"chosen_input_ids": row["input_ids"], "chosen_labels": row["labels"], **rejected}
     if "chosen_input_ids" in row:
         return {key: row[key] for key in row if key.split("_", 1)[-1] in ("input_ids", "labels")}
     prompt = row["prompt_ids"]
@@ -202,7 +309,7 @@ def trl_trainer(name: str, model: nn.Module, folder: Any, **options: Any) -> Any
     from .training import chat_examples, settings, tokenizer
 
     arguments = settings(folder, max_length=96, **options)
-    data, extra = chat_examples(8), {}
+    data = chat_examples(8)
     if name == "sft":
         trainer, config = SFTTrainer, SFTConfig(**arguments, completion_only_loss=True, packing=False)
         data = [{"prompt": example["prompt"], "completion": example["chosen"]} for example in data]
@@ -212,9 +319,7 @@ def trl_trainer(name: str, model: nn.Module, folder: Any, **options: Any) -> Any
         cpo = {"cpo": {"beta": 0.3, "cpo_alpha": 0.7}, "simpo": {"beta": 2.0, "simpo_gamma": 1.2, "cpo_alpha": 0.5}}
         loss_type = "simpo" if name == "simpo" else "sigmoid"
         trainer, config = CPOTrainer, CPOConfig(**arguments, loss_type=loss_type, **cpo[name])
-    return trainer(
-        model=model, args=config, train_dataset=Dataset.from_list(data), processing_class=tokenizer(), **extra
-    )
+    return trainer(model=model, args=config, train_dataset=Dataset.from_list(data), processing_class=tokenizer())
 
 
 SAME = {
@@ -240,11 +345,7 @@ def test_loss_and_gradient_are_those_of_trls_trainer(name, packing, tmp_path):
     theirs = trl_trainer(name, tiny(), tmp_path)
     rows = [theirs.train_dataset[index] for index in range(4)]
     batch = theirs._prepare_inputs(theirs.data_collator(rows))
-    if name == "sft":
-        pairs = [_with_no_answer(row) for row in rows]
-    else:
-        pairs = [tokenised(row) for row in rows]
-    mine = {"padded": pad_pairs, "shared": pack_pairs}[packing](pairs, 2)
+    mine = {"padded": pad_pairs, "shared": pack_pairs}[packing]([tokenised(row) for row in rows], 2)
     if name == "dpo":
         mine["reference_logps"] = causal_lm_answers(tiny(), **mine).logps
     _move(model), _move(theirs.model)
@@ -266,16 +367,6 @@ def _move(model: nn.Module) -> None:
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
 
 
-def _with_no_answer(row: dict[str, Any]) -> dict[str, Any]:
-    prompt = row["labels"].count(-100)
-    return {
-        "chosen_input_ids": row["input_ids"],
-        "chosen_labels": row["labels"],
-        "rejected_input_ids": row["input_ids"][:prompt],
-        "rejected_labels": [-100] * prompt,
-    }
-
-
 @pytest.mark.parametrize("name", SAME)
 def test_a_run_logs_what_trls_logs(name, tmp_path):
     """Four steps from the same weights on the same tokens: losses, gradient norms and all metrics of TRL's we have."""
@@ -288,7 +379,7 @@ def test_a_run_logs_what_trls_logs(name, tmp_path):
     from .training import assert_same_logs, settings, tiny, tokenizer
 
     theirs = trl_trainer(name, tiny(), tmp_path / "theirs")
-    pairs = [_with_no_answer(row) if name == "sft" else tokenised(row) for row in theirs.train_dataset]
+    pairs = [tokenised(row) for row in theirs.train_dataset]
     if name == "sft":  # something to be left out
         pairs = [
             {**p, "rejected_input_ids": p["chosen_input_ids"], "rejected_labels": p["chosen_labels"]} for p in pairs

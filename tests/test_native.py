@@ -7,10 +7,8 @@ the kernels without Python in `native/tests`, which the last test here builds an
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -19,18 +17,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from orpo_kernels import backends, ops, orpo_loss
-from orpo_kernels.engine.gemm import WeightSlices
-from orpo_kernels.engine.objective import sequence_sums
 from orpo_kernels.ops import resolve, torch_ops, why_not
 
-from .batches import random_rows, relative_error
+from .batches import relative_error
+from .processes import ROOT, python
 from .threads import assert_same_bits_on_any_number_of_threads
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).parents[1]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 REASON = why_not("native", CPU)
 
@@ -95,9 +90,7 @@ def assert_as_good(ours: Tensor, mirror: Tensor, true: Tensor, size: float = 1.0
     torch.testing.assert_close(ours[~is_number], mirror[~is_number], equal_nan=True, rtol=1e-5, atol=0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Values
-# ---------------------------------------------------------------------------------------------------------------------
+# --- values ----------------------------------------------------------------------------------------------------------
 
 
 @built
@@ -182,23 +175,6 @@ def test_gather_and_scatter(dtype, seed, size, rows):
 
 
 @built
-def test_gather_from_transposed_hidden_states():
-    hidden = torch.randn(9, 6).t()
-    position = torch.tensor([5, 0])
-    assert torch.equal(native.gather_rows(hidden, position, None, torch.float32), hidden[position])
-
-
-@built
-@given(seed=st.integers(0, 2**31), rows=st.sampled_from([0, 1, 30, 3000]), spread=st.sampled_from([1.0, 80.0, 1e6]))
-def test_sequence_sums(seed, rows, spread):
-    generator = torch.Generator().manual_seed(seed)
-    batch = random_rows(generator, 50, 10, 3, rows)
-    log_odds = torch.randn(rows, generator=generator, dtype=torch.float64) * spread
-    for ours, mirror in zip(native.sequence_sums(log_odds, batch), sequence_sums(log_odds, batch), strict=True):
-        torch.testing.assert_close(ours, mirror, rtol=1e-12, atol=1e-300)
-
-
-@built
 def test_exp_is_exact_to_two_units_of_the_last_place():
     """Every 4099th float; `native/tests/test_vec_math.cpp` does the same for each instruction set."""
     x = torch.arange(-(2**31), 2**31, 4099).to(torch.int32).view(torch.float32)
@@ -211,9 +187,7 @@ def test_exp_is_exact_to_two_units_of_the_last_place():
     assert (same | ((y.double() - true).abs() <= 2 * spacing)).all()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Threads and processes
-# ---------------------------------------------------------------------------------------------------------------------
+# --- threads and processes -------------------------------------------------------------------------------------------
 
 
 def results(dtype: torch.dtype = torch.float32, softcap: float | None = None) -> list[Tensor]:
@@ -231,35 +205,8 @@ def results(dtype: torch.dtype = torch.float32, softcap: float | None = None) ->
 
 @built
 @dtypes
-def test_the_same_bits_on_any_number_of_threads(dtype):
-    """Each kernel alone."""
-    logits = torch.randn(37, 3001).to(dtype)
-    target, position = torch.randint(3001, (37,)), torch.randint(5, (37,))
-    coefficient, columns = torch.randn(37), torch.arange(1, 3001, 3)
-    runs = []
-    for threads in (1, 2, 3, 7):
-        z, recomputed, out = logits.clone(), logits.clone(), logits[:5].clone()
-        gathered = torch.empty_like(logits)
-        m, m_again, lse = torch.empty(3, 37, dtype=torch.float64)
-        _native.residual_(z, target, m, 1.0, None, threads)
-        _native.statistics(logits, target, m_again, lse, 1.0, None, threads)
-        _native.recomputed_residual_(recomputed, target, lse, 1.0, None, threads)
-        _native.gather_rows(logits, position, coefficient, gathered, threads)
-        _native.scatter_rows_(out, position, logits, coefficient, threads)
-        peak, mass = torch.empty(2, 3001)
-        _native.column_statistics(z, coefficient.abs(), peak, mass, threads)
-        entries, sums = logits.new_empty(37, 1000), torch.empty(37, dtype=torch.float64)
-        _native.gather_columns(z, columns, entries, sums, threads)
-        assert torch.equal(m, m_again)
-        runs.append((z, m, lse, recomputed, gathered, out, peak, mass, entries, sums))
-    for run in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
-
-
-@built
-@dtypes
 def test_a_whole_call_has_the_same_bits_on_any_number_of_threads(dtype):
-    """But for the library's products, which promise no such thing: MKL's and oneDNN's have other bits on more."""
+    """But for the library's products: MKL's and oneDNN's have other bits on more. `test_sparse.py` has the columns'."""
     assert_same_bits_on_any_number_of_threads(lambda: results(dtype))
 
 
@@ -315,7 +262,7 @@ if child == 0:
     os._exit(0 if torch.equal(residual(z), parents) else 1)
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
-    assert python(script).returncode == 0
+    python("-c", script)
 
 
 @built
@@ -324,11 +271,6 @@ def test_threads_are_those_of_torch():
     info = torch.__config__.parallel_info()
     if "ATen parallel backend: OpenMP" in info:
         assert "omp" in _native.thread_source()
-
-
-def python(script: str, **variables: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, **variables}
-    return subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 @built
@@ -343,8 +285,7 @@ torch.save((_native.isa(), [results(), results(torch.bfloat16, 5.0), results(tor
     expected = [results(), results(torch.bfloat16, 5.0), results(torch.float16)]
     assert _native.isa() in _native.isas()
     for isa in _native.isas():
-        run = python(script.replace("FILE", repr(str(tmp_path / isa))), ORPO_KERNELS_ISA=isa)
-        assert run.returncode == 0, run.stderr
+        python("-c", script.replace("FILE", repr(str(tmp_path / isa))), ORPO_KERNELS_ISA=isa)
         name, found = torch.load(tmp_path / isa)
         assert name == isa
         for ours, true, eps in zip(found, expected, (1e-6, 1e-2, 2e-3), strict=True):
@@ -354,20 +295,18 @@ torch.save((_native.isa(), [results(), results(torch.bfloat16, 5.0), results(tor
 
 @built
 def test_an_instruction_set_that_is_not_there():
-    run = python(
-        "import orpo_kernels; print(orpo_kernels.backends()['native']); print(orpo_kernels.ops.resolve('auto', "
-        "__import__('torch').device('cpu')))",
-        ORPO_KERNELS_ISA="mmx",
-    )
-    reason, backend = run.stdout.splitlines()
+    script = """
+import torch, orpo_kernels
+print(orpo_kernels.backends()["native"])
+print(orpo_kernels.ops.resolve("auto", torch.device("cpu")))
+"""
+    reason, backend = python("-c", script, ORPO_KERNELS_ISA="mmx").splitlines()
     assert "ORPO_KERNELS_ISA is 'mmx', this processor has" in reason
     assert _native.isas()[-1] in reason
     assert backend == "torch"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is served, and what is said where it is not
-# ---------------------------------------------------------------------------------------------------------------------
+# --- what is served, and what is said where it is not ----------------------------------------------------------------
 
 
 @built
@@ -396,39 +335,21 @@ def test_without_the_module_there_is_a_reason_and_torch(monkeypatch):
 @built
 def test_wrong_arguments_name_both_sides():
     z, target, m = torch.randn(3, 8), torch.tensor([0, 1, 2]), torch.empty(3, dtype=torch.float64)
-    for wrong, error, message in (
-        (lambda: _native.residual_(z, target[:2], m, 1.0, None, 1), ValueError, r"target has shape \(2\).*\(3\)"),
-        (lambda: _native.residual_(z[0], target, m, 1.0, None, 1), ValueError, r"logits has shape \(8\).*\(any, any\)"),
-        (lambda: _native.residual_(z.double(), target, m, 1.0, None, 1), ValueError, "64 bits.*float32"),
-        (lambda: _native.residual_(z, target, m.float(), 1.0, None, 1), ValueError, "log_odds .*32 bits.* 64"),
-        (
-            lambda: _native.residual_(z.t(), target, m, 1.0, None, 1),
-            ValueError,
-            "the columns of logits are 8 elements apart, they must lie side by side",
-        ),
-        (lambda: _native.residual_(z, target + 6, m, 1.0, None, 1), IndexError, r"target holds 8.*\[0, 8\)"),
-        (lambda: _native.gather_rows(z, target + 1, None, z.clone(), 1), IndexError, r"position holds 3.*\[0, 3\)"),
+    residual, gather = _native.residual_, _native.gather_rows
+    for kernel, arguments, error, message in (
+        (residual, (z, target[:2], m, 1.0, None, 1), ValueError, r"target has shape \(2\).*\(3\)"),
+        (residual, (z[0], target, m, 1.0, None, 1), ValueError, r"logits has shape \(8\).*\(any, any\)"),
+        (residual, (z.double(), target, m, 1.0, None, 1), ValueError, "64 bits.*float32"),
+        (residual, (z, target, m.float(), 1.0, None, 1), ValueError, "log_odds .*32 bits.* 64"),
+        (residual, (z.t(), target, m, 1.0, None, 1), ValueError, "columns of logits are 8 elements apart, they must"),
+        (residual, (z, target + 6, m, 1.0, None, 1), IndexError, r"target holds 8.*\[0, 8\)"),
+        (gather, (z, target + 1, None, z.clone(), 1), IndexError, r"position holds 3.*\[0, 3\)"),
     ):
         with pytest.raises(error, match=message):
-            wrong()
+            kernel(*arguments)
 
 
-@built
-def test_tensors_without_data():
-    """Memory is accounted for on them: results have their shapes, and no kernel is called."""
-    with FakeTensorMode():
-        logits, target = torch.empty(3, 50, dtype=torch.bfloat16), torch.zeros(3, dtype=torch.int64)
-        assert native.residual_(logits, target, 1.0, None).shape == (3,)
-        x = torch.empty(3, 8, dtype=torch.bfloat16)
-        weight = WeightSlices(torch.empty(50, 8, dtype=torch.bfloat16), torch.bfloat16, 50)
-        log_odds, lse_others = native.project_log_odds(x, weight, None, target, 1.0, None, None)
-        assert log_odds.shape == lse_others.shape == (3,)
-        assert native.gather_rows(x, target, None, torch.float32).dtype == torch.float32
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The kernels' own tests
-# ---------------------------------------------------------------------------------------------------------------------
+# --- the kernels' own tests ------------------------------------------------------------------------------------------
 
 HAS_TOOLS = shutil.which("cmake") is not None and any(map(shutil.which, ("c++", "g++", "clang++")))
 

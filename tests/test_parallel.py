@@ -16,18 +16,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from benchmarks.estimates.distributed import PAGE, messages, with_tables
-from orpo_kernels import Limits, ORPOLoss, ORPOOutput, orpo_loss, orpo_loss_from_rows, parallel, plan, token_logps
+from orpo_kernels import Limits, ORPOOutput, orpo_loss, orpo_loss_from_rows, parallel, plan, token_logps
 from orpo_kernels.ops import why_not
 
 from .batches import IGNORE, Batch, answer_logps, batches, plain_loss, random_labels, random_rows, relative_error
-from .ranks import RankError, Ranks, topology
+from .ranks import Ranks, topology
 
 if not dist.is_available():
     pytest.skip("torch.distributed is not in this build of torch", allow_module_level=True)
 
 FP32 = torch.float32
 BACKENDS = [name for name in ("torch", "native", "triton") if why_not(name, torch.device("cpu")) is None]
-LAYOUTS = ("pair", "world")  # two processes (twice), and four
 SMALL_CHUNKS = Limits(chunk_rows=3, chunk_bytes=512, least_columns=5)
 properties = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -161,56 +160,32 @@ def check(ranks: Ranks, batch: Batch, split: dict[str, tuple[str, list[slice]]],
 seeds = st.integers(0, 2**31)
 
 
-@pytest.mark.parametrize("group", LAYOUTS)
-@properties
-@given(batches(), seeds)
-def test_data(ranks, group, batch, seed):
-    """Any number of pairs on a rank, none included; and answers without a label."""
-    parts = cut(len(batch.labels) // 2, 2 if group == "pair" else 4, torch.Generator().manual_seed(seed))
-    check(ranks, batch, {"data": (group, parts)})
+ONE_KIND = [((kind, group),) for kind in ("data", "vocab", "sequence") for group in ("pair", "world")]
+TWO_KINDS = [("data", "vocab"), ("sequence", "vocab"), ("data", "sequence")]
+LAYOUTS = [*ONE_KIND, *(tuple(zip(kinds, ("outer", "inner"), strict=True)) for kinds in TWO_KINDS)]
 
 
-@pytest.mark.parametrize("group", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: " x ".join(map(" ".join, layout)))
 @properties
 @given(batches(), seeds, st.sampled_from(["auto", "resident", "recompute"]), st.sampled_from(BACKENDS))
-def test_vocabulary(ranks, group, batch, seed, schedule, backend):
-    """Uneven shards, every schedule: a frozen head's is single_pass by itself."""
-    size = 2 if group == "pair" else 4
-    if len(batch.weight) < 2 * size:
-        batch = replace(
-            batch, weight=batch.weight.repeat(4, 1), bias=batch.bias.repeat(4) if batch.bias is not None else None
-        )
-    parts = cut(len(batch.weight), size, torch.Generator().manual_seed(seed), least=2)
-    if not batch.train_weight and not batch.train_bias:
-        schedule = "auto"
-    check(ranks, batch, {"vocab": (group, parts)}, schedule=schedule, backend=backend)
+def test_groups_are_one_process(ranks, layout, batch, seed, schedule, backend):
+    """Two processes (twice) or four, alone and on a mesh: any number of pairs, of positions and of tokens on a rank.
 
-
-@pytest.mark.parametrize("group", LAYOUTS)
-@properties
-@given(batches(), seeds)
-def test_sequences(ranks, group, batch, seed):
-    """Cut anywhere, also so that a rank has no position at all."""
-    batch = shifted(batch)
-    parts = cut(batch.labels.shape[1], 2 if group == "pair" else 4, torch.Generator().manual_seed(seed))
-    check(ranks, batch, {"sequence": (group, parts)})
-
-
-@pytest.mark.parametrize("kinds", [("data", "vocab"), ("sequence", "vocab"), ("data", "sequence")])
-@properties
-@given(batches(), seeds)
-def test_two_kinds_on_a_mesh(ranks, kinds, batch, seed):
-    batch, generator = shifted(batch), torch.Generator().manual_seed(seed)
-    if len(batch.weight) < 4:
-        batch = replace(
-            batch, weight=batch.weight.repeat(2, 1), bias=batch.bias.repeat(2) if batch.bias is not None else None
-        )
+    None of the first two included; every schedule (a frozen head's is single_pass by itself), answers without a label.
+    """
+    generator, kinds = torch.Generator().manual_seed(seed), dict(layout)
+    batch = shifted(batch) if "sequence" in kinds else batch
+    if len(batch.weight) < 8:
+        bias = None if batch.bias is None else batch.bias.repeat(4)
+        batch = replace(batch, weight=batch.weight.repeat(4, 1), bias=bias)
     totals = {"data": len(batch.labels) // 2, "vocab": len(batch.weight), "sequence": batch.labels.shape[1]}
     split = {
-        kind: (group, cut(totals[kind], 2, generator, least=2 if kind == "vocab" else 0))
-        for kind, group in zip(kinds, ("outer", "inner"), strict=True)
+        kind: (group, cut(totals[kind], 4 if group == "world" else 2, generator, least=2 if kind == "vocab" else 0))
+        for kind, group in layout
     }
-    check(ranks, batch, split)
+    schedule = schedule if batch.train_weight or batch.train_bias else "auto"
+    backend = backend if layout == (("vocab", "pair"),) or backend != "triton" else "auto"  # interpreted for long
+    check(ranks, batch, split, schedule=schedule, backend=backend)
 
 
 # --- particular cases ----------------------------------------------------------------------------------------------
@@ -247,26 +222,6 @@ def test_evaluation(ranks, backend):
     batch = example(train_hidden=False, train_weight=False)
     parts = [slice(0, 2), slice(2, 20), slice(20, 30), slice(30, 37)]
     check(ranks, batch, {"vocab": ("world", parts)}, backend=backend)
-
-
-def test_padding_of_the_vocabulary_is_cut_off_by_its_rank(ranks):
-    """37 tokens in 40 rows: the last rank passes a slice, and its parameter's gradient is 0 in the rows of padding."""
-    batch = example()
-    out, grads = batch.to(FP32).run(orpo_loss)
-    results = ranks.run(padded_shard, batch.to(FP32))
-    assert all(abs(float(loss - out.loss.detach())) <= 1e-6 for loss, _ in results)
-    whole = torch.cat([grad for _, grad in results])
-    assert relative_error(whole[:37], grads["weight"]) <= 1e-5
-    assert not whole[37:].any()
-
-
-def padded_shard(batch: Batch) -> tuple[Tensor, Tensor]:
-    rank = place("world")
-    padded = torch.cat((batch.weight, torch.full((3, 8), 7.0)))
-    shard = padded[10 * rank : 10 * rank + 10].clone().requires_grad_()
-    loss = orpo_loss(batch.hidden, shard[: 37 - 10 * rank], batch.labels, vocab_group=group_of("world")).loss
-    loss.backward()
-    return loss.detach(), shard.grad
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -360,37 +315,16 @@ def some_rows(hidden: Tensor, weight: Tensor, low_rank: Tensor, rows: Any, owner
     return loss.detach(), leaves[0].grad, leaves[1].grad
 
 
-def test_micro_batches_of_several_ranks_are_one_batch(ranks):
-    """Gradient accumulation: the denominators are those of all ranks' micro-batches, and the gradients averaged."""
-    batch = example(pairs=8).to(FP32)
-    out, grads = batch.run(orpo_loss)
-    counts = (batch.labels[:8] != IGNORE).sum(), out.valid_pairs.sum()
-    results = ranks.run(accumulated, batch, *counts)
-    losses, weights = zip(*results, strict=True)
-    assert abs(float(torch.stack(losses).mean() - out.loss)) <= 1e-6
-    assert relative_error(torch.stack(weights).mean(0), grads["weight"]) <= 1e-5
-
-
-def accumulated(batch: Batch, nll: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
-    weight, losses = batch.weight.clone().requires_grad_(), []
-    loss_function = ORPOLoss(data_group=group_of("world"))
-    for i in range(2):
-        mine = some_pairs(batch, slice(2 * place("world") + i, 2 * place("world") + i + 1))
-        out = loss_function(mine.hidden, weight, mine.labels, nll_denominator=nll, pair_denominator=pairs)
-        out.loss.backward()
-        losses.append(out.loss.detach())
-    return torch.stack(losses).sum(), weight.grad
-
-
 def test_distributed_data_parallel(ranks):
     """DDP itself around a body, a shard of uneven size on every rank, two micro-batches of which one is not synced."""
     batch = example(pairs=9).to(FP32)
-    body = torch.nn.Linear(8, 8)
-    model = torch.nn.ModuleDict({"body": body, "head": torch.nn.Linear(8, 37, bias=False)})
-    out = orpo_loss(model["body"](batch.hidden), model["head"].weight, batch.labels)
-    out.loss.backward()
-    counts = (batch.labels[:9] != IGNORE).sum(), out.valid_pairs.sum()
-    for grads in ranks.run(with_ddp, model.state_dict(), batch, *counts):
+    model = Whole()
+    loss = model(batch)
+    loss.backward()
+    counts = (batch.labels[:9] != IGNORE).sum(), torch.tensor(9)
+    losses, found = zip(*ranks.run(with_ddp, model.state_dict(), batch, *counts), strict=True)
+    assert abs(sum(losses) / 4 - float(loss)) <= 1e-6
+    for grads in found:
         for name, parameter in model.named_parameters():
             assert relative_error(grads[name], parameter.grad) <= 1e-5, name
 
@@ -406,18 +340,23 @@ class Whole(torch.nn.Module):
         return orpo_loss(self.body(batch.hidden), self.head.weight, batch.labels, **options).loss
 
 
-def with_ddp(state: dict[str, Tensor], batch: Batch, nll: Tensor, pairs: Tensor) -> dict[str, Tensor]:
+def with_ddp(state: dict[str, Tensor], batch: Batch, nll: Tensor, pairs: Tensor) -> tuple[float, dict[str, Tensor]]:
     model = Whole()
     model.load_state_dict(state)
     parallel_model = torch.nn.parallel.DistributedDataParallel(model)
-    mine = [[slice(0, 1), slice(1, 4)], [slice(4, 4), slice(4, 5)], [slice(5, 8), slice(8, 8)], [slice(8, 9)] * 1]
-    first, *second = mine[place("world")]
+    first, second = [
+        (slice(0, 1), slice(1, 4)),
+        (slice(4, 4), slice(4, 5)),
+        (slice(5, 8), slice(8, 8)),
+        (slice(8, 9), slice(9, 9)),
+    ][place("world")]
     options = {"data_group": group_of("world"), "nll_denominator": nll, "pair_denominator": pairs}
     with parallel_model.no_sync():
-        parallel_model(some_pairs(batch, first), **options).backward()
-    last = second[0] if second else slice(9, 9)
-    parallel_model(some_pairs(batch, last), **options).backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
+        loss = parallel_model(some_pairs(batch, first), **options)
+        loss.backward()
+    last = parallel_model(some_pairs(batch, second), **options)
+    last.backward()
+    return float(loss + last), {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
 # --- bad input -----------------------------------------------------------------------------------------------------
@@ -472,16 +411,6 @@ def test_what_one_rank_refuses_all_refuse(ranks, make):
     *others, refuser = ranks.run(refused, make)
     assert refuser.startswith("ValueError: labels holds token ids"), refuser
     assert all(answer.startswith("PeerError: rank 3 of") for answer in others), others
-
-
-def test_a_failing_rank_is_reported_by_the_pool(ranks):
-    """The pool itself: an exception on a rank is an error of the test."""
-    with pytest.raises(RankError, match="ZeroDivisionError"):
-        ranks.run(divide, 0)
-
-
-def divide(by: int) -> float:
-    return 1 / by
 
 
 # --- DTensors: FSDP2 and tensor parallelism of the head alone ------------------------------------------------------
@@ -560,7 +489,7 @@ def counted(batch: Batch, split: dict[str, tuple[str, list[slice]]], options: di
 
 
 @pytest.mark.parametrize("schedule", ["single_pass", "resident", "recompute", "evaluation"])
-@pytest.mark.parametrize("kinds", [("data", "vocab"), ("sequence", "vocab"), ("data", "sequence")])
+@pytest.mark.parametrize("kinds", TWO_KINDS)
 def test_bytes_are_those_of_the_page(ranks, kinds, schedule):
     """The arithmetic of docs/distributed.md, chunk by chunk or not."""
     batch = example(pairs=4, train_hidden=schedule != "evaluation", train_weight=schedule in ("resident", "recompute"))

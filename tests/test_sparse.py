@@ -147,9 +147,7 @@ def block_sizes(rows: int) -> list[int]:
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Values
-# ---------------------------------------------------------------------------------------------------------------------
+# --- values ----------------------------------------------------------------------------------------------------------
 
 
 @share_fixtures
@@ -175,11 +173,12 @@ def test_without_a_threshold_it_is_exact(batch, share, budget, small_blocks):
 
 
 LOW_PRECISION = [
-    # Triton is interpreted, which takes longest where logits are capped.
-    pytest.param(backend, dtype, softcap, marks=pytest.mark.slow if (backend, softcap) == ("triton", 8.0) else ())
+    # Triton is interpreted, which takes longest where logits are capped; float16 is as bfloat16.
+    pytest.param(backend, dtype, softcap, marks=pytest.mark.slow if is_extra else ())
     for backend in BACKENDS
     for dtype in (torch.float32, torch.bfloat16, torch.float16)
     for softcap in (None, 8.0)
+    for is_extra in [backend == "triton" and (softcap is not None or dtype == torch.float16)]
 ]
 
 
@@ -225,27 +224,6 @@ def test_a_whole_loss_beside_torchs(backend, trained, dense, small_blocks):
         torch.testing.assert_close(ours, torchs, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_rows_of_the_residual_sum_to_zero(backend):
-    """A column of ones in the weight moves all logits of a row alike: its gradient is the sum of the residual."""
-    head = confident_head()
-    head.weight[:, 0] = 1
-    head = replace(head, hidden=head.hidden.float(), weight=head.weight.float())
-    with measured_sparsity() as measured:
-        grad = head.gradients(sparse_eps=0.05, backend=backend, limits=STAYS_SPARSE)["hidden"]
-    assert measured.dropped_mass.max() > 0.02
-    assert grad[:, 0].abs().max() < 1e-5 * head.upstream.abs().max()
-
-
-def test_targets_are_always_active():
-    """With a threshold that no token exceeds, the targets' rows of the weight get their exact gradients."""
-    head = confident_head()
-    ours, exact = head.gradients(sparse_eps=0.999, limits=STAYS_SPARSE), head.gradients()
-    rows = head.target.unique()
-    torch.testing.assert_close(ours["weight"][rows], exact["weight"][rows], rtol=1e-9, atol=1e-12)
-    assert relative_error(ours["weight"], exact["weight"]) > 1e-3
-
-
 def test_the_error_shrinks_with_the_threshold():
     head = confident_head(rows=128, vocab=3000, size=48, spread=3.0)
     exact = head.gradients()
@@ -265,9 +243,7 @@ def test_confident_rows_keep_their_direction(confidence):
     assert row_errors.max() < 0.05
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What was left out
-# ---------------------------------------------------------------------------------------------------------------------
+# --- what was left out -----------------------------------------------------------------------------------------------
 
 
 @share_fixtures
@@ -297,9 +273,7 @@ def test_nothing_is_measured_outside_and_dense_chunks_drop_nothing():
     assert measured.dropped_mass.tolist() == [0] * 9
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Edges
-# ---------------------------------------------------------------------------------------------------------------------
+# --- edges -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -342,22 +316,7 @@ def test_same_bits_on_any_number_of_threads(dtype):
     assert max(measured.shares) < 0.5
 
 
-def test_a_frozen_head_keeps_no_hidden_states():
-    head = confident_head(rows=9)
-    hidden, saved = head.hidden.clone().requires_grad_(), []
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved.append(tensor.data_ptr())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        token_logps(hidden, head.weight, head.target, sparse_eps=1e-3)
-    assert hidden.data_ptr() not in saved
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Cost and plan
-# ---------------------------------------------------------------------------------------------------------------------
+# --- cost and plan ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("trained", [True, False])
@@ -464,9 +423,7 @@ def test_lora_on_the_head():
     torch.testing.assert_close(narrow.grad, wide.grad[:, -3:])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A real model
-# ---------------------------------------------------------------------------------------------------------------------
+# --- a real model ----------------------------------------------------------------------------------------------------
 
 
 def test_error_on_real_hidden_states():

@@ -1,7 +1,8 @@
 """Every Triton kernel beside its eager mirror, at sizes that are no multiple of anything.
 
 Both are compared with the mirror in float64 on the same inputs: at most twice the mirror's own error in that dtype.
-The whole loss through the kernels is in `test_loss`, `test_edges` and `test_confident`, by their `backend` fixture.
+The whole loss through the kernels is in `test_loss`, `test_edges` and `test_confident`, by their `backend` fixture;
+the operations on rows and pairs in `test_row_ops`.
 """
 
 from __future__ import annotations
@@ -27,13 +28,12 @@ from orpo_kernels import ops, orpo_loss_from_rows, reference
 from orpo_kernels.devices import GPU_KIND, KINDS
 from orpo_kernels.engine import checks
 from orpo_kernels.engine.gemm import WeightSlices
-from orpo_kernels.engine.objective import Denominators, odds_ratio_loss
 from orpo_kernels.ops import torch_ops
 from orpo_kernels.ops import triton as triton_ops
 from orpo_kernels.ops.triton import tiles
 from orpo_kernels.ops.triton.tiles import MatmulTile
 
-from .batches import assert_same_rows, labelled, random_rows
+from .batches import random_rows
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -63,6 +63,11 @@ class Head:
         bias = self.normal(self.vocab) + self.shift if self.has_bias else None
         target = torch.randint(self.vocab, (self.rows,), generator=self.generator).to(DEVICE)
         return x.to(dtype), w.to(dtype), None if bias is None else bias.to(dtype), target
+
+    def logits(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(R, V), and targets."""
+        x, w, bias, target = self.tensors(dtype)
+        return (x.double() @ w.double().t() + (0 if bias is None else bias.double())).to(dtype), target
 
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.generator, dtype=torch.float64).to(DEVICE)
@@ -150,12 +155,10 @@ def test_project_log_odds_by_persistent_programs(dtype, rows, vocab, most):
 @dtypes
 @given(head=heads)
 def test_residual(dtype, head):
-    x, w, bias, target = head.tensors(dtype)
-    logits = (x.double() @ w.double().t() + (0 if bias is None else bias.double())).to(dtype)
+    logits, target = head.logits(dtype)
 
     def run(ops: ModuleType, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        residual = torch.zeros(head.rows, head.vocab + 3, dtype=dtype, device=DEVICE)[:, : head.vocab]  # rows lie apart
-        residual.copy_(logits)
+        residual = apart(logits, dtype)
         return ops.residual_(residual, target, *head.transform), residual
 
     assert_as_good_as_the_mirror(run, dtype)
@@ -165,13 +168,11 @@ def test_residual(dtype, head):
 @given(head=heads)
 def test_statistics_and_recomputed_residual(dtype, head):
     """Of logits that exist; targets among other columns leave no mark in the residual."""
-    x, w, bias, target = head.tensors(dtype)
-    logits = (x.double() @ w.double().t() + (0 if bias is None else bias.double())).to(dtype)
+    logits, target = head.logits(dtype)
     _, lse_others = torch_ops.statistics(logits.double(), target, *head.transform)
 
     def run(ops: ModuleType, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        residual = torch.zeros(head.rows, head.vocab + 3, dtype=dtype, device=DEVICE)[:, : head.vocab]  # rows lie apart
-        residual.copy_(logits)
+        residual = apart(logits, dtype)
         statistics = ops.statistics(residual, target, *head.transform)
         assert torch.equal(residual, logits.to(dtype))  # they are only read
         elsewhere = torch.where(target % 2 == 0, target, target - head.vocab)
@@ -318,83 +319,6 @@ def test_scatter_to_positions_that_do_not_repeat(dtype, rows):
         for out, unique in zip(sums, (False, True), strict=True):
             backend.scatter_rows_(out, position, values, coefficient, unique)
         assert torch.equal(*sums)
-
-
-@given(
-    seed=st.integers(0, 2**31),
-    pairs=st.integers(0, 5),
-    rows=st.sampled_from([0, 1, 30, 300, 3000]),
-    spread=st.sampled_from([1.0, 80.0]),
-    count=st.sampled_from([None, 0.0, 1000.0]),
-    weighted=st.booleans(),
-    in_order=st.booleans(),
-)
-def test_pair_loss(seed, pairs, rows, spread, count, weighted, in_order):
-    """Averages, loss, metrics and the gradient of every row in float64: the same numbers to its last digits."""
-    generator = torch.Generator().manual_seed(seed)
-    weighted = weighted and pairs > 0
-    batch = random_rows(generator, 50, 10, max(pairs, 1), rows if pairs else 0, weighted).to(DEVICE)
-    if pairs == 0:
-        object.__setattr__(batch, "num_pairs", 0)
-    elif in_order:
-        batch = batch.by_sequence()
-    log_odds = (torch.randn(len(batch), generator=generator, dtype=torch.float64) * spread).to(DEVICE)
-    nll = batch.nll_weight.sum() if count is None else torch.tensor(count, dtype=torch.float64, device=DEVICE)
-    counts = Denominators(nll, torch.tensor(count or 1.0, dtype=torch.float64, device=DEVICE))
-    ours = odds_ratio_loss(log_odds, batch, 0.7, 0.1, counts, triton_ops)
-    mirror = odds_ratio_loss(log_odds, batch, 0.7, 0.1, counts, torch_ops)
-    for name, a, b in zip(ours._fields, ours, mirror, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-300, msg=lambda m, name=name: f"{name}: {m}")
-
-
-@given(labelled(), st.booleans(), st.booleans())
-def test_rows_of_labels(case, shift, per_sequence):
-    """Bit for bit those of the mirror, in its order; no sequence, no position and no row at all among them."""
-    labels, nll_labels, ignore_index = case
-    nll_labels = None if nll_labels is None else nll_labels.to(DEVICE)
-    arguments = labels.to(DEVICE), nll_labels, shift, ignore_index, per_sequence
-    rows = triton_ops.label_rows(*arguments)
-    mirror = torch_ops.label_rows(*arguments)
-    assert_same_rows(rows, mirror)
-    assert torch.equal(rows.known.offsets, mirror.known.offsets)
-    assert rows.known.unique_positions == mirror.known.unique_positions
-    torch.testing.assert_close(triton_ops.count_rows(rows), torch_ops.count_rows(rows), rtol=1e-14, atol=0)
-
-
-@pytest.mark.parametrize("own_nll", [False, True])
-def test_rows_of_labels_of_several_blocks(own_nll, monkeypatch):
-    """Of positions and of sequences: what was counted before goes on."""
-    monkeypatch.setattr(importlib.import_module("orpo_kernels.ops.triton.label_rows"), "BLOCK", 4)
-    generator = torch.Generator().manual_seed(0)
-    labels, nll_labels = (torch.randint(-1, 3, (count, 9), generator=generator).to(DEVICE) for count in (6, 3))
-    arguments = labels, nll_labels if own_nll else None, own_nll, -1, own_nll
-    assert_same_rows(triton_ops.label_rows(*arguments), torch_ops.label_rows(*arguments))
-
-
-@given(seed=st.integers(0, 2**31), pairs=st.integers(1, 20), rows=st.sampled_from([0, 1, 70]))
-def test_counts_of_rows(seed, pairs, rows):
-    """Of rows in any order; the same bits every time. Blocks of 16 rows and sequences."""
-    batch = random_rows(torch.Generator().manual_seed(seed), 50, 10, pairs, rows).to(DEVICE)
-    with mock.patch.object(importlib.import_module("orpo_kernels.ops.triton.count_rows"), "BLOCK", 16):
-        counts, again = triton_ops.count_rows(batch), triton_ops.count_rows(batch)
-    assert torch.equal(counts, again)
-    torch.testing.assert_close(counts, torch_ops.count_rows(batch), rtol=1e-13, atol=0)
-
-
-@pytest.mark.parametrize("position", [-1, 0, 9, 10, 2**40])
-@pytest.mark.parametrize("target", [-1, 0, 6, 7, 2**40])
-def test_rows_are_within(position, target):
-    """One row among others that are; at the bounds, beside them, and where 32 bits would wrap around to 0."""
-    positions, targets = (torch.zeros(5000, dtype=torch.int64, device=DEVICE) for _ in range(2))
-    positions[4321], targets[17] = position, target
-    verdict = triton_ops.are_within(positions, 10, targets, 7)
-    assert verdict.shape == ()
-    assert verdict.device == targets.device
-    assert (
-        bool(verdict)
-        == bool(torch_ops.are_within(positions, 10, targets, 7))
-        == (position in (0, 9) and target in (0, 6))
-    )
 
 
 def test_a_gpu_checks_its_rows_by_the_kernels(monkeypatch):
