@@ -16,6 +16,14 @@ from orpo_kernels.engine.objective import count_rows
 from orpo_kernels.rows import DTYPES
 
 IGNORE = -100
+PLAIN_OPTIONS: dict[str, Any] = {
+    "alpha": 1.0,
+    "beta": 0.1,
+    "nll_reduction": "token",
+    "shift": False,
+    "logit_scale": 1.0,
+    "logit_softcap": None,
+}  # of `plain_loss`
 
 
 @dataclass(frozen=True)

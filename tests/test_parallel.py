@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -19,8 +21,18 @@ from benchmarks.estimates.distributed import PAGE, messages, with_tables
 from orpo_kernels import Limits, ORPOOutput, orpo_loss, orpo_loss_from_rows, parallel, plan, token_logps
 from orpo_kernels.ops import why_not
 
-from .batches import IGNORE, Batch, answer_logps, batches, plain_loss, random_labels, random_rows, relative_error
-from .ranks import Ranks, topology
+from .batches import (
+    IGNORE,
+    PLAIN_OPTIONS,
+    Batch,
+    answer_logps,
+    batches,
+    plain_loss,
+    random_labels,
+    random_rows,
+    relative_error,
+)
+from .ranks import RankError, Ranks, topology
 
 if not dist.is_available():
     pytest.skip("torch.distributed is not in this build of torch", allow_module_level=True)
@@ -230,10 +242,8 @@ def test_16_bits(ranks, dtype, train_weight):
     """Against float64, at most twice the error of plain PyTorch in the same dtype; the gradient crosses ranks in it."""
     batch = example(vocab=200, size=32, length=12).to(dtype)
     batch = replace(batch, train_weight=train_weight)
-    options = {"beta": 0.1, "alpha": 1.0, "nll_reduction": "token", "shift": False, "logit_scale": 1.0}
-    options["logit_softcap"] = None
     truth, true_grads = batch.to(torch.float64).run(orpo_loss)
-    plain, plain_grads = replace(batch, options=options).run(plain_loss)
+    plain, plain_grads = replace(batch, options=PLAIN_OPTIONS).run(plain_loss)
     fair = relative_error(answer_logps(plain), answer_logps(truth))  # in the loss alone, plain's errors may cancel
     parts = [slice(0, 60), slice(60, 71), slice(71, 150), slice(150, 200)]
     results = ranks.run(in_parts, batch, {"vocab": ("world", parts)}, {})
@@ -593,3 +603,36 @@ def test_the_sparse_backward_pass_of_a_vocabulary_group(ranks, backend, train_we
             of_one = relative_error(grads[name], grad)
             assert (of_one > 1e-4) == (eps > 1e-3), name
             assert error <= 2 * of_one + 1e-5, name
+
+
+# --- a rank that fails ----------------------------------------------------------------------------------------------
+
+SECONDS = 5  # the groups' timeout, which bounds how long a rank waits for one that is alive but elsewhere
+
+
+def failing_step(failure: str | None) -> None:
+    """One forward and backward pass, in which rank 1 may fail: then the others stop, with an error that says so."""
+    batch = example().to(FP32)
+    hidden, weight = batch.hidden.requires_grad_(), batch.weight.requires_grad_()
+    fails = failure is not None and dist.get_rank() == 1
+    if fails and failure == "raises":
+        raise MemoryError("as much as there is")
+    loss = orpo_loss(hidden, weight, batch.labels, vocab_group=topology().world).loss
+    if fails and failure == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("failure", "exchanged"),
+    [("killed", "the gradient of the hidden states"), ("raises", "the sizes of the lm-head's shards")],
+)
+def test_the_others_stop(failure, exchanged):
+    with Ranks(3, timeout=SECONDS) as ranks:
+        ranks.run(failing_step, None)
+        with pytest.raises(RankError) as found:
+            ranks.run(failing_step, failure)
+    said = str(found.value)
+    assert ("rank 1: the process has died" if failure == "killed" else "MemoryError: as much as there is") in said
+    for rank in (0, 2):
+        assert f"PeerError: rank {rank} of 3 of vocab_group lost the others while it exchanged {exchanged}" in said

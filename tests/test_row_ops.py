@@ -38,6 +38,8 @@ def test_rows_of_labels(ops, device, case, shift, per_sequence):
     ours, mirror = ops.label_rows(*arguments), torch_ops.label_rows(*arguments)
     assert_same_rows(ours, mirror)
     assert_known(ours)
+    assert_known(mirror)
+    assert mirror.known.unique_positions or nll_labels is not None
     assert torch.equal(ours.known.offsets, mirror.known.offsets)
     assert ours.known.unique_positions >= mirror.known.unique_positions
     torch.testing.assert_close(ops.count_rows(ours), torch_ops.count_rows(mirror), rtol=1e-14, atol=0)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from orpo_kernels import Rows, dialects, orpo_loss_from_rows, rows_from_labels
 from orpo_kernels.engine.objective import count_rows, denominators, segment_sum
 from orpo_kernels.ops import torch_ops
-from orpo_kernels.rows import DTYPES, Known, label_rows
+from orpo_kernels.rows import DTYPES, Known
 
 from .batches import IGNORE, assert_known, random_labels, random_rows
 
@@ -148,22 +148,6 @@ def test_liger_takes_the_chosen_half_of_nll_targets():
 
 
 # --- what the maker of rows knows ----------------------------------------------------------------------------------
-
-
-@given(seed=st.integers(0, 2**31), pairs=st.integers(0, 3), own_nll=st.booleans(), on_host=st.booleans())
-def test_rows_of_labels_are_in_order_and_their_offsets_known(seed, pairs, own_nll, on_host):
-    generator = torch.Generator().manual_seed(seed)
-    labels = random_labels(generator, (2 * pairs, 5), 4, 0.6)
-    nll_labels = random_labels(generator, (pairs, 5), 4, 0.6) if own_nll else None
-    make = rows_from_labels if on_host else eager_rows
-    rows = make(labels, nll_labels)
-    assert rows.known.offsets is not None
-    assert rows.known.unique_positions or own_nll
-    assert_known(rows)
-
-
-def eager_rows(labels, nll_labels):
-    return label_rows(labels, nll_labels, False, IGNORE, False)
 
 
 @given(seed=st.integers(0, 2**31), num_rows=st.integers(0, 30))

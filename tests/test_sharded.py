@@ -41,7 +41,8 @@ def ranks() -> Iterator[Ranks]:
 def sharded(model: nn.Module, layout: str, **options: Any) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
-    for module in LAYOUTS[layout](model):
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for module in LAYOUTS[layout](base):
         fully_shard(module, **options)
     return fully_shard(model, **options)
 
@@ -65,25 +66,19 @@ def step(model: nn.Module, packing: str) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def with_fsdp(
-    layout: str, packing: str, changes: dict[str, Any], lora: bool, mixed: bool = False
+    layout: str, packing: str = "padded", tied: bool = False, lora: bool = False, mixed: bool = False
 ) -> list[tuple[Tensor, dict[str, Tensor]]]:
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     policy = {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)} if mixed else {}
-    model = adapted(tiny(**changes)) if lora else tiny(**changes)
-    if lora:
-        from torch.distributed.fsdp import fully_shard
-
-        inner = model.get_base_model()
-        for layer in (*inner.model.layers, inner.lm_head):
-            fully_shard(layer)
-        fully_shard(model)
-    else:
-        sharded(model, layout, **policy)
+    model = sharded(built(tied, lora), layout, **policy)
     return [step(model, packing) for _ in range(2)]  # the second call finds the model as the first has left it
 
 
-def adapted(model: nn.Module) -> nn.Module:
+def built(tied: bool, lora: bool) -> nn.Module:
+    model = tiny(tie_word_embeddings=tied)
+    if not lora:
+        return model
     import peft
 
     torch.manual_seed(3)
@@ -93,8 +88,7 @@ def adapted(model: nn.Module) -> nn.Module:
 
 @functools.cache
 def alone(tied: bool = False, lora: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
-    model = tiny(tie_word_embeddings=tied)
-    model = adapted(model) if lora else model
+    model = built(tied, lora)
     out = causal_lm_orpo_loss(model, **batch_of(slice(0, 3)))
     out.loss.backward()
     return out.loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -114,24 +108,24 @@ def check(results: list, truth: tuple[Tensor, dict[str, Tensor]], tolerance: flo
 @pytest.mark.parametrize("packing", ["padded", "shared"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_fsdp2(ranks, layout, packing):
-    check(ranks.run(with_fsdp, layout, packing, {}, False), alone())
+    check(ranks.run(with_fsdp, layout, packing), alone())
 
 
 @pytest.mark.parametrize("layout", ["root alone", "layers"])
 def test_fsdp2_with_tied_embeddings(ranks, layout):
-    check(ranks.run(with_fsdp, layout, "padded", {"tie_word_embeddings": True}, False), alone(tied=True))
+    check(ranks.run(with_fsdp, layout, "padded", True), alone(tied=True))
 
 
 @pytest.mark.parametrize("layout", ["layers", "Accelerate"])
 def test_fsdp2_in_bf16(ranks, layout):
     """A mixed precision policy: the engine's casts, our loss in what it gathers."""
-    check(ranks.run(with_fsdp, layout, "padded", {}, False, True), alone(), tolerance=5e-2)
+    check(ranks.run(with_fsdp, layout, "padded", False, False, True), alone(), tolerance=5e-2)
 
 
 def test_fsdp2_with_lora_on_a_frozen_sharded_base(ranks):
     """Adapters in the layers and on the head, which is a unit of its own."""
     pytest.importorskip("peft")
-    check(ranks.run(with_fsdp, "layers", "padded", {}, True), alone(lora=True))
+    check(ranks.run(with_fsdp, "layers and head", "padded", False, True), alone(lora=True))
 
 
 def with_zero3(packing: str, tied: bool, lora: bool) -> list[tuple[Tensor, dict[str, Tensor]]]:
@@ -140,8 +134,7 @@ def with_zero3(packing: str, tied: bool, lora: bool) -> list[tuple[Tensor, dict[
     from deepspeed.utils import safe_get_full_grad
 
     deepspeed.init_distributed(dist_backend="gloo")
-    model = tiny(tie_word_embeddings=tied)
-    model = adapted(model) if lora else model
+    model = built(tied, lora)
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 2,  # so that backward leaves the gradients where they are

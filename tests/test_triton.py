@@ -36,14 +36,17 @@ from orpo_kernels.ops.triton.tiles import MatmulTile
 from .batches import random_rows
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The modules: the package has their functions by the same names.
 PROJECT_LOG_ODDS, PROJECT_RESIDUAL = (
     importlib.import_module(f"orpo_kernels.ops.triton.{name}") for name in ("project_log_odds", "project_residual")
 )
 LOGIT_SIZE = 2.0  # of those of `Head`
 
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+dtypes = pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)],  # which is as bfloat16
+    ids=str,
+)
 
 
 class Head:

@@ -36,7 +36,7 @@ from orpo_kernels.transformers.batches import batch_on
 from orpo_kernels.transformers.trainer import PreferenceTrainer
 
 from . import encoder_decoder
-from .batches import Batch, plain_loss, random_labels, relative_error
+from .batches import PLAIN_OPTIONS, Batch, plain_loss, random_labels, relative_error
 from .narrow_device import NARROW, narrow_device
 from .training import assert_same_logs, chat_examples, settings, tiny, tokenizer
 
@@ -128,14 +128,13 @@ def moved(loss: Any) -> Any:
 def test_errors_are_those_of_plain_torch(offset, length, dtype):
     """At most twice as large, also of long answers, whose sums are long, and of logits that are all large."""
     generator = torch.Generator().manual_seed(length)
-    options = {"beta": 1.0, "alpha": 1.0, "nll_reduction": "token", "shift": True}
     batch = Batch(
         hidden=torch.randn(4, length, SIZE, generator=generator, dtype=torch.float64),
         weight=torch.randn(VOCAB, SIZE, generator=generator, dtype=torch.float64),
         labels=random_labels(generator, (4, length), VOCAB, 0.8),
         bias=torch.randn(VOCAB, generator=generator, dtype=torch.float64) + offset,
         train_bias=False,
-        options={**options, "logit_scale": 1.0, "logit_softcap": None},
+        options={**PLAIN_OPTIONS, "beta": 1.0, "shift": True},
     ).to(dtype)
     exact, exact_grads = batch.to(torch.float64).run(reference.orpo_loss)
     ours, grads = batch.run(moved(orpo_loss), schedule="resident")

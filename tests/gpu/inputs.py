@@ -10,7 +10,7 @@ from torch import Tensor
 
 from orpo_kernels import Rows, orpo_loss_from_rows
 
-from ..batches import Batch, random_labels, random_rows
+from ..batches import PLAIN_OPTIONS, Batch, random_labels, random_rows
 
 SCHEDULES = ("evaluation", "single_pass", "resident", "recompute")
 SPARSE = ("sparse, frozen", "sparse")
@@ -29,13 +29,12 @@ def realistic(
 ) -> Batch:
     """A padded batch of which two thirds matter, logits of spread 2; `options` as in `plain_loss`."""
     generator = torch.Generator().manual_seed(0)
-    defaults = {"nll_reduction": "token", "shift": False, "logit_scale": 1.0, "logit_softcap": None}
     return Batch(
         hidden=torch.randn(2 * pairs, length, size, device=device).to(dtype),
         weight=(torch.randn(vocab, size, device=device) * (2 / size**0.5)).to(dtype),
         bias=torch.randn(vocab, device=device).to(dtype),
         labels=random_labels(generator, (2 * pairs, length), vocab, 0.67).to(device),
-        options={"alpha": 1.0, "beta": 0.1, **defaults, **options},
+        options={**PLAIN_OPTIONS, **options},
     )
 
 
