@@ -91,19 +91,6 @@ def test_no_entry_is_far_off(name: str) -> None:
                 assert worst <= 2e-6, (key, worst, "ours" if loss is peers.ours else name)
 
 
-def test_liger_needs_two_rows_of_nll_targets_per_pair() -> None:
-    """Why the adapter pads `nll_target`: of the chosen rows alone, Liger counts one half, and says nothing."""
-    peer = peer_named("Liger")
-    from liger_kernel.chunked_loss import LigerFusedLinearORPOLoss
-
-    work, _ = batch(0)
-    right = peer(work.hidden, work.weight, work.labels, work.nll_labels, BETA)
-    liger = LigerFusedLinearORPOLoss(compiled=False, beta=BETA)
-    wrong = liger(work.weight, work.hidden, work.labels, nll_target=work.nll_labels)[0]
-    assert relative_error(right, exact(work, None)["loss"]) < 1e-6
-    assert relative_error(wrong, exact(work, None)["loss"]) > 0.1
-
-
 @pytest.mark.slow
 def test_unsloth_is_called_as_by_its_own_trainer(tmp_path: Path) -> None:
     """A process and a folder of its own: importing Unsloth patches torch, transformers and TRL, and writes a cache."""
