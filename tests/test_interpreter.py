@@ -50,11 +50,6 @@ def dot_kernel(a, b, out, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def sum_kernel(x, out, BLOCK: tl.constexpr):
-    tl.store(out, tl.sum(tl.load(x + tl.arange(0, BLOCK)), 0))
-
-
-@triton.jit
 def product_kernel(x, out, stride):
     row = tl.program_id(0) + 65536
     tl.store(out, tl.load(x + row * stride))
@@ -96,11 +91,6 @@ def test_a_dot_is_that_of_the_values_and_the_interpreters_own_is_not():
         correct_bf16()
     torch.testing.assert_close(ours.double(), truth, rtol=1e-6, atol=1e-5)
     assert (theirs - truth).abs().max() > 1e6
-
-
-def test_a_sum_of_bf16_is_refused():
-    with pytest.raises(InterpreterError, match="cast it to fp32 first"):
-        sum_kernel[(1,)](torch.ones(4, dtype=torch.bfloat16), torch.empty(1, dtype=torch.bfloat16), BLOCK=4)
 
 
 def test_overflow_is_found():
