@@ -203,20 +203,19 @@ def project_log_odds(
             splits,
             None if tile.persistent else logit_scale,
             logit_softcap,
-            PERSISTENT=tile.persistent,
             **constants(tile, x, gpu),
         )
-    partial = partials[0] if len(partials) == 1 else torch.cat(partials, 1)
-    log_odds = x.new_empty(rows, dtype=torch.float64)
-    lse_others = torch.empty_like(log_odds)
+    return _joined(partials[0] if len(partials) == 1 else torch.cat(partials, 1))
+
+
+def _joined(partial: Tensor) -> tuple[Tensor, Tensor]:
+    """m and lse_others, (R,) float64 each, of the splits' statistics (3, splits, R)."""
+    _, splits, rows = partial.shape
+    log_odds, lse_others = partial.new_empty(2, rows, dtype=torch.float64)
     launch(
         join_splits_kernel,
         (-(-rows // BLOCK_REDUCE),),
-        *partial,
-        log_odds,
-        lse_others,
-        rows,
-        partial.shape[1],
+        *(*partial, log_odds, lse_others, rows, splits),
         BLOCK_R=BLOCK_REDUCE,
         num_warps=2,
     )

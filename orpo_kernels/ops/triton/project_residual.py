@@ -120,6 +120,5 @@ def project_residual(
         out.stride(0),
         logit_scale,
         logit_softcap,
-        PERSISTENT=tile.persistent,
         **constants(tile, x, gpu),
     )

@@ -215,6 +215,7 @@ def constants(tile: MatmulTile, x: Tensor, target: Target) -> dict[str, Any]:
         "TMA": tile.tma,
         "PRECISION": dot_precision(x.dtype, target),
         "GROUP": tile.group,
+        "PERSISTENT": tile.persistent,
         "BLOCK_R": tile.rows,
         "BLOCK_V": tile.columns,
         "BLOCK_H": tile.depth,
