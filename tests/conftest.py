@@ -95,6 +95,14 @@ def _fresh():
     torch.set_num_threads(1)  # whatever the test before has run
 
 
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> str:
+    """The folder of a tiny random model with its tokenizer, for the command line: to be read, not to be written to."""
+    from .commands import save_tiny
+
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
+
+
 @pytest.fixture
 def small_chunks():
     """Chunks small enough that tiny tensors are taken in several of them."""

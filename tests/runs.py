@@ -1,6 +1,5 @@
-"""Training in processes of its own, for the tests: killed in the middle, or two of them together.
+"""Training for the tests: killed in the middle, or by two processes together.
 
-python -m tests.runs killed trl FOLDER
 python -m torch.distributed.run --nproc-per-node 2 -m tests.runs together transformers FOLDER
 python -m torch.distributed.run --nproc-per-node 2 -m tests.runs sharded trl FOLDER
 python -m torch.distributed.run --nproc-per-node 2 -m tests.runs evaluated trl FOLDER
@@ -15,6 +14,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,24 @@ class Kill(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == KILLED_AT:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def forked(run: Callable[[], Any], output: str | Path = os.devnull) -> int:
+    """Run in a copy of this process, which has imported everything already, and leave with what it returns.
+
+    Returns the process id. What the copy prints goes into the file `output`.
+    """
+    if child := os.fork():
+        return child
+    try:
+        sys.stdout = sys.stderr = open(output, "w", encoding="utf-8", buffering=1)  # noqa: SIM115
+        os.dup2(sys.stdout.fileno(), 1)
+        os.dup2(sys.stdout.fileno(), 2)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background has none
+        torch.set_num_threads(1)  # other tests' pool of threads did not come along: torch would wait for it for ever
+        os._exit(run())
+    finally:
+        os._exit(70)
 
 
 def make_trainer(
@@ -251,12 +269,9 @@ def smollm2(engine: str, folder: Path) -> None:
 def main() -> None:
     what, kind, folder = sys.argv[1:]
     torch.set_num_threads(1)
-    if what == "killed":
-        interrupted(kind, folder, [Kill()]).train()
-    else:
-        runs = {"together": together, "sharded": sharded, "evaluated": evaluated, "smollm2": smollm2}
-        runs |= {f"zero{stage}": functools.partial(zero, stage) for stage in (1, 2)} | {"zero3": zero3}
-        runs[what](kind, Path(folder))
+    runs = {"together": together, "sharded": sharded, "evaluated": evaluated, "smollm2": smollm2}
+    runs |= {f"zero{stage}": functools.partial(zero, stage) for stage in (1, 2)} | {"zero3": zero3}
+    runs[what](kind, Path(folder))
 
 
 if __name__ == "__main__":

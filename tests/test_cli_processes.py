@@ -21,12 +21,14 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("psutil")
 
 import psutil
+from accelerate.state import AcceleratorState, GradientState
 
+from orpo_kernels.app.cli import main
 from orpo_kernels.app.finetuning.folder import COMPLETE
 
-from .commands import run_in
-from .test_cli import assert_same_run, records
-from .training import chat_examples, tiny, tokenizer
+from . import commands
+from .commands import assert_same_run, records, write_chats
+from .runs import forked
 
 ALONE = (sys.executable, "-m", "orpo_kernels")
 TWO = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "orpo_kernels")
@@ -35,13 +37,9 @@ PATIENCE = 120  # seconds until a process that waits for another for ever is giv
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> tuple[str, str]:
+def inputs(model, tmp_path_factory) -> tuple[str, str]:
     """A model without dropout, whose random numbers are each process's own, and twenty pairs."""
-    folder = tmp_path_factory.mktemp("inputs")
-    tiny(initializer_range=0.02).save_pretrained(folder / "model")
-    tokenizer().save_pretrained(folder / "model")
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chat_examples(20)))
-    return str(folder / "model"), str(folder / "pairs.jsonl")
+    return model, write_chats(tmp_path_factory.mktemp("inputs") / "pairs.jsonl", 20)
 
 
 def start(launcher: tuple[str, ...], *arguments: Any, **variables: str) -> subprocess.Popen:
@@ -70,12 +68,35 @@ def run(launcher: tuple[str, ...], *arguments: Any, fails: bool = False) -> dict
     return json.loads(out)
 
 
-def test_two_processes_are_one_with_batches_twice_as_large(inputs, tmp_path, capsys):
+def meeting() -> dict[str, str]:
+    """Where two processes meet, each told by torchrun's variables."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def forked_as(rank: int, variables: dict[str, str], *arguments: Any, output: str | Path = os.devnull) -> int:
+    """A process of two in a copy of this one, which forgets that it was alone."""
+
+    def run() -> int:
+        os.environ.update(variables, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        return main([*map(str, arguments)])
+
+    return forked(run, output)
+
+
+def test_two_processes_are_one_with_batches_twice_as_large(inputs, tmp_path):
     """Eight steps, each with the same loss and metrics and the same norm of the gradient."""
-    in_this_process = run_in(capsys)
     eight = (*FAST, "--epochs", 2)
-    alone = in_this_process("train", *inputs, *eight, "--batch-size", 4, "--output", tmp_path / "alone")
-    two = run(TWO, "train", *inputs, *eight, "--batch-size", 2, "--output", tmp_path / "two")
+    alone = commands.run("train", *inputs, *eight, "--batch-size", 4, "--output", tmp_path / "alone")
+    arguments = ("train", *inputs, *eight, "--batch-size", 2, "--output", tmp_path / "two")
+    variables = meeting()
+    processes = [forked_as(rank, variables, *arguments) for rank in range(2)]
+    assert [os.waitpid(process, 0)[1] for process in processes] == [0, 0]
+    two = json.loads((tmp_path / "two" / "summary.json").read_text())
     assert (alone["processes"], two["processes"]) == (1, 2)
     assert alone["steps"] == two["steps"] == 8
     for name in ("accuracy", "log_odds"):
@@ -103,13 +124,9 @@ def test_two_killed_processes_go_on(inputs, tmp_path):
 
 def start_nodes(folders: tuple[Path, Path], *arguments: Any) -> list[subprocess.Popen]:
     """A process on each of two nodes, which share nothing: each has an output folder of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
+    variables = {**meeting(), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     return [
-        start(ALONE, *arguments, "--output", folder, RANK=str(rank), LOCAL_RANK="0", **meeting)
-        for rank, folder in enumerate(folders)
+        start(ALONE, *arguments, "--output", folder, RANK=str(rank), **variables) for rank, folder in enumerate(folders)
     ]
 
 
@@ -149,8 +166,9 @@ def test_a_sweep_by_two_processes(inputs, tmp_path):
     assert json.loads((tmp_path / "two" / "sweep.json").read_text())["points"] == two["points"]
 
 
-@pytest.mark.parametrize("command", ["evaluate", pytest.param("compare", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("command", ["evaluate", "compare"])
 def test_what_runs_in_one_process_says_so(command, inputs, tmp_path):
-    one_of_two = start(ALONE, command, *inputs, "--output", tmp_path, WORLD_SIZE="2")
-    said = json.loads(one_of_two.communicate(timeout=PATIENCE)[0])
-    assert f"{command} runs in one process: start it without torchrun" in said["error"]
+    output = tmp_path / "output"
+    process = forked_as(0, {}, command, *inputs, "--output", tmp_path / "o", output=output)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 2
+    assert f"{command} runs in one process: start it without torchrun" in output.read_text()

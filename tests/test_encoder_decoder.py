@@ -497,12 +497,12 @@ def test_trls_rows_that_cannot_be_used_are_left_out_and_named(tmp_path):
 # --- the command line ----------------------------------------------------------------------------------------------
 
 
-def test_train_evaluate_and_inspect(tmp_path, capsys):
+def test_train_evaluate_and_inspect(tmp_path):
     pytest.importorskip("typer")
     pytest.importorskip("matplotlib")
-    from .commands import run_in, write_rows
+    from .commands import run, write_rows
 
-    run, folder, trained_folder = run_in(capsys), str(tmp_path / "model"), str(tmp_path / "run")
+    folder, trained_folder = str(tmp_path / "model"), str(tmp_path / "run")
     sized("T5: tied, scaled").save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     data = write_rows(tmp_path / "pairs.jsonl", examples())

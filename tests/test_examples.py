@@ -17,19 +17,11 @@ pytest.importorskip("accelerate")
 
 import torch
 
-from .training import tiny, tokenizer
+from .training import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 NEEDS = {"trl_trainer": "trl", "lora": "peft"}
 EXAMPLES = ("trl_trainer", "transformers_trainer", "accelerate_loop", "pytorch_loop", "lora", "grpo_loop")
-
-
-@pytest.fixture
-def model_folder(tmp_path) -> Path:
-    folder = tmp_path / "model"
-    tiny(initializer_range=0.02).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return folder
 
 
 def run(name: str, **constants: Any) -> dict[str, Any]:
@@ -52,14 +44,14 @@ def easy_facts(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_it_runs(name, model_folder, tmp_path, monkeypatch):
+def test_it_runs(name, model, tmp_path, monkeypatch):
     if name in NEEDS:
         pytest.importorskip(NEEDS[name])
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
     folder = tmp_path / "run"
     constants = {"DATA": easy_facts(tmp_path)} if name == "grpo_loop" else {}
-    names = run(name, MODEL=str(model_folder), FOLDER=str(folder), STEPS=2, **constants)
+    names = run(name, MODEL=model, FOLDER=str(folder), STEPS=2, **constants)
     before = tiny(initializer_range=0.02).state_dict()
     after = names.get("merged", names["model"]).state_dict()
     assert any(not torch.equal(value.cpu().to(before[key].dtype), before[key]) for key, value in after.items())
@@ -68,10 +60,10 @@ def test_it_runs(name, model_folder, tmp_path, monkeypatch):
     assert ".safetensors" in saved
 
 
-def test_a_stopped_run_of_the_trainer_goes_on(model_folder, tmp_path, monkeypatch):
+def test_a_stopped_run_of_the_trainer_goes_on(model, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
-    constants = {"MODEL": str(model_folder), "FOLDER": str(tmp_path / "run")}
+    constants = {"MODEL": model, "FOLDER": str(tmp_path / "run")}
     run("transformers_trainer", **constants, STEPS=2)
     trainer = run("transformers_trainer", **constants, STEPS=4)["trainer"]
     assert trainer.state.global_step == 4
@@ -79,9 +71,9 @@ def test_a_stopped_run_of_the_trainer_goes_on(model_folder, tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-def test_a_mesh_of_four_processes(model_folder, tmp_path):
+def test_a_mesh_of_four_processes(model, tmp_path):
     source = (ROOT / "examples" / "distributed" / "vocab_parallel.py").read_text()
-    for constant, value in {"MODEL": str(model_folder), "FOLDER": str(tmp_path / "run"), "STEPS": 3}.items():
+    for constant, value in {"MODEL": model, "FOLDER": str(tmp_path / "run"), "STEPS": 3}.items():
         source, found = re.subn(rf"^{constant} = .*$", f"{constant} = {value!r}", source, flags=re.MULTILINE)
         assert found == 1
     (tmp_path / "script.py").write_text(source)

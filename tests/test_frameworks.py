@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import runpy
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -253,7 +254,6 @@ def test_a_packing_that_cannot_be(packing, said, monkeypatch):
         trainer.serve(None, 0, packing)
 
 
-def test_the_command_of_ms_swift_needs_no_framework():
-    command = [sys.executable, "-m", "orpo_kernels.integrations.ms_swift"]
-    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
-    assert Path(run.stdout.strip()).name == "ms_swift.py"
+def test_the_command_of_ms_swift_needs_no_framework(capsys):
+    runpy.run_module("orpo_kernels.integrations.ms_swift", run_name="__main__")
+    assert Path(capsys.readouterr().out.strip()).name == "ms_swift.py"

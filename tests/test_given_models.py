@@ -34,9 +34,10 @@ from orpo_kernels.app.finetuning.pretrained import (
 from orpo_kernels.transformers import causal_lm_orpo_loss
 from orpo_kernels.transformers.fitting import positions_of
 
+from .commands import command, write_chats
 from .test_collator import byte_level
-from .test_run_folder import command, contents
-from .training import chat_examples, tiny, tokenizer
+from .test_run_folder import contents
+from .training import tiny, tokenizer
 
 STEPS = ("--max-steps", 2, "--batch-size", 2, "--max-length", 48, "--eval-split", 2)
 some = settings(max_examples=max(8, settings().max_examples // 3))
@@ -55,9 +56,7 @@ def model(tmp_path) -> Path:
 
 @pytest.fixture
 def data(tmp_path) -> Path:
-    path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in chat_examples(8)))
-    return path
+    return Path(write_chats(tmp_path / "pairs.jsonl", 8))
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any], file: str = "model.safetensors") -> None:

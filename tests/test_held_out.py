@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -20,16 +23,11 @@ from orpo_kernels.app.data import split_pairs
 from orpo_kernels.app.finetuning import compare, sweep, train
 from orpo_kernels.app.finetuning.scoring import SCORES
 
-from .commands import Run, pair, run_in, save_tiny, write_rows
+from .commands import pair, records, run, save_tiny, write_rows
 from .training import tokenizer
 
 FAST = ("--batch-size", "2", "--max-steps", "1", "--lr", "1e-4")
 ROWS = [pair(number, length=1 + 3 * (number % 2)) for number in range(12)]  # every other one has a long prompt
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture
@@ -37,49 +35,63 @@ def data(tmp_path) -> str:
     return write_rows(tmp_path / "pairs.jsonl", ROWS)
 
 
-@pytest.fixture
-def run(capsys) -> Run:
-    return run_in(capsys)
-
-
-@pytest.fixture
-def trained_on(monkeypatch) -> set[str]:
+@contextlib.contextmanager
+def spied() -> Iterator[set[str]]:
     """The chosen answers that the trainer is given, as runs go by."""
     seen: set[str] = set()
     make = train.PreferenceTrainer
 
     def spy(*args: Any, train_dataset: Any, **options: Any) -> Any:
         for one in train_dataset:
-            answer = [
-                token
-                for token, label in zip(one["chosen_input_ids"], one["chosen_labels"], strict=True)
-                if label != -100
-            ]
+            answer = [label for label in one["chosen_labels"] if label != -100]
             seen.add(tokenizer().decode(answer, skip_special_tokens=True).strip())
         return make(*args, train_dataset=train_dataset, **options)
 
-    monkeypatch.setattr(train, "PreferenceTrainer", spy)
-    return seen
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "PreferenceTrainer", spy)
+        yield seen
+
+
+@pytest.fixture
+def trained_on() -> Iterator[set[str]]:
+    with spied() as seen:
+        yield seen
+
+
+class Trained(NamedTuple):
+    folder: Path
+    data: str
+    summary: dict[str, Any]
+    on: set[str]
+
+
+@pytest.fixture(scope="module")
+def trained(model, tmp_path_factory) -> Trained:
+    """A run that holds out half of the pairs, to be looked at by many."""
+    folder = tmp_path_factory.mktemp("trained")
+    data = write_rows(folder / "pairs.jsonl", ROWS)
+    with spied() as seen:
+        summary = run("train", model, data, "--output", folder / "run", "--eval-split", 6, *FAST)
+    return Trained(folder / "run", data, summary, seen)
 
 
 def evaluated(folder: Path, rows: list[dict[str, str]] = ROWS) -> set[str]:
     """The chosen answers of the rows that an evaluation has rated."""
-    lines = (folder / "pairs.jsonl").read_text().splitlines()
-    return {rows[json.loads(line)["row"] - 1]["chosen"].strip() for line in lines}
+    return {rows[record["row"] - 1]["chosen"].strip() for record in records(folder, "pairs")}
 
 
 # --- one run, evaluated in other ways ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("where", ["", "model"])
 @pytest.mark.parametrize(
     "flags", [("--max-length", 64), ("--max-length", 30, "--too-long", "leave-out"), ("--seed", 3)]
 )
-def test_what_was_trained_on_is_never_held_out(where, flags, run, model, data, tmp_path, trained_on):
-    """The training left pairs out that were too long; the evaluation takes others."""
+def test_what_was_trained_on_is_never_held_out(flags, model, data, tmp_path, trained_on):
+    """The training left pairs out that were too long; the evaluation takes others, of the run or of its model."""
     summary = run("train", model, data, "--output", tmp_path / "run", "--eval-split", 6, *FAST, *flags)
     assert len(trained_on) == summary["pairs"]
-    for number, more in enumerate([(), ("--max-length", 256), ("--max-length", 24), ("--seed", 1)]):
+    ways = [("", ()), ("model", ("--max-length", 256)), ("", ("--max-length", 24)), ("model", ("--seed", 1))]
+    for number, (where, more) in enumerate(ways):
         output = tmp_path / f"e{number}"
         record = run("evaluate", tmp_path / "run" / where, data, "--eval-split", 6, "--output", output, *more)
         assert record["pairs"] >= summary["held_out"]
@@ -87,73 +99,69 @@ def test_what_was_trained_on_is_never_held_out(where, flags, run, model, data, t
         assert record["trained_on"] == len(trained_on)
 
 
-def test_rows_that_come_later_change_no_side(run, model, data, tmp_path, trained_on):
-    summary = run("train", model, data, "--output", tmp_path / "run", "--eval-split", 6, *FAST)
+def test_rows_that_come_later_change_no_side(trained, tmp_path):
     rows = [pair(100), *ROWS[:5], pair(101), *ROWS[5:], pair(102)]
     longer = write_rows(tmp_path / "longer.jsonl", rows)
-    record = run("evaluate", tmp_path / "run", longer, "--eval-split", 6, "--output", tmp_path / "e")
-    assert record["pairs"] == summary["held_out"] == 6
-    assert not evaluated(tmp_path / "e", rows) & trained_on
+    record = run("evaluate", trained.folder, longer, "--eval-split", 6, "--output", tmp_path / "e")
+    assert record["pairs"] == trained.summary["held_out"] == 6
+    assert not evaluated(tmp_path / "e", rows) & trained.on
 
 
-def test_without_a_split_it_says_how_many_were_trained_on(run, model, data, tmp_path, capsys):
-    summary = run("train", model, data, "--output", tmp_path / "run", "--eval-split", 6, *FAST)
-    record = run("evaluate", tmp_path / "run", data, "--output", tmp_path / "e")
+def test_without_a_split_it_says_how_many_were_trained_on(trained, tmp_path):
+    record = run("evaluate", trained.folder, trained.data, "--output", tmp_path / "e")
     assert record["pairs"] == 12
-    assert record["trained_on"] == summary["pairs"]
+    assert record["trained_on"] == trained.summary["pairs"]
 
 
-def test_what_either_model_was_trained_on_is_left_out(run, model, data, tmp_path, trained_on):
-    for seed in (0, 1):
-        run("train", model, data, "--output", tmp_path / f"run{seed}", "--eval-split", 6, "--seed", seed, *FAST)
-    assert 6 < len(trained_on) < 12  # else this shows nothing
-    arguments = ("evaluate", tmp_path / "run0", data, "--against", tmp_path / "run1", "--eval-split", 6)
+def test_what_either_model_was_trained_on_is_left_out(trained, model, tmp_path, trained_on):
+    run("train", model, trained.data, "--output", tmp_path / "run", "--eval-split", 6, "--seed", 1, *FAST)
+    either = trained.on | trained_on
+    assert 6 < len(either) < 12  # else this shows nothing
+    arguments = ("evaluate", trained.folder, trained.data, "--against", tmp_path / "run", "--eval-split", 6)
     record = run(*arguments, "--output", tmp_path / "e")
-    assert evaluated(tmp_path / "e") == {row["chosen"].strip() for row in ROWS} - trained_on
-    assert record["trained_on"] == len(trained_on)
+    assert evaluated(tmp_path / "e") == {row["chosen"].strip() for row in ROWS} - either
+    assert record["trained_on"] == len(either)
 
 
-def test_a_run_that_begins_with_a_runs_model_inherits_what_that_was_trained_on(run, model, data, tmp_path, trained_on):
-    run("train", model, data, "--output", tmp_path / "first", "--eval-split", 6, *FAST)
-    before = set(trained_on)
-    for name, base in (("second", tmp_path / "first"), ("third", tmp_path / "first" / "model")):
-        trained_on.clear()
-        summary = run("train", base, data, "--output", tmp_path / name, "--eval-split", 6, "--seed", 1, *FAST)
-        assert summary["held_out"] == len({row["chosen"].strip() for row in ROWS} - trained_on - before) < 6
-        run("evaluate", tmp_path / name, data, "--eval-split", 6, "--output", tmp_path / f"e{name}")
-        assert not evaluated(tmp_path / f"e{name}") & (trained_on | before)
+@pytest.mark.parametrize("where", ["", "model"])
+def test_a_run_that_begins_with_a_runs_model_inherits_what_that_was_trained_on(where, trained, tmp_path, trained_on):
+    arguments = ("train", trained.folder / where, trained.data, "--output", tmp_path / "run", "--eval-split", 6)
+    summary = run(*arguments, "--seed", 1, *FAST)
+    either = trained.on | trained_on
+    assert summary["held_out"] == len({row["chosen"].strip() for row in ROWS} - either) < 6
+    run("evaluate", tmp_path / "run", trained.data, "--eval-split", 6, "--output", tmp_path / "e")
+    assert not evaluated(tmp_path / "e") & either
 
 
-def test_other_data_has_nothing_held_out(run, model, data, tmp_path):
-    run("train", model, data, "--output", tmp_path / "run", "--eval-split", 6, *FAST)
+def test_other_data_has_nothing_held_out(trained, tmp_path):
     other = write_rows(tmp_path / "other.jsonl", [pair(number) for number in range(50, 56)])
-    said = run("evaluate", tmp_path / "run", other, "--eval-split", 2, "--output", tmp_path / "e", status=2)
+    said = run("evaluate", trained.folder, other, "--eval-split", 2, "--output", tmp_path / "e", status=2)
     assert "none of the 6 pairs" in said["error"]
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", '{"trained": 1, "held_out": []}', "\0"])
-def test_a_run_whose_record_is_gone_or_damaged(content, run, model, data, tmp_path):
-    run("train", model, data, "--output", tmp_path / "run", "--eval-split", 6, *FAST)
+def test_a_run_whose_record_is_gone_or_damaged(content, trained, tmp_path):
+    shutil.copytree(trained.folder, tmp_path / "run")
     record = tmp_path / "run" / "split.json"
     record.unlink() if content is None else record.write_text(content)
-    arguments = ("evaluate", tmp_path / "run", data, "--output", tmp_path / "e")
+    arguments = ("evaluate", tmp_path / "run", trained.data, "--output", tmp_path / "e")
     said = run(*arguments, "--eval-split", 6, status=2)
     assert "no pair can be called held out" in said["error"]
     assert run(*arguments)["pairs"] == 12  # nothing is called held out
 
 
-def test_the_same_models_folder_elsewhere_is_no_run(run, model, data, tmp_path):
+def test_the_same_models_folder_elsewhere_is_no_run(trained, tmp_path):
     """A folder whose neighbours look like a run's is taken for what it is."""
-    run("train", model, data, "--output", tmp_path / "run", "--eval-split", 6, *FAST)
+    shutil.copytree(trained.folder, tmp_path / "run")
     other = save_tiny(tmp_path / "run" / "another")
-    record = run("evaluate", other, data, "--eval-split", 6, "--output", tmp_path / "e")
+    record = run("evaluate", other, trained.data, "--eval-split", 6, "--output", tmp_path / "e")
     assert (record["pairs"], record["trained_on"]) == (6, 0)
 
 
 # --- two models ----------------------------------------------------------------------------------------------------
 
 
-def test_models_are_compared_on_the_pairs_that_both_take(run, model, data, tmp_path):
+def test_models_are_compared_on_the_pairs_that_both_take(model, data, tmp_path):
     short = save_tiny(tmp_path / "short", max_position_embeddings=24)
     arguments = (data, "--too-long", "leave-out", "--batch-size", 3)
     alone = run("evaluate", short, *arguments, "--output", tmp_path / "alone")
@@ -171,7 +179,7 @@ def test_models_are_compared_on_the_pairs_that_both_take(run, model, data, tmp_p
         assert evaluated(tmp_path / "both") == evaluated(tmp_path / "alone")
 
 
-def test_models_that_take_no_pair_together(run, model, data, tmp_path):
+def test_models_that_take_no_pair_together(model, data, tmp_path):
     write_rows(Path(data), [row for row in ROWS if len(row["prompt"]) > 30])
     short = save_tiny(tmp_path / "short", max_position_embeddings=24)
     arguments = ("evaluate", model, data, "--against", short, "--too-long", "leave-out")
@@ -181,7 +189,7 @@ def test_models_that_take_no_pair_together(run, model, data, tmp_path):
 # --- nothing left, on either side ----------------------------------------------------------------------------------
 
 
-def test_a_held_out_side_of_which_nothing_is_left_is_refused(run, model, data, tmp_path):
+def test_a_held_out_side_of_which_nothing_is_left_is_refused(model, data, tmp_path):
     """The answers of the held-out pairs are too long, which does not change the sides."""
     held_out = set(split_pairs(ROWS, 2, seed=0)[1])
     rows = [{**row, "chosen": " a long one" * 20} if i in held_out else row for i, row in enumerate(ROWS)]
@@ -198,7 +206,7 @@ def test_a_held_out_side_of_which_nothing_is_left_is_refused(run, model, data, t
 
 @pytest.mark.parametrize("numbers", [[0], [0, 0, 0], [0, 1]])
 @pytest.mark.parametrize("asked", [0.1, 0.9, 1])
-def test_data_that_cannot_be_split_say_so(numbers, asked, run, model, tmp_path):
+def test_data_that_cannot_be_split_say_so(numbers, asked, model, tmp_path):
     """One pair, one prompt, or one prompt that the tokenizer takes."""
     rows = [pair(number) for number in numbers]
     if len(set(numbers)) > 1:
@@ -210,14 +218,14 @@ def test_data_that_cannot_be_split_say_so(numbers, asked, run, model, tmp_path):
     assert run(*arguments, "--eval-split", 0)["pairs"] == (1 if len(set(numbers)) > 1 else len(numbers))
 
 
-def test_a_smaller_split_is_advised_where_it_helps(run, model, tmp_path):
+def test_a_smaller_split_is_advised_where_it_helps(model, tmp_path):
     data = write_rows(tmp_path / "few.jsonl", ROWS[:3])
     arguments = ("train", model, data, *FAST, "--output", tmp_path / "r", "--eval-split")
     assert "to train on: give a smaller one." in run(*arguments, 0.999, status=2)["error"]
     assert run(*arguments, 1)["pairs"] == 2
 
 
-def test_held_out_pairs_of_a_file_are_not_trained_on_either(run, model, data, tmp_path, capsys):
+def test_held_out_pairs_of_a_file_are_not_trained_on_either(model, data, tmp_path, capsys):
     held = tmp_path / "held.jsonl"
     arguments = ["train", model, data, *FAST, "--eval-split", str(held), "--output", str(tmp_path / "run")]
     write_rows(held, ROWS[:3])
@@ -239,7 +247,7 @@ OTHERS = [pair(number) for number in range(50, 90)]
 
 
 @pytest.fixture(params=SIDE_BY_SIDE)
-def several(request, run, model, data, tmp_path, monkeypatch) -> Run:
+def several(request, model, data, tmp_path, monkeypatch) -> Callable[..., dict[str, Any]]:
     """`sweep` or `compare` by so many values, all in this process."""
     monkeypatch.setattr(compare, "_train", lambda settings: train.train(settings, Console(stderr=True)))
     flag, values = SIDE_BY_SIDE[request.param]

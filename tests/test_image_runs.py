@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,9 @@ from orpo_kernels.transformers import PreferenceCollator, causal_lm_orpo_loss, f
 from orpo_kernels.transformers.media import vision_parts
 from orpo_kernels.transformers.trainer import PreferenceTrainer
 
-from .commands import Run, run_in, write_rows
+from .commands import records, run, write_rows
 from .models import build as build_text
-from .training import settings
+from .training import losses, settings
 from .vision_models import build
 
 
@@ -36,10 +35,6 @@ def trainer_of(folder: Any, model: Any, packing: str = "auto", **options: Any) -
         train_dataset=make_pairs(8, seed=1),
         eval_dataset=make_pairs(5, seed=2),
     )
-
-
-def losses(trainer: PreferenceTrainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 # --- the trainer -----------------------------------------------------------------------------------------------------
@@ -148,11 +143,6 @@ def test_a_model_of_text_has_nothing_to_freeze():
 # --- commands --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    return run_in(capsys)
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("model")
@@ -185,12 +175,12 @@ FAST = ("--batch-size", "2", "--max-steps", "2", "--eval-split", "3", "--lr", "1
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_train_and_evaluate(lora, model, tmp_path, run):
+def test_train_and_evaluate(lora, model, tmp_path):
     data, output = write_data(tmp_path), tmp_path / "run"
     flags = ("--lora", "--merge") if lora else ()
     summary = run("train", model, data, "--output", output, "--freeze-vision", *flags, *FAST)
     assert (summary["pairs"] + summary["held_out"], summary["problems"]) == (9, 1)
-    (problem,) = [json.loads(line) for line in (output / "problems.jsonl").read_text().splitlines()]
+    (problem,) = records(output, "problems")
     assert problem["row"] == 10
     assert "its picture 1 is missing" in problem["reason"]
     trained = AutoModelForImageTextToText.from_pretrained(output / ("merged" if lora else "model"))
@@ -204,7 +194,7 @@ def test_train_and_evaluate(lora, model, tmp_path, run):
     assert other["pairs"] == 9
 
 
-def test_a_changed_picture_is_another_input(model, tmp_path, run):
+def test_a_changed_picture_is_another_input(model, tmp_path):
     data, output = write_data(tmp_path), tmp_path / "run"
     run("train", model, data, "--output", output, *FAST)
     make_pairs(1, seed=77)[0]["images"][0].save(tmp_path / "pictures" / "0.png")

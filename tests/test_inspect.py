@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import io
-import json
 import re
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -25,36 +22,21 @@ from orpo_kernels.app.cli.inspect import BINS, _histogram
 from orpo_kernels.transformers import PreferenceCollator, tokenize_pair
 from orpo_kernels.transformers.showing import STYLES, tokens_of
 
+from .commands import records, run, write_rows
 from .test_templates import CALL, EOT, RESULT, TOOLS, WITH_TOOLS, assistant, of_template, pair
-from .training import chat_examples, tiny, tokenizer
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    tiny().save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return str(folder)
+from .training import chat_examples, tokenizer
 
 
 @pytest.fixture
-def data(tmp_path) -> Path:
+def data(tmp_path) -> str:
     rows = [*chat_examples(8), {"prompt": "alone"}, {"prompt": "p", "chosen": "same", "rejected": "same"}]
     rows[3]["source"] = "a page"
-    path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def inspect(capsys: Any, *arguments: Any, status: int = 0) -> dict[str, Any]:
-    capsys.readouterr()
-    assert main(["inspect", *map(str, arguments), "--json"]) == status
-    return json.loads(capsys.readouterr().out)
+    return write_rows(tmp_path / "pairs.jsonl", rows)
 
 
 @pytest.mark.draws
-def test_what_there_is_in_a_file(capsys, model, data, tmp_path):
-    found = inspect(capsys, data, "--model", model, "--max-length", 48, "--output", tmp_path / "out")
+def test_what_there_is_in_a_file(model, data, tmp_path):
+    found = run("inspect", data, "--model", model, "--max-length", 48, "--output", tmp_path / "out")
     kept = [tokenize_pair(example, tokenizer(), max_length=48) for example in chat_examples(8)]
     whole = [tokenize_pair(example, tokenizer()) for example in chat_examples(8)]
     lost = [own.get("cut_tokens", 0) for own in kept]
@@ -69,7 +51,7 @@ def test_what_there_is_in_a_file(capsys, model, data, tmp_path):
     longest = [max(len(own["chosen_input_ids"]), len(own["rejected_input_ids"])) for own in whole]
     assert found["lengths"]["pair"]["most"] == max(longest)
     assert found["lengths"]["pair"]["least"] == min(longest)
-    problems = [json.loads(line) for line in (tmp_path / "out" / "problems.jsonl").read_text().splitlines()]
+    problems = records(tmp_path / "out", "problems")
     assert problems == found["problems"]
     assert [problem["row"] for problem in problems] == [9, 10]
     assert (tmp_path / "out" / "lengths.png").read_bytes().startswith(b"\x89PNG")
@@ -86,9 +68,9 @@ def test_each_length_is_in_the_bar_that_names_it(lengths):
     assert sum(int(bar[4]) for bar in bars) == len(lengths)
 
 
-def test_pairs_that_are_too_long_can_be_left_out(capsys, model, data, tmp_path):
+def test_pairs_that_are_too_long_can_be_left_out(model, data, tmp_path):
     arguments = (data, "--model", model, "--max-length", 48, "--output", tmp_path / "out")
-    cut, left_out = inspect(capsys, *arguments), inspect(capsys, *arguments, "--too-long", "leave-out")
+    cut, left_out = run("inspect", *arguments), run("inspect", *arguments, "--too-long", "leave-out")
     assert (left_out["cut_pairs"], left_out["pairs"]) == (0, 8 - cut["cut_pairs"])
     assert len(left_out["problems"]) == 2 + cut["cut_pairs"]
     assert any("tokens, more than max_length=48" in problem["reason"] for problem in left_out["problems"])
@@ -96,7 +78,7 @@ def test_pairs_that_are_too_long_can_be_left_out(capsys, model, data, tmp_path):
 
 
 def test_what_people_are_shown(capsys, model, data, tmp_path):
-    arguments = ["inspect", str(data), "--model", model, "--output", str(tmp_path / "out"), "--max-length", "48"]
+    arguments = ["inspect", data, "--model", model, "--output", str(tmp_path / "out"), "--max-length", "48"]
     assert main([*arguments, "--rows", "2,5"]) == 0
     shown = capsys.readouterr().out
     for words in (
@@ -124,8 +106,8 @@ def test_what_people_are_shown(capsys, model, data, tmp_path):
         (("--columns", "prompt"), "--columns is 'prompt'"),
     ],
 )
-def test_what_cannot_be_shown(flags, message, capsys, model, data, tmp_path):
-    found = inspect(capsys, data, "--model", model, "--output", tmp_path / "out", *flags, status=2)
+def test_what_cannot_be_shown(flags, message, model, data, tmp_path):
+    found = run("inspect", data, "--model", model, "--output", tmp_path / "out", *flags, status=2)
     assert re.search(message, found["error"]), found
 
 

@@ -34,25 +34,15 @@ from orpo_kernels.app.finetuning.records import to_json
 from orpo_kernels.app.finetuning.settings import CompareSettings, SweepSettings, TrainSettings, resuming_command
 from orpo_kernels.app.finetuning.train import train
 
-from .commands import Run, pair, run_in, save_tiny, write_rows
+from .commands import pair, run, write_rows
 
 COMMANDS = ("train", "evaluate", "sweep", "compare")
 FAST = ("--batch-size", "2", "--max-steps", "2", "--eval-split", "4", "--max-length", "64")
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(scope="module")
 def data(tmp_path_factory) -> str:
     return write_rows(tmp_path_factory.mktemp("data") / "pairs.jsonl", [pair(number) for number in range(12)])
-
-
-@pytest.fixture
-def run(capsys) -> Run:
-    return run_in(capsys)
 
 
 # --- flags ---------------------------------------------------------------------------------------------------------
@@ -101,19 +91,19 @@ def run(capsys) -> Run:
         ("compare m d --eval-split 0.0", "--eval-split holds out none"),
     ],
 )
-def test_flags_that_make_no_sense(arguments, message, run, data):
+def test_flags_that_make_no_sense(arguments, message, data):
     assert message.lower() in run(*arguments.replace("DATA", data).split(), status=2)["error"].lower()
 
 
 @pytest.mark.parametrize("number", ["12", "999", "1e300"])
 @pytest.mark.parametrize("command", COMMANDS)
-def test_more_than_there_are_cannot_be_held_out(command, number, run, model, data, tmp_path):
+def test_more_than_there_are_cannot_be_held_out(command, number, model, data, tmp_path):
     said = run(command, model, data, "--eval-split", number, "--output", tmp_path / "o", status=2)
     assert "cannot be held out of 12 pairs" in said["error"]
     assert "number up to 11" in said["error"]
 
 
-def test_pairs_that_teach_nothing_are_no_training(run, model, tmp_path):
+def test_pairs_that_teach_nothing_are_no_training(model, tmp_path):
     path = write_rows(tmp_path / "pairs.jsonl", [{**pair(number), "weight": 0} for number in range(8)])
     said = run("train", model, path, *FAST, "--output", tmp_path / "run", status=2)
     assert said["error"] == f"All 4 pairs of {path} to train on have the weight 0: nothing is learnt."
@@ -122,7 +112,7 @@ def test_pairs_that_teach_nothing_are_no_training(run, model, tmp_path):
     assert said["error"].endswith("tokens, more than max_length=8.")
 
 
-def test_settings_from_a_file_need_no_company_at_their_defaults(run, model, data, tmp_path):
+def test_settings_from_a_file_need_no_company_at_their_defaults(model, data, tmp_path):
     (tmp_path / "c.yaml").write_text("lora_rank: 16\nmax_steps: 1\nepochs: 1\nsplit: train\neval_split: 4\n")
     run("train", model, data, "--config", tmp_path / "c.yaml", "--output", tmp_path / "run")
     (tmp_path / "c.yaml").write_text("lora_rank: 8\n")
@@ -152,9 +142,8 @@ NONSENSE = st.one_of(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(["train", "sweep", "compare"]), NONSENSE)
-def test_nonsense_is_refused_by_the_name_of_its_flag(run, command, nonsense):
+def test_nonsense_is_refused_by_the_name_of_its_flag(command, nonsense):
     """Whatever it is, before a model or data are looked for."""
     flag, value = nonsense
     given = f"{flag}={value}"  # else a value that begins with a dash is a flag
@@ -163,12 +152,11 @@ def test_nonsense_is_refused_by_the_name_of_its_flag(run, command, nonsense):
     assert flag in said["error"]
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.sampled_from([*COMMANDS, "plan", "doctor"]),
     st.lists(st.one_of(WORDS, st.sampled_from([*COUNT_FLAGS.split(), *SIZE_FLAGS.split(), *CHOICES])), max_size=5),
 )
-def test_whatever_is_typed_ends_in_a_sentence(run, command, words):
+def test_whatever_is_typed_ends_in_a_sentence(command, words):
     asks_for_help = {"--help", "-h"} & set(words) or (command == "doctor" and not words)
     if not asks_for_help:
         run(command, "./nowhere", *words, status=2)
@@ -183,7 +171,7 @@ FIELDS = st.sampled_from(
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.one_of(st.dictionaries(FIELDS, VALUES, max_size=4).map(lambda v: json.dumps(v, default=str)), st.text()))
-def test_whatever_is_in_a_configuration_file_ends_in_a_sentence(run, tmp_path, content):
+def test_whatever_is_in_a_configuration_file_ends_in_a_sentence(tmp_path, content):
     (tmp_path / "c.yaml").write_text(content, encoding="utf-8", errors="replace")
     run("train", "./nowhere", "nowhere.jsonl", "--config", tmp_path / "c.yaml", status=2)
 
@@ -193,7 +181,7 @@ def test_whatever_is_in_a_configuration_file_ends_in_a_sentence(run, tmp_path, c
 
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("where", ["file", "file/inside", "full/of", "/dev/null/inside", "long" + 300 * "x"])
-def test_outputs_that_cannot_be(where, command, run, model, data, tmp_path, monkeypatch):
+def test_outputs_that_cannot_be(where, command, model, data, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "full" / "of").mkdir(parents=True)
     (tmp_path / "full" / "of" / "evaluation.json").write_text("mine")
@@ -218,7 +206,7 @@ def test_outputs_that_cannot_be(where, command, run, model, data, tmp_path, monk
         (MemoryError(), "smaller --batch-size"),
     ],
 )
-def test_what_the_machine_refuses_is_a_sentence(error, message, run, tmp_path, monkeypatch):
+def test_what_the_machine_refuses_is_a_sentence(error, message, tmp_path, monkeypatch):
     def refuse(*_: Any) -> None:
         raise error
 
@@ -229,14 +217,14 @@ def test_what_the_machine_refuses_is_a_sentence(error, message, run, tmp_path, m
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_data_that_may_not_be_read(run, model, tmp_path):
+def test_data_that_may_not_be_read(model, tmp_path):
     path = write_rows(tmp_path / "pairs.jsonl", [pair(0)])
     os.chmod(path, 0)
     assert "Permission denied" in run("evaluate", model, path, "--output", tmp_path / "e", status=2)["error"]
 
 
 @pytest.mark.parametrize("folder", [None, "empty", "begun"])
-def test_the_unforeseen_is_a_sentence_and_a_report(folder, run, tmp_path, monkeypatch):
+def test_the_unforeseen_is_a_sentence_and_a_report(folder, tmp_path, monkeypatch):
     def fail(*_: Any) -> None:
         raise ZeroDivisionError("division\nby zero")
 
@@ -256,7 +244,7 @@ def test_the_unforeseen_is_a_sentence_and_a_report(folder, run, tmp_path, monkey
     assert not folder or folder == "begun" or not list((tmp_path / folder).iterdir())  # free for the next try
 
 
-def test_the_unforeseen_without_a_place_for_its_report(run, tmp_path, monkeypatch):
+def test_the_unforeseen_without_a_place_for_its_report(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "evaluate", lambda *_: 1 / 0)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Path, "open", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "no")))
@@ -316,7 +304,7 @@ def test_commands_where_stdout_is_ascii(machine, model, data, tmp_path, monkeypa
     assert json.loads((output / "evaluation.json").read_text(encoding="utf-8"))["models"].keys() == {str(folder)}
 
 
-def test_a_name_that_is_no_unicode(run, model, data, tmp_path):
+def test_a_name_that_is_no_unicode(model, data, tmp_path):
     """A file's name is bytes; what is no UTF-8 among them Python keeps as lone surrogates."""
     record = run("evaluate", model, data, "--output", tmp_path / os.fsdecode(b"e\xff"), "--batch-size", 4)
     assert all(Path(path).is_file() for path in record["files"])
@@ -475,7 +463,7 @@ children.run_child([sys.executable, "-c", {child!r}])
 # --- runs that fail ------------------------------------------------------------------------------------------------
 
 
-def test_a_sweep_names_the_run_that_diverges_and_goes_on(run, model, data, tmp_path, capsys):
+def test_a_sweep_names_the_run_that_diverges_and_goes_on(model, data, tmp_path, capsys):
     arguments = ("sweep", model, data, *FAST, "--betas", "0,1", "--lrs", "1e30,1e-4", "--output", tmp_path / "s")
     record = run(*arguments)
     assert [(point["beta"], point["lr"]) for point in record["points"]] == [(0, 1e-4), (1, 1e-4)]
@@ -493,13 +481,13 @@ def test_a_sweep_names_the_run_that_diverges_and_goes_on(run, model, data, tmp_p
     assert "No run came to its end" in said["error"]
 
 
-def test_what_no_run_can_do_ends_a_sweep_at_once(run, data, tmp_path):
+def test_what_no_run_can_do_ends_a_sweep_at_once(data, tmp_path):
     said = run("sweep", "./nowhere", data, *FAST, "--output", tmp_path / "s", status=2)
     assert said["error"] == "There is no folder ./nowhere."
     assert not (tmp_path / "s").exists()
 
 
-def test_a_sweep_goes_on_behind_what_nobody_has_foreseen(run, model, data, tmp_path, monkeypatch):
+def test_a_sweep_goes_on_behind_what_nobody_has_foreseen(model, data, tmp_path, monkeypatch):
     def fail_once(settings: TrainSettings, *args: Any, **options: Any) -> dict[str, Any]:
         summary = train(settings, *args, **options)
         if settings.beta == 0:
@@ -514,7 +502,7 @@ def test_a_sweep_goes_on_behind_what_nobody_has_foreseen(run, model, data, tmp_p
     assert list(Path(failed["output"]).glob("orpo-kernels-report-*"))
 
 
-def test_a_comparison_names_the_method_that_fails_and_goes_on(run, model, data, tmp_path, monkeypatch, capsys):
+def test_a_comparison_names_the_method_that_fails_and_goes_on(model, data, tmp_path, monkeypatch, capsys):
     def here(settings: TrainSettings) -> dict[str, Any]:
         from rich.console import Console
 
@@ -545,7 +533,7 @@ def test_a_comparison_names_the_method_that_fails_and_goes_on(run, model, data, 
         ("compare", ["compare.json", "compare.png", "orpo/notes.txt"]),
     ],
 )
-def test_files_of_others_are_left_alone(command, names, run, model, data, tmp_path):
+def test_files_of_others_are_left_alone(command, names, model, data, tmp_path):
     for number, name in enumerate(names):
         folder = tmp_path / str(number)
         (folder / name).parent.mkdir(parents=True)
@@ -557,6 +545,6 @@ def test_files_of_others_are_left_alone(command, names, run, model, data, tmp_pa
         assert (folder / name).read_text() == "precious"
 
 
-def test_an_evaluation_can_be_repeated(run, model, data, tmp_path):
+def test_an_evaluation_can_be_repeated(model, data, tmp_path):
     first, second = (run("evaluate", model, data, "--output", tmp_path / "e", "--batch-size", 4) for _ in range(2))
     assert first == second

@@ -29,22 +29,13 @@ from orpo_kernels.app.finetuning.folder import COMPLETE, MARK, RunFolder, claim,
 from orpo_kernels.app.finetuning.manifest import differing, manifest, sealed, unsealed
 from orpo_kernels.app.finetuning.progress import Recorder
 
-from .test_cli import records, without_times
-from .training import chat_examples, tiny, tokenizer
+from .commands import assert_same_run, command, write_chats
+from .training import tiny
 
 STEPS = ("--max-steps", "4", "--save-every", "1", "--eval-every", "2", "--batch-size", "1", "--max-length", "48")
 STEPS += ("--eval-split", "2", "--lr", "1e-3")
 few = settings(max_examples=max(6, settings().max_examples // 5))  # each of them is a run
 NAMES = ("settings.yaml", "curves.png", "problems.jsonl", "metrics.jsonl", "model", "summary.json", "notes.txt", MARK)
-
-
-def command(*arguments: Any) -> tuple[int, dict[str, Any], str]:
-    """(exit status, what is printed for machines, what is printed for people)."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = main([*map(str, arguments), "--json"])
-    assert "Traceback" not in err.getvalue(), err.getvalue()
-    return status, json.loads(out.getvalue()), err.getvalue()
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -62,12 +53,8 @@ def quick():
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory, quick) -> tuple[str, str]:
-    folder = tmp_path_factory.mktemp("inputs")
-    tiny(initializer_range=0.02).save_pretrained(folder / "model")
-    tokenizer().save_pretrained(folder / "model")
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chat_examples(8)))
-    return str(folder / "model"), str(folder / "pairs.jsonl")
+def inputs(model, tmp_path_factory, quick) -> tuple[str, str]:
+    return model, write_chats(tmp_path_factory.mktemp("inputs") / "pairs.jsonl", 8)
 
 
 @pytest.fixture(scope="module")
@@ -93,13 +80,6 @@ def runs(inputs, tmp_path_factory) -> SimpleNamespace:
 
 def resumed(inputs: tuple[str, str], folder: Path) -> tuple[int, dict[str, Any], str]:
     return command("train", *inputs, *STEPS, "--output", folder, "--resume")
-
-
-def assert_same_result(folder: Path, whole: Path) -> None:
-    assert without_times(records(folder)) == without_times(records(whole))
-    assert records(folder, "evaluations") == records(whole, "evaluations")
-    weights = "model/model.safetensors"
-    assert (folder / weights).read_bytes() == (whole / weights).read_bytes()
 
 
 # --- what is not ours ----------------------------------------------------------------------------------------------
@@ -321,7 +301,7 @@ def test_a_damaged_run_gives_the_same_result_or_a_word(which, choice, how, share
         assert told_of_it or contents(folder) == before
         assert said == json.loads((runs.finished / "summary.json").read_text())
     else:
-        assert_same_result(folder, runs.finished)
+        assert_same_run(folder, runs.finished)
 
 
 @pytest.mark.parametrize("how", ["remove", "cut", "overwrite"])
@@ -335,7 +315,7 @@ def test_the_checkpoint_before_a_damaged_one_is_taken_and_it_is_said(file, how, 
     assert "Going on behind step 2." in told
     if (file, how) != (COMPLETE, "remove"):  # then it is one that was never complete
         assert f"The checkpoint of step 3 is damaged: {file} is not what the run wrote." in told
-    assert_same_result(folder, runs.finished)
+    assert_same_run(folder, runs.finished)
 
 
 def test_without_any_sound_checkpoint_the_run_begins_anew_and_it_is_said(inputs, runs, tmp_path):
@@ -346,7 +326,7 @@ def test_without_any_sound_checkpoint_the_run_begins_anew_and_it_is_said(inputs,
     status, _, told = resumed(inputs, folder)
     assert status == 0
     assert "There is no checkpoint to go on from: the run begins anew." in told
-    assert_same_result(folder, runs.finished)
+    assert_same_run(folder, runs.finished)
 
 
 @pytest.mark.parametrize("how", ["remove", "cut", "overwrite"])
@@ -467,4 +447,4 @@ def test_a_full_disk_is_a_sentence_and_nothing_is_lost(where, inputs, runs, tmp_
     assert status == 2
     assert f"The disk that holds {folder} is full." in said["error"]
     assert resumed(inputs, folder)[0] == 0
-    assert_same_result(folder, runs.finished)
+    assert_same_run(folder, runs.finished)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -422,8 +423,8 @@ def python(*arguments: Any) -> subprocess.CompletedProcess:
 def test_a_killed_run_goes_on_where_it_was(kind, tmp_path):
     if kind == "trl":
         pytest.importorskip("trl.experimental.orpo")
-    killed = python("-m", "tests.runs", "killed", kind, tmp_path / "killed")
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    killed = runs.forked(lambda: runs.interrupted(kind, tmp_path / "killed", [runs.Kill()]).train())
+    assert os.waitstatus_to_exitcode(os.waitpid(killed, 0)[1]) == -signal.SIGKILL
     assert sorted(path.name for path in (tmp_path / "killed").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
 
     resumed = runs.interrupted(kind, tmp_path / "killed")

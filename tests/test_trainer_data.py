@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from typing import Any
@@ -376,14 +375,11 @@ def test_a_run_in_groups_goes_on_where_it_was(tmp_path):
     assert losses(resumed) == pytest.approx(losses(whole), rel=1e-5)
 
 
-def test_the_flag_of_the_command(tmp_path, monkeypatch):
+def test_the_flag_of_the_command(model, tmp_path, monkeypatch):
     pytest.importorskip("rich")
-    from orpo_kernels.app.cli import main
+    from .commands import run, write_chats
 
-    tiny(initializer_range=0.02).save_pretrained(tmp_path / "model")
-    tokenizer().save_pretrained(tmp_path / "model")
-    pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text("".join(json.dumps(pair) + "\n" for pair in chat_examples(24)))
+    pairs = write_chats(tmp_path / "pairs.jsonl", 24)
     samplers = []
     grouped = PreferenceTrainer._get_train_sampler
     monkeypatch.setattr(
@@ -391,8 +387,7 @@ def test_the_flag_of_the_command(tmp_path, monkeypatch):
     )
     flags = ["--batch-size", "2", "--max-steps", "1", "--eval-split", "0", "--output"]
     for name, more in (("plain", []), ("grouped", ["--group-by-length"])):
-        folder = str(tmp_path / name)
-        assert main(["train", str(tmp_path / "model"), str(pairs), *flags, folder, *more, "--json"]) == 0
+        run("train", model, pairs, *flags, tmp_path / name, *more)
     assert [isinstance(sampler, GroupedByLength) for sampler in samplers] == [False, True]
 
 
