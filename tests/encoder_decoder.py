@@ -1,6 +1,7 @@
 """Tiny random encoder-decoder models, and what is true of each: `python -m tests.encoder_decoder`.
 
-Writes docs/encoder_decoder.md: whether loss and gradients are those of the model's own logits, or who refuses and why.
+Writes the table of docs/encoder_decoder.md: whether loss and gradients are those of the model's own logits, or who
+refuses and why.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from orpo_kernels import reference
 from orpo_kernels.transformers import causal_lm_orpo_loss, resolve_lm_head
 from orpo_kernels.transformers.versions import version_of
 
-from .models import VOCAB, assert_same
+from .models import VOCAB, assert_same, write_table
 
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0}
 T5 = {"vocab_size": VOCAB, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
@@ -145,48 +146,14 @@ def by_logits(logits: Tensor, labels: Tensor, **options: Any) -> Any:
     return reference.orpo_loss(logits.double(), identity, labels, shift=False, **options)
 
 
-# --- the page ------------------------------------------------------------------------------------------------------
+# --- the table -----------------------------------------------------------------------------------------------------
 
 PAGE = Path(__file__).parents[1] / "docs" / "encoder_decoder.md"
-INTRODUCTION = """# Encoder-decoder models
-
-T5, BART and their like read the prompt in an encoder and write the answer by a decoder. The calls are those of every
-other model, and so are the methods:
-
-    batch = {"input_ids": prompts, "attention_mask": mask, "labels": answers}    # (B, S), (B, S), (2B, T)
-    causal_lm_orpo_loss(model, **batch).loss.backward()
-
-    PreferenceTrainer(model, args, data_collator=PreferenceCollator(tokenizer, max_length=512), train_dataset=pairs)
-
-    orpo-kernels train google/flan-t5-small pairs.jsonl
-
-- **One prompt for each pair.** The encoder runs once for both answers; TRL's trainer runs it twice. That is all the
-  sharing there is: packing does not apply, and `packing="auto"` is "padded".
-- **Labels are not shifted.** The label at a position is predicted there. The decoder reads the labels shifted as the
-  model itself shifts them (`ShiftRight`), or the `decoder_input_ids` of your batch.
-- **No prompt in the NLL**, whatever `prompt_nll` says: the decoder never predicts it.
-- **Tokens.** Prompt and answers each get the special tokens of the tokenizer, answers as targets (`text_target`); an
-  answer ends in one EOS. `max_length` bounds the prompt and each answer by itself. In a loop of your own,
-  `EncoderDecoderCollator`; `PreferenceTrainer` makes one of a `PreferenceCollator`.
-- **In TRL's trainer**, rows, tokens and shift are TRL's, and so are losses and metrics over steps, to 1e-4.
-- **The head.** T5 multiplies by d_model^-0.5 where it is tied, BART's kind adds `final_logits_bias`, T5Gemma caps: read
-  from the model, and checked once against its own logits.
-- **Experts with a capacity** (Switch, NLLB-MoE) drop tokens by what else is in the batch, where the capacity is short;
-  a prompt that is there once leaves more of it than one that is there twice.
-
-Refused by name: router losses (`config.output_router_logits=True`), encoders that read no text (Whisper), and what the
-table says. `orpo-kernels plan` does not know these models.
-
-The models that are tried: tiny random instances, float32, all weights trained; loss and gradients of every parameter
-equal the definition's on the model's own logits. `python -m tests.encoder_decoder` writes this page, and `make test`
-asserts that it is still true.
-"""
 
 
-def page() -> str:
+def table() -> list[str]:
     lines = ["| model | class | head | loss, gradients |", "|---|---|---|---|"]
-    lines += [line(name, build(name), own_logits_say(name)) for name in MODELS | REFUSED]
-    return "\n".join([INTRODUCTION, *lines, ""])
+    return lines + [line(name, build(name), own_logits_say(name)) for name in MODELS | REFUSED]
 
 
 def line(name: str, model: nn.Module, finding: str) -> str:
@@ -219,5 +186,4 @@ def own_logits_say(name: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page())
-    print(PAGE.read_text())
+    write_table(PAGE, "encoder_decoder", table())

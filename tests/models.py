@@ -1,13 +1,13 @@
 """Tiny random instances of the models of transformers, and what is true of each: `python -m tests.models`.
 
-Writes docs/models.md: whether loss and gradients are those of the model's own logits, and those of the padded batch
-where prompts are shared, or who refuses and why.
+Writes the table of docs/models.md: whether loss and gradients are those of the model's own logits, and those of the
+padded batch where prompts are shared, or who refuses and why.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +79,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen3-MoE": ("Qwen3Moe", EXPERTS),
     "Qwen3-Next": ("Qwen3Next", {**EXPERTS, **LINEAR, "shared_expert_intermediate_size": 16}),
     "Gemma, tied": ("Gemma", {"tie_word_embeddings": True}),
-    "Gemma2: soft-cap, tied": (
-        "Gemma2",
-        {"final_logit_softcapping": 2.0, "tie_word_embeddings": True, **TWO_KINDS},
-    ),
+    "Gemma2: soft-cap, tied": ("Gemma2", {"final_logit_softcapping": 2.0, "tie_word_embeddings": True, **TWO_KINDS}),
     "Gemma2 without soft-cap": ("Gemma2", {"final_logit_softcapping": None}),
     "Gemma3: soft-cap": ("Gemma3Text", {"final_logit_softcapping": 2.0, **TWO_KINDS}),
     "RecurrentGemma: soft-cap": ("RecurrentGemma", {"logits_soft_cap": 0.5, "lru_width": 32}),
@@ -241,25 +238,25 @@ def assert_sharing_is_exact(model: nn.Module, pairs: list[TokenizedPair], **opti
 
 # --- the table -----------------------------------------------------------------------------------------------------
 
-TABLE = Path(__file__).parents[1] / "docs" / "models.md"
-INTRODUCTION = """# Models
-
-Tiny random instances of the models of transformers, float32, all weights trained. `python -m tests.models` writes this
-file, and `make test` asserts that it is still true.
-
-- **Loss, gradients**: those of `causal_lm_orpo_loss` equal the definition's on the model's own logits, every parameter.
-- **Shared prompt**: loss and gradients of `PreferenceCollator(packing="shared")` equal those of the padded batch, with
-  sequences longer than the sliding window where there is one; or why the model refuses (`refuses_shared_prompt`).
-
-Refused whatever the model: shared prompts with flash-attention (no 4-D masks) and with a router loss
-(`config.output_router_logits=True`).
-"""
+PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 
 
-def table() -> str:
+def write_table(page: Path, module: str, lines: Iterable[str]) -> None:
+    """Put the lines between the marks of the page."""
+    begin, end = f"<!-- table: python -m tests.{module} -->", "<!-- end of table -->"
+    before, _, rest = page.read_text().partition(begin)
+    page.write_text(f"{before}{begin}\n\n" + "\n".join(lines) + f"\n\n{end}{rest.partition(end)[2]}")
+    print(page.read_text())
+
+
+def lines_of(page: Path) -> list[str]:
+    """The header and the lines of models of its table."""
+    return [line for line in page.read_text().splitlines() if line.startswith("| ")]
+
+
+def table() -> list[str]:
     lines = ["| model | class | head | loss, gradients | shared prompt |", "|---|---|---|---|---|"]
-    lines += map(row, MODELS | WITH_MORE_THAN_A_HEAD)
-    return "\n".join([INTRODUCTION, *lines, ""])
+    return [*lines, *map(row, MODELS | WITH_MORE_THAN_A_HEAD)]
 
 
 def row(name: str) -> str:
@@ -307,6 +304,4 @@ def shared_prompt(model: nn.Module) -> str:
 
 
 if __name__ == "__main__":
-    TABLE.parent.mkdir(exist_ok=True)
-    TABLE.write_text(table())
-    print(TABLE.read_text())
+    write_table(PAGE, "models", table())

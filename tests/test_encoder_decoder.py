@@ -35,25 +35,14 @@ from orpo_kernels.transformers.trainer import PreferenceTrainer
 from orpo_kernels.transformers.versions import version_of
 
 from . import training
-from .encoder_decoder import (
-    MODELS,
-    PAGE,
-    REFUSED,
-    T5,
-    build,
-    by_logits,
-    line,
-    make_batch,
-    own_logits,
-    own_logits_say,
-)
-from .models import VOCAB, assert_same, gradients, make_pairs
+from .encoder_decoder import MODELS, PAGE, REFUSED, T5, build, by_logits, line, make_batch, own_logits, own_logits_say
+from .models import VOCAB, assert_same, gradients, lines_of, make_pairs
 from .models import build as build_causal
 from .models import make_batch as make_causal_batch
 from .test_methods import by_logits as definition
 from .versions import keeps_the_order
 
-LINES = PAGE.read_text().splitlines()
+LINES = lines_of(PAGE)
 each_model = pytest.mark.parametrize("name", MODELS)
 
 
@@ -69,7 +58,7 @@ def test_loss_and_all_gradients_are_those_of_the_models_own_logits(name):
 def test_the_page_tells_what_is_refused_and_holds_no_other_model():
     for name in REFUSED:
         assert line(name, build(name), own_logits_say(name)) in LINES, "run python -m tests.encoder_decoder"
-    assert len([line for line in LINES if line.startswith("| ")]) == 1 + len(MODELS | REFUSED)
+    assert len(LINES) == 1 + len(MODELS | REFUSED)
 
 
 @pytest.mark.parametrize("name", ["T5: tied, scaled", "UMT5: tied, scaled", "BART: bias", "T5Gemma: soft-cap"])

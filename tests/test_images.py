@@ -20,13 +20,13 @@ from orpo_kernels.transformers.media import media_tokens
 from orpo_kernels.transformers.packing import pack_pairs
 from orpo_kernels.transformers.sharing import _SHARES_IMAGES
 
-from .models import assert_same
+from .models import assert_same, lines_of
 from .models import build as build_text
 from .models import make_batch as text_batch
 from .processors import PROCESSORS, picture
 from .vision_models import IMAGE, MODELS, PAGE, build, make_pairs, padded_batch, pictures, row
 
-LINES = [line for line in PAGE.read_text().splitlines() if line.startswith("| ")]
+LINES = lines_of(PAGE)
 
 
 # The others are like one of these.

@@ -21,7 +21,7 @@ from orpo_kernels.transformers import causal_lm_orpo_loss, refuses_shared_prompt
 from orpo_kernels.transformers.collator import pad_pairs
 from orpo_kernels.transformers.packing import pack_pairs
 
-from .models import SIZES, VOCAB, assert_same, own_logits
+from .models import SIZES, VOCAB, assert_same, own_logits, write_table
 
 IMAGE, VIDEO, START, END = VOCAB - 1, VOCAB - 2, VOCAB - 3, VOCAB - 4
 TEXT = {**SIZES, "max_position_embeddings": 128, "tie_word_embeddings": False}
@@ -278,15 +278,7 @@ MODELS: dict[str, Vision] = {
         IDS,
     ),
     "Qwen3.5": Vision(
-        "Qwen3_5",
-        patches,
-        4,
-        {**QWEN_TOWER, **OUT, "num_position_embeddings": 16},
-        {
-            **MROPE,
-            **LINEAR,
-        },
-        IDS,
+        "Qwen3_5", patches, 4, {**QWEN_TOWER, **OUT, "num_position_embeddings": 16}, {**MROPE, **LINEAR}, IDS
     ),
     "GLM-4V": Vision("Glm4v", patches, 4, {**QWEN_TOWER, **OUT, "image_size": 16}, GLM_ROPE, GLM_IDS),
     "GLM-4V-MoE": Vision(
@@ -318,12 +310,7 @@ MODELS: dict[str, Vision] = {
         patches,
         4,
         {**QWEN_TOWER, **OUT, "num_position_embeddings": 16},
-        {
-            **MROPE,
-            **EXPERTS,
-            "shared_expert_intermediate_size": 16,
-            **LINEAR,
-        },
+        {**MROPE, **EXPERTS, "shared_expert_intermediate_size": 16, **LINEAR},
         IDS,
     ),
     "GLM-4.6V": Vision(
@@ -448,15 +435,12 @@ def shared(name: str, model: nn.Module) -> str:
 
 
 PAGE = Path(__file__).parents[1] / "docs" / "images.md"
-MARKS = ("<!-- table: python -m tests.vision_models -->", "<!-- end of table -->")
 
 
-def table() -> str:
+def table() -> list[str]:
     lines = ["| model | class | loss, gradients | shared prompt and picture |", "|---|---|---|---|"]
-    return "\n".join([*lines, *map(row, MODELS)])
+    return [*lines, *map(row, MODELS)]
 
 
 if __name__ == "__main__":
-    before, _, rest = PAGE.read_text().partition(MARKS[0])
-    PAGE.write_text(f"{before}{MARKS[0]}\n\n{table()}\n\n{MARKS[1]}{rest.partition(MARKS[1])[2]}")
-    print(PAGE.read_text())
+    write_table(PAGE, "vision_models", table())
