@@ -1,7 +1,7 @@
 """Training for the tests: killed in the middle, or by two processes together.
 
-python -m torch.distributed.run --nproc-per-node 2 -m tests.runs together transformers FOLDER
-python -m torch.distributed.run --nproc-per-node 2 -m tests.runs sharded trl FOLDER
+python -m torch.distributed.run --nproc-per-node 2 -m tests.runs ddp transformers FOLDER
+python -m torch.distributed.run --nproc-per-node 2 -m tests.runs fsdp2 trl FOLDER
 python -m torch.distributed.run --nproc-per-node 2 -m tests.runs evaluated trl FOLDER
 python -m torch.distributed.run --nproc-per-node 2 -m tests.runs smollm2 fsdp2 FOLDER
 """
@@ -95,21 +95,6 @@ def interrupted(kind: str, folder: Any, callbacks: Any = None) -> Any:
     return make_trainer(kind, folder, callbacks=callbacks, **schedule, gradient_accumulation_steps=2)
 
 
-def together(kind: str, folder: Path) -> None:
-    """One of several processes: every step's logs go to a file."""
-    changes = {"train_sampling_strategy": "sequential", "ddp_backend": "gloo", "gradient_accumulation_steps": 2}
-    evaluation = {} if kind == "trl" else {"eval_strategy": "steps", "eval_steps": 2}
-    trainer = make_trainer(kind, folder, tiny(), **{**changes, **evaluation})
-    if evaluation:
-        trainer.evaluate()  # before training, whose gradients have to meet all the same
-        trainer.state.log_history.clear()
-    trainer.train()
-    assert type(trainer.model_wrapped).__name__ == "DistributedDataParallel"
-    if trainer.is_world_process_zero():
-        (folder / "logs.json").write_text(json.dumps(trainer.state.log_history))
-    leave(trainer)
-
-
 def evaluated(kind: str, folder: Path) -> None:
     """One of two processes: seven pairs in batches of two, so that one fills up the last."""
     trainer = make_trainer(kind, folder, tiny(), evaluates=True, ddp_backend="gloo")
@@ -149,28 +134,32 @@ def allow_fsdp_on_a_cpu() -> None:
     PartialState.__init__ = init
 
 
-def sharded(kind: str, folder: Path) -> None:
-    """As `together`, under FSDP2; and the model is saved whole."""
-    allow_fsdp_on_a_cpu()
-    changes = {"train_sampling_strategy": "sequential", "ddp_backend": "gloo", "gradient_accumulation_steps": 2}
-    evaluation = {} if kind == "trl" else {"eval_strategy": "steps", "eval_steps": 2}
-    trainer = make_trainer(kind, folder, tiny(), **{**changes, **evaluation, **FSDP2})
-    trainer.train()
-    assert type(trainer.model_wrapped).__name__ == "FSDPLlamaForCausalLM"
-    trainer.save_model(str(folder / "model"))
-    if trainer.is_world_process_zero():
-        (folder / "logs.json").write_text(json.dumps(trainer.state.log_history))
-    leave(trainer)
+# What every engine asks of the training arguments, and what it wraps the model into.
+ENGINES: dict[str, tuple[dict[str, Any], str]] = {
+    "ddp": ({"ddp_backend": "gloo"}, "DistributedDataParallel"),
+    "fsdp2": ({"ddp_backend": "gloo", **FSDP2}, "FSDPLlamaForCausalLM"),
+    **{
+        f"zero{stage}": ({"deepspeed": {**DEEPSPEED, "zero_optimization": {"stage": stage}}}, "DeepSpeedEngine")
+        for stage in (1, 2)
+    },
+}
 
 
-def zero(stage: int, kind: str, folder: Path) -> None:
-    """As `together`, under DeepSpeed: the optimizer's state is sharded, from ZeRO-2 on also gradients."""
-    engine = {"deepspeed": {**DEEPSPEED, "zero_optimization": {"stage": stage}}}
+def together(engine: str, kind: str, folder: Path) -> None:
+    """One of two processes: every step's logs go to a file, and the model of one that shards it."""
+    arguments, wrapper = ENGINES[engine]
+    if engine == "fsdp2":
+        allow_fsdp_on_a_cpu()
     changes = {"train_sampling_strategy": "sequential", "gradient_accumulation_steps": 2}
     evaluation = {} if kind == "trl" else {"eval_strategy": "steps", "eval_steps": 2}
-    trainer = make_trainer(kind, folder, tiny(), **{**changes, **evaluation, **engine})
+    trainer = make_trainer(kind, folder, tiny(), **{**changes, **evaluation, **arguments})
+    if engine == "ddp" and evaluation:
+        trainer.evaluate()  # before training, whose gradients have to meet all the same
+        trainer.state.log_history.clear()
     trainer.train()
-    assert type(trainer.model_wrapped).__name__ == "DeepSpeedEngine"
+    assert type(trainer.model_wrapped).__name__ == wrapper
+    if engine == "fsdp2":
+        trainer.save_model(str(folder / "model"))
     if trainer.is_world_process_zero():
         (folder / "logs.json").write_text(json.dumps(trainer.state.log_history))
     leave(trainer)
@@ -219,7 +208,7 @@ def zero3_trainer(kind: str, folder: Path, case: str) -> Any:
 
 
 def zero3(kind: str, folder: Path) -> None:
-    """As `zero`, with parameters in parts as well: one case behind the other; "resumed" goes on with "whole"."""
+    """DeepSpeed ZeRO-3, with parameters in parts as well: one case behind the other; "resumed" goes on with "whole"."""
     for case in ("whole", "resumed", "parts", "tied", "lora"):
         trainer = zero3_trainer(kind, folder, case)
         trainer.train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-2") if case == "resumed" else None)
@@ -269,8 +258,8 @@ def smollm2(engine: str, folder: Path) -> None:
 def main() -> None:
     what, kind, folder = sys.argv[1:]
     torch.set_num_threads(1)
-    runs = {"together": together, "sharded": sharded, "evaluated": evaluated, "smollm2": smollm2}
-    runs |= {f"zero{stage}": functools.partial(zero, stage) for stage in (1, 2)} | {"zero3": zero3}
+    runs = {engine: functools.partial(together, engine) for engine in ENGINES}
+    runs |= {"zero3": zero3, "evaluated": evaluated, "smollm2": smollm2}
     runs[what](kind, Path(folder))
 
 

@@ -10,24 +10,17 @@ import torch
 
 pytest.importorskip("accelerate")
 
-from transformers import TrainingArguments
 
-from orpo_kernels.transformers import PreferenceCollator, PreferenceTrainer, measuring
+from orpo_kernels.transformers import PreferenceTrainer, measuring
 from orpo_kernels.transformers.measuring import seconds_of_steps
 
 from .models import build
-from .training import chat_examples, losses, settings, tiny, tokenizer
+from .training import chat_examples, collator, losses, tiny, tokenizer, trainer_of, trl_trainer_of
 
 
-def trainer_of(folder: Any, packing: Any = "measure", model: Any = None, **options: Any) -> PreferenceTrainer:
-    method = options.pop("method", "orpo")
-    return PreferenceTrainer(
-        model or tiny(),
-        TrainingArguments(**settings(folder, **options)),
-        data_collator=PreferenceCollator(tokenizer(), packing=packing),
-        train_dataset=chat_examples(),
-        method=method,
-    )
+def measuring_trainer(folder: Any, packing: Any = "measure", method: str = "orpo", **options: Any) -> PreferenceTrainer:
+    options = {"train_dataset": chat_examples(), "eval_dataset": None, **options}
+    return trainer_of(folder, method, data_collator=collator(packing, max_length=None), **options)
 
 
 @pytest.fixture
@@ -49,7 +42,7 @@ def times(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
 @pytest.mark.parametrize(("shared", "faster"), [(0.001, "shared"), (0.003, "padded")])
 def test_the_faster_is_taken_and_said(shared, faster, times, tmp_path, caplog):
     times["shared"] = shared
-    trainer = trainer_of(tmp_path)
+    trainer = measuring_trainer(tmp_path)
     with caplog.at_level(logging.INFO, logger=measuring.__name__):
         trainer.train()
     assert trainer.data_collator.packing == faster
@@ -59,13 +52,13 @@ def test_the_faster_is_taken_and_said(shared, faster, times, tmp_path, caplog):
 
 
 def test_a_resumed_run_neither_measures_nor_changes(times, tmp_path):
-    trainer_of(tmp_path, save_strategy="steps", save_steps=2, max_steps=2).train()
+    measuring_trainer(tmp_path, save_strategy="steps", save_steps=2, max_steps=2).train()
     times["shared"] = 1.0  # would now be the slower
     for checkpoint in (True, str(tmp_path / "checkpoint-2")):
-        resumed = trainer_of(tmp_path)
+        resumed = measuring_trainer(tmp_path)
         resumed.train(resume_from_checkpoint=checkpoint)
         assert resumed.data_collator.packing == "shared"
-    fresh = trainer_of(tmp_path)
+    fresh = measuring_trainer(tmp_path)
     fresh.train()
     assert fresh.data_collator.packing == "padded"
 
@@ -74,7 +67,7 @@ def test_a_resumed_run_neither_measures_nor_changes(times, tmp_path):
 def test_nothing_of_a_real_measurement_remains(method, tmp_path, monkeypatch):
     """Weights, gradients, modes, the RNG of dropout, and the pairs of every step."""
     model = tiny(attention_dropout=0.1).eval()
-    trainer = trainer_of(tmp_path / "measured", model=model, method=method)
+    trainer = measuring_trainer(tmp_path / "measured", model=model, method=method)
     weights, rng = [p.clone() for p in model.parameters()], torch.get_rng_state()
     first = next(model.parameters())
     first.grad = torch.ones_like(first)
@@ -89,13 +82,13 @@ def test_nothing_of_a_real_measurement_remains(method, tmp_path, monkeypatch):
     first.grad = None
     trainer.train()
     chosen = trainer.data_collator.packing
-    expected = trainer_of(tmp_path / "chosen", chosen, tiny(attention_dropout=0.1), method=method)
+    expected = measuring_trainer(tmp_path / "chosen", chosen, method, model=tiny(attention_dropout=0.1))
     expected.train()
     assert losses(trainer) == pytest.approx(losses(expected), rel=1e-6)  # DPO's reference was computed by either layout
 
 
 def test_a_layout_that_runs_out_of_memory_is_not_taken(tmp_path, monkeypatch):
-    trainer = trainer_of(tmp_path)
+    trainer = measuring_trainer(tmp_path)
     step = trainer.loss_step
 
     def short_of_memory(model: Any, inputs: Any, *rest: Any, **options: Any) -> Any:
@@ -113,35 +106,26 @@ def test_the_first_process_decides(times, tmp_path, monkeypatch):
         agreed[:] = ["padded", "the first process found it"]
 
     monkeypatch.setattr(measuring, "broadcast_object_list", broadcast)
-    trainer = trainer_of(tmp_path)
+    trainer = measuring_trainer(tmp_path)
     trainer.train()
     assert trainer.data_collator.packing == "padded"
 
 
 def test_what_cannot_be_measured_is_decided_with_the_reason(tmp_path, caplog, monkeypatch):
     with caplog.at_level(logging.INFO):
-        refused = trainer_of(tmp_path, model=build("BLOOM: ALiBi", vocab_size=len(tokenizer())))
+        refused = measuring_trainer(tmp_path, model=build("BLOOM: ALiBi", vocab_size=len(tokenizer())))
         assert not refused._to_measure
         assert refused.data_collator.packing == "padded"
         assert "ALiBi measures distances" in caplog.text
         monkeypatch.setattr(measuring, "is_stream", lambda pairs: True)
-        stream = trainer_of(tmp_path)
+        stream = measuring_trainer(tmp_path)
         assert not stream._to_measure
         assert stream.data_collator.packing == "shared"  # as "auto" does
         assert "pairs of a stream" in caplog.text
 
 
 def test_trls_trainer_measures_too(times, tmp_path):
-    pytest.importorskip("trl.experimental.orpo")
-    from orpo_kernels.trl import ORPOConfig, ORPOTrainer
-
-    trainer = ORPOTrainer(
-        tiny(),
-        ORPOConfig(**settings(tmp_path), max_length=64),
-        packing="measure",
-        processing_class=tokenizer(),
-        train_dataset=pytest.importorskip("datasets").Dataset.from_list(chat_examples()),
-    )
+    trainer = trl_trainer_of(tmp_path, chat_examples(), "measure", max_length=64)
     padded = trainer._to_measure["padded"]
     times["shared"] = 1.0
     trainer.train()

@@ -19,7 +19,6 @@ pytest.importorskip("accelerate")
 
 import datasets
 from datasets import Dataset
-from transformers import TrainingArguments
 
 from orpo_kernels.transformers import PreferenceCollator, causal_lm_orpo_loss, tokenize_pairs
 from orpo_kernels.transformers import pairs as pairs_module
@@ -27,27 +26,9 @@ from orpo_kernels.transformers.pairs import GroupedByLength, UsablePairs, length
 from orpo_kernels.transformers.trainer import PreferenceTrainer
 
 from .test_collator import byte_level
-from .training import chat_examples, losses, settings, tiny, tokenizer
+from .training import chat_examples, collator, losses, settings, tiny, tokenizer, trained, trainer_of, trl_trainer_of
 
 EMPTY = [{"role": "assistant", "content": ""}]
-
-
-def collator(**options: Any) -> PreferenceCollator:
-    return PreferenceCollator(tokenizer(), **{"max_length": 96, **options})
-
-
-def trainer_of(folder: Any, method: str = "orpo", model: nn.Module | None = None, **options: Any) -> PreferenceTrainer:
-    names = ("train_dataset", "eval_dataset", "data_collator", "loss_options")
-    own = {name: options.pop(name) for name in names if name in options}
-    own = {"data_collator": collator(), "train_dataset": chat_examples(8), **own}
-    arguments = TrainingArguments(**settings(folder, **options))
-    return PreferenceTrainer(tiny() if model is None else model, arguments, method=method, **own)
-
-
-def trained(folder: Any, *args: Any, **options: Any) -> PreferenceTrainer:
-    trainer = trainer_of(folder, *args, **options)
-    trainer.train()
-    return trainer
 
 
 def broken(place: int = 2, count: int = 9) -> list[dict[str, Any]]:
@@ -121,7 +102,7 @@ def test_one_unusable_pair_is_left_out_before_the_first_step(form, tmp_path, cap
 def test_of_a_stream_it_is_left_out_on_the_way(form, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "orpo_kernels"):
         trainer = trained(tmp_path, train_dataset=STREAMS[form](broken()), max_steps=8)
-    assert losses(trainer) == losses(trained(tmp_path, train_dataset=STREAMS[form](usable(broken())), max_steps=8))
+    assert losses(trainer) == losses(trained(tmp_path, train_dataset=usable(broken()), max_steps=8))
     assert [(one.index, one.reason) for one in trainer.unusable_pairs["train"]] == [(2, "its chosen response is empty")]
     assert sum("Pair 2 of the train set cannot be used" in record.getMessage() for record in caplog.records) == 1
 
@@ -145,7 +126,7 @@ def test_pairs_that_came_tokenised_are_looked_through_as_well(form, tmp_path):
     trainer = trained(tmp_path, train_dataset=FORMS[form](rows))
     assert [one.index for one in trainer.unusable_pairs["train"]] == [3, 5]
     assert "200 tokens, more than max_length=96" in trainer.unusable_pairs["train"][0].reason
-    kept = [pair for index, pair in enumerate(tokenised) if index not in (3, 5)]
+    kept = [pair for index, pair in enumerate(chat_examples(9)) if index not in (3, 5)]
     assert losses(trainer) == losses(trained(tmp_path, train_dataset=kept))
 
 
@@ -335,9 +316,12 @@ def check_groups(trainer: Any, batch_size: int) -> None:
 @pytest.mark.parametrize("form", FORMS_OF_LENGTH)
 def test_groups_of_similar_length(form, tmp_path):
     data = FORMS_OF_LENGTH[form]()
-    trainer = trainer_of(tmp_path, train_dataset=data, eval_dataset=data, train_sampling_strategy="group_by_length")
-    check_groups(trainer, 2)
-    trainer.train()
+    check_groups(trainer_of(tmp_path, train_dataset=data, train_sampling_strategy="group_by_length"), 2)
+
+
+def test_an_evaluation_is_not_in_groups(tmp_path):
+    data = chat_examples(24)
+    trainer = trained(tmp_path, train_dataset=data, eval_dataset=data, train_sampling_strategy="group_by_length")
     assert trainer.evaluate()["eval_loss"] == pytest.approx(
         trainer_of(tmp_path, model=trainer.model, eval_dataset=data).evaluate()["eval_loss"], rel=1e-6
     )
@@ -418,21 +402,6 @@ def test_weights_multiply_the_loss_of_their_pairs(form, accumulation, packing, t
     batch = collator(packing="padded")(weighted(4))
     assert batch["pair_weights"].tolist() == [0.0, 1.0, 2.5, 0.0]
     assert losses(trainer)[0] == pytest.approx(float(causal_lm_orpo_loss(tiny(), **batch).loss), rel=1e-5)
-
-
-def trl_trainer_of(
-    folder: Any, pairs: Any, packing: Any = "padded", model: nn.Module | None = None, **options: Any
-) -> Any:
-    pytest.importorskip("trl.experimental.orpo")
-    from orpo_kernels.trl import ORPOConfig, ORPOTrainer
-
-    return ORPOTrainer(
-        tiny() if model is None else model,
-        ORPOConfig(**settings(folder, max_length=96, **options)),
-        train_dataset=pairs if isinstance(pairs, Dataset) else Dataset.from_list(pairs),
-        processing_class=tokenizer(),
-        packing=packing,
-    )
 
 
 @pytest.mark.parametrize("packing", ["padded", "shared"])

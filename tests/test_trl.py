@@ -23,17 +23,10 @@ from orpo_kernels.transformers import tokenize_pairs
 from orpo_kernels.transformers.batches import batch_rows
 from orpo_kernels.trl import ORPOTrainer
 
-from .training import (
-    assert_same_logs,
-    chat_examples,
-    copies,
-    grad_norms,
-    losses,
-    settings,
-    tiny,
-    tokenizer,
-)
+from .training import assert_same_logs, chat_examples, copies, grad_norms, losses, settings, tiny, tokenizer
 from .versions import leaves_answers_empty
+
+EVALUATING = {"eval_strategy": "steps", "eval_steps": 2}
 
 
 def trainer_of(trainer_class: Any, model: nn.Module, folder: Any, **options: Any) -> Any:
@@ -56,15 +49,25 @@ def trainer_of(trainer_class: Any, model: nn.Module, folder: Any, **options: Any
     )
 
 
-def both_trained(model: nn.Module, folder: Any, packing: str = "padded", **options: Any) -> tuple[Any, Any]:
-    """Ours and TRL's after the same training from the same weights."""
+def trained(*args: Any, **options: Any) -> Any:
+    trainer = trainer_of(*args, **options)
+    trainer.train()
+    return trainer
+
+
+def both_trained(model: nn.Module, folder: Any, **options: Any) -> tuple[Any, Any]:
+    """Ours, padded, and TRL's after the same training from the same weights."""
     mine, other = copies(model)
-    exact = options.pop("exact_accumulation", True)
-    ours = trainer_of(ORPOTrainer, mine, folder / "ours", packing=packing, exact_accumulation=exact, **options)
-    theirs = trainer_of(TRLORPOTrainer, other, folder / "theirs", **options)
-    ours.train()
-    theirs.train()
-    return ours, theirs
+    own = {"exact_accumulation": options.pop("exact_accumulation")} if "exact_accumulation" in options else {}
+    ours = trained(ORPOTrainer, mine, folder / "ours", packing="padded", **own, **options)
+    return ours, trained(TRLORPOTrainer, other, folder / "theirs", **options)
+
+
+def but_mean_logits(trainer: Any) -> list[dict[str, float]]:
+    names = ("logits/chosen", "logits/rejected")
+    return [
+        {key: value for key, value in logs.items() if not key.endswith(names)} for logs in trainer.state.log_history
+    ]
 
 
 def lora() -> dict[str, Any]:
@@ -82,26 +85,15 @@ def batch_of(trainer: Any, rows: range = range(4)) -> dict[str, Any]:
 @pytest.mark.parametrize("with_lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_every_step_and_every_metric_is_trls(with_lora, accumulation, tmp_path):
-    options = {"gradient_accumulation_steps": accumulation, "eval_strategy": "steps", "eval_steps": 2}
-    ours, theirs = both_trained(tiny(), tmp_path, exact_accumulation=False, **options, **(lora() if with_lora else {}))
+    """With shared prompts, all but the mean logits, which TRL takes over padding as well."""
+    options = {"gradient_accumulation_steps": accumulation, **EVALUATING, **(lora() if with_lora else {})}
+    exact = {} if accumulation == 1 else {"exact_accumulation": False}  # by default it is, and TRL's is not
+    padded, theirs = both_trained(tiny(), tmp_path, **exact, **options)
     assert len(losses(theirs)) == 4
-    assert_same_logs(ours.state.log_history, theirs.state.log_history)
-
-
-@pytest.mark.parametrize("with_lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_shared_prompts_give_trls_losses_and_metrics(with_lora, accumulation, tmp_path):
-    """All but the mean logits, which TRL takes over padding as well."""
-    options = {"gradient_accumulation_steps": accumulation, "eval_strategy": "steps", "eval_steps": 2}
-    options |= lora() if with_lora else {}
-    ours, theirs = both_trained(tiny(), tmp_path, packing="auto", exact_accumulation=False, **options)
-    assert "packed" in batch_of(ours)
-    unknown = {f"{prefix}logits/{side}" for prefix in ("", "eval_") for side in ("chosen", "rejected")}
-    mine, other = (
-        [{key: value for key, value in logs.items() if key not in unknown} for logs in trainer.state.log_history]
-        for trainer in (ours, theirs)
-    )
-    assert_same_logs(mine, other)
+    assert_same_logs(padded.state.log_history, theirs.state.log_history)
+    shared = trained(ORPOTrainer, tiny(), tmp_path, packing="auto", **exact, **options)
+    assert "packed" in batch_of(shared)
+    assert_same_logs(but_mean_logits(shared), but_mean_logits(theirs))
 
 
 def test_mean_logits_of_shared_prompts_are_over_all_tokens_of_each_side(tmp_path):
@@ -124,11 +116,6 @@ def test_prompts_are_shared_only_where_that_is_exact(tmp_path):
         trainer_of(ORPOTrainer, tiny(), tmp_path, packing="tight")
 
 
-def test_without_accumulation_the_default_is_trls(tmp_path):
-    ours, theirs = both_trained(tiny(), tmp_path)
-    assert_same_logs(ours.state.log_history, theirs.state.log_history)
-
-
 @pytest.mark.parametrize(
     ("architecture", "changes"),
     [
@@ -143,40 +130,36 @@ def test_heads_and_routers(architecture, changes, tmp_path):
     model = tiny(architecture, **{key: value for key, value in changes.items() if value is not None})
     if model.get_output_embeddings().bias is not None:
         nn.init.normal_(model.get_output_embeddings().bias)
-    ours, theirs = both_trained(model, tmp_path, eval_strategy="steps", eval_steps=2, max_steps=2)
+    ours, theirs = both_trained(model, tmp_path, **EVALUATING, max_steps=2)
     assert_same_logs(ours.state.log_history, theirs.state.log_history)
 
 
 def test_lora_on_the_head(tmp_path):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False, task_type="CAUSAL_LM")
-    ours, theirs = both_trained(tiny(), tmp_path, peft_config=config, eval_strategy="steps", eval_steps=2)
+    ours, theirs = both_trained(tiny(), tmp_path, peft_config=config, **EVALUATING)
     assert_same_logs(ours.state.log_history, theirs.state.log_history)
 
 
 def test_the_router_loss_is_in_the_loss(tmp_path):
     router = {"num_local_experts": 4, "output_router_logits": True}
     with_it, without = (
-        trainer_of(ORPOTrainer, tiny("Mixtral", **router, router_aux_loss_coef=coefficient), tmp_path, max_steps=1)
+        trained(ORPOTrainer, tiny("Mixtral", **router, router_aux_loss_coef=coefficient), tmp_path, max_steps=1)
         for coefficient in (0.5, 0.0)
     )
-    with_it.train()
-    without.train()
     assert losses(with_it)[0] > losses(without)[0] + 0.1
     assert with_it.model.config.output_router_logits  # the config is as it was
 
 
 def test_the_mean_of_soft_capped_logits_is_left_out(tmp_path):
     model = tiny("Gemma2", final_logit_softcapping=2.0)
-    ours, theirs = both_trained(model, tmp_path, eval_strategy="steps", eval_steps=2, max_steps=2)
-    unknown = {f"{prefix}logits/{side}" for prefix in ("", "eval_") for side in ("chosen", "rejected")}
-    expected = [{key: value for key, value in logs.items() if key not in unknown} for logs in theirs.state.log_history]
-    assert expected != theirs.state.log_history
-    assert_same_logs(ours.state.log_history, expected)
+    ours, theirs = both_trained(model, tmp_path, **EVALUATING, max_steps=2)
+    assert but_mean_logits(theirs) != theirs.state.log_history
+    assert_same_logs(ours.state.log_history, but_mean_logits(theirs))
 
 
 def test_bfloat16_autocast(tmp_path):
-    ours, theirs = both_trained(tiny(), tmp_path, bf16=True, eval_strategy="steps", eval_steps=2)
+    ours, theirs = both_trained(tiny(), tmp_path, bf16=True, **EVALUATING)
     assert losses(ours) == pytest.approx(losses(theirs), rel=1e-2)
     mine, other = ([logs["eval_loss"] for logs in t.state.log_history if "eval_loss" in logs] for t in (ours, theirs))
     assert mine == pytest.approx(other, rel=1e-2)
@@ -202,29 +185,17 @@ def test_compute_metrics_gets_what_trl_gives(tmp_path):
 
 
 def test_accumulation_is_exact(tmp_path):
-    """Four micro-batches of one pair are one batch of four, step by step. In TRL they are not."""
+    """Four micro-batches of one pair are one batch of four, also in an epoch's last step, which has three.
 
-    def trained(trainer_class: Any, **options: Any) -> Any:
-        trainer = trainer_of(trainer_class, tiny(), tmp_path, **options)
-        trainer.train()
-        return trainer
-
-    small = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
-    large = {"per_device_train_batch_size": 4}
-    ours, ours_large = trained(ORPOTrainer, **small), trained(ORPOTrainer, **large)
-    assert losses(ours) == pytest.approx(losses(ours_large), rel=1e-5)
-    assert grad_norms(ours) == pytest.approx(grad_norms(ours_large), rel=1e-4)
-    theirs = trained(TRLORPOTrainer, **small)
-    assert losses(theirs) != pytest.approx(losses(ours_large), rel=1e-3)
-
-
-def test_the_last_step_of_an_epoch_has_fewer_micro_batches(tmp_path):
-    options = {"examples": chat_examples(7), "max_steps": 4, "per_device_train_batch_size": 1}
-    small = trainer_of(ORPOTrainer, tiny(), tmp_path, **options, gradient_accumulation_steps=4)
-    large = trainer_of(ORPOTrainer, tiny(), tmp_path, **{**options, "per_device_train_batch_size": 4})
-    small.train()
-    large.train()
-    assert losses(small) == pytest.approx(losses(large), rel=1e-5)
+    In TRL they are not.
+    """
+    few = {"examples": chat_examples(7)}
+    small = {**few, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    ours, theirs = both_trained(tiny(), tmp_path, **small)
+    large = trained(ORPOTrainer, tiny(), tmp_path, **few, per_device_train_batch_size=4)
+    assert losses(ours) == pytest.approx(losses(large), rel=1e-5)
+    assert grad_norms(ours) == pytest.approx(grad_norms(large), rel=1e-4)
+    assert losses(theirs) != pytest.approx(losses(large), rel=1e-3)
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -245,12 +216,10 @@ def test_accumulation_where_trl_and_transformers_are_older(exact, tmp_path, monk
             trainer.loss_is_scaled_for_ga = switch
 
     options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "exact_accumulation": exact}
-    expected = trainer_of(ORPOTrainer, tiny(), tmp_path, **options)
-    expected.train()
+    expected = trained(ORPOTrainer, tiny(), tmp_path, **options)
     monkeypatch.setattr(TRLORPOTrainer, "__init__", functools.wraps(init)(older_init))
     monkeypatch.setattr(transformers.Trainer, "training_step", older_step)
-    older = trainer_of(ORPOTrainer, tiny(), tmp_path, **options)
-    older.train()
+    older = trained(ORPOTrainer, tiny(), tmp_path, **options)
     assert losses(older) == losses(expected)
     assert grad_norms(older) == grad_norms(expected)
 
@@ -258,7 +227,7 @@ def test_accumulation_where_trl_and_transformers_are_older(exact, tmp_path, monk
 @leaves_answers_empty
 def test_a_prompt_that_fills_max_length(tmp_path):
     """TRL's metrics are NaN from then on, and so are its weights."""
-    ours, theirs = both_trained(tiny(), tmp_path, max_length=36, eval_strategy="steps", eval_steps=2)
+    ours, theirs = both_trained(tiny(), tmp_path, max_length=36, **EVALUATING)
     lengths = [(label != -100).sum() for label in batch_of(theirs, range(8))["chosen_labels"]]
     assert min(lengths) == 0
     assert max(lengths) > 0
@@ -271,8 +240,7 @@ def test_a_prompt_that_fills_max_length(tmp_path):
 
 @leaves_answers_empty
 def test_a_batch_without_any_valid_pair_logs_what_there_is(tmp_path):
-    trainer = trainer_of(ORPOTrainer, tiny(), tmp_path, max_length=8, max_steps=1)
-    trainer.train()
+    trainer = trained(ORPOTrainer, tiny(), tmp_path, max_length=8, max_steps=1)
     logs = trainer.state.log_history[0]
     assert "rewards/chosen" not in logs
     assert logs["loss"] == pytest.approx(logs["nll_loss"], rel=1e-6)
@@ -347,22 +315,18 @@ def test_a_model_by_its_name(tmp_path):
     data = Dataset.from_list(chat_examples())
     trainer = ORPOTrainer(str(tmp_path / "model"), arguments, train_dataset=data, processing_class=tokenizer())
     trainer.train()
-    expected = trainer_of(ORPOTrainer, tiny(), tmp_path)
-    expected.train()
-    assert losses(trainer) == pytest.approx(losses(expected), rel=1e-5)
+    assert losses(trainer) == pytest.approx(losses(trained(ORPOTrainer, tiny(), tmp_path)), rel=1e-5)
 
 
 def test_torch_compile_compiles_the_body(tmp_path, monkeypatch):
     for name in ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE"):
         monkeypatch.setenv(name, "no")
-    options = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
-    plain = trainer_of(ORPOTrainer, tiny(num_hidden_layers=1), tmp_path, **options)
-    plain.train()
+    options = {"max_steps": 2, **EVALUATING}
+    plain = trained(ORPOTrainer, tiny(num_hidden_layers=1), tmp_path, **options)
     torch._dynamo.reset()
-    compiled = trainer_of(ORPOTrainer, tiny(num_hidden_layers=1), tmp_path, **options, torch_compile_backend="eager")
     frames = torch._dynamo.utils.counters["frames"]
     before = frames["ok"]
-    compiled.train()
+    compiled = trained(ORPOTrainer, tiny(num_hidden_layers=1), tmp_path, **options, torch_compile_backend="eager")
     assert frames["ok"] > before
     assert_same_logs(compiled.state.log_history, plain.state.log_history)
 
@@ -371,12 +335,10 @@ def test_a_body_compiled_by_its_owner(tmp_path):
     """Its hidden states may not be seen: what is logged is right, or left out."""
     model = tiny(num_hidden_layers=1)
     options = {"max_steps": 3, "examples": chat_examples(2) * 4}
-    plain = trainer_of(ORPOTrainer, copies(model)[0], tmp_path, **options)
-    plain.train()
+    plain = trained(ORPOTrainer, copies(model)[0], tmp_path, **options)
     torch._dynamo.reset()
     model.model.compile(backend="eager")
-    compiled = trainer_of(ORPOTrainer, model, tmp_path, **options)
-    compiled.train()
+    compiled = trained(ORPOTrainer, model, tmp_path, **options)
     for mine, other in zip(compiled.state.log_history, plain.state.log_history, strict=True):
         assert other.keys() - mine.keys() <= {"logits/chosen", "logits/rejected"}
         assert_same_logs([mine], [{key: other[key] for key in mine}])
@@ -432,7 +394,7 @@ def test_twenty_steps_of_a_real_model(with_lora, tmp_path):
     examples = [{field: pair[field] for field in fields} for pair in preference_pairs()]
     random.Random(0).shuffle(examples)
 
-    def trained(trainer_class: Any, model: nn.Module, **options: Any) -> list[float]:
+    def logged(trainer_class: Any, model: nn.Module, **options: Any) -> list[float]:
         arguments = settings(tmp_path, max_steps=20, max_length=256, learning_rate=2e-5)
         trainer = trainer_class(
             model=model,
@@ -446,7 +408,7 @@ def test_twenty_steps_of_a_real_model(with_lora, tmp_path):
         return losses(trainer)
 
     one, two, three = copies(model, 3)
-    theirs = trained(TRLORPOTrainer, one)
+    theirs = logged(TRLORPOTrainer, one)
     assert len(theirs) == 20
-    assert trained(ORPOTrainer, two, packing="padded") == pytest.approx(theirs, rel=1e-4)
-    assert trained(ORPOTrainer, three, packing="shared") == pytest.approx(theirs, rel=1e-3)
+    assert logged(ORPOTrainer, two, packing="padded") == pytest.approx(theirs, rel=1e-4)
+    assert logged(ORPOTrainer, three, packing="shared") == pytest.approx(theirs, rel=1e-3)

@@ -7,10 +7,12 @@ import functools
 import importlib
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import nn
 
+from orpo_kernels.transformers import PreferenceCollator, PreferenceTrainer
 from orpo_kernels.transformers.versions import sampling, version_of
 
 from .test_collator import byte_level
@@ -83,6 +85,48 @@ def settings(folder: Any, **changes: Any) -> dict[str, Any]:
         "use_cpu": True,
         **changes,
     }
+
+
+def collator(packing: Any = "auto", **options: Any) -> PreferenceCollator:
+    return PreferenceCollator(tokenizer(), **{"max_length": 96, "packing": packing, **options})
+
+
+OWN = ("beta", "loss_options", "ref_model", "train_dataset", "eval_dataset", "data_collator", "compute_metrics")
+
+
+def trainer_of(folder: Any, method: str = "orpo", model: nn.Module | None = None, **options: Any) -> PreferenceTrainer:
+    """Over eight pairs; `options`: of the trainer where they are its own, else training arguments."""
+    own = {"data_collator": collator(), "train_dataset": chat_examples(8), "eval_dataset": chat_examples(5)}
+    own |= {name: options.pop(name) for name in OWN if name in options}
+    arguments = transformers.TrainingArguments(**settings(folder, **options))
+    return PreferenceTrainer(tiny() if model is None else model, arguments, method=method, **own)
+
+
+def trained(*args: Any, **options: Any) -> PreferenceTrainer:
+    """`trainer_of`, when it has trained."""
+    trainer = trainer_of(*args, **options)
+    trainer.train()
+    return trainer
+
+
+def trl_trainer_of(
+    folder: Any, pairs: Any, packing: Any = "padded", model: nn.Module | None = None, **options: Any
+) -> Any:
+    """The drop-in for TRL's trainer, which trains on the pairs and evaluates them; `options`: of its config."""
+    pytest.importorskip("trl.experimental.orpo")
+    from datasets import Dataset
+
+    from orpo_kernels.trl import ORPOConfig, ORPOTrainer
+
+    data = pairs if isinstance(pairs, Dataset) else Dataset.from_list(pairs)
+    return ORPOTrainer(
+        tiny() if model is None else model,
+        ORPOConfig(**settings(folder, **{"max_length": 96, **options})),
+        train_dataset=data,
+        eval_dataset=data,
+        processing_class=tokenizer(),
+        packing=packing,
+    )
 
 
 def without_timings(history: list[dict[str, float]]) -> list[dict[str, float]]:
