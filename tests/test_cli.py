@@ -128,11 +128,7 @@ def test_ways_to_train_the_same(data, tmp_path):
         return [step["nll_loss"] for step in records(output)]
 
     plain = losses()
-    for flags in (
-        ("--gradient-checkpointing",),
-        ("--packing", "padded"),
-        ("--grad-accum", "2", "--batch-size", "1"),
-    ):
+    for flags in (("--gradient-checkpointing",), ("--packing", "padded"), ("--grad-accum", "2", "--batch-size", "1")):
         assert losses(*flags) == pytest.approx(plain, rel=1e-4), flags
     assert losses("--dtype", "bf16") == pytest.approx(plain, rel=1e-2)
 
@@ -155,16 +151,6 @@ def test_adapters(model, data, tmp_path):
     )
     for name in SCORES:
         assert by_adapter[name]["value"] == pytest.approx(by_weights[name]["value"], rel=1e-4)
-
-
-def test_held_out_pairs_can_be_a_file_or_none(model, data, tmp_path):
-    others = [{**row, "prompt": [{"role": "user", "content": f"{i}?"}]} for i, row in enumerate(chat_examples(3))]
-    (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in others))
-    arguments = ("train", model, data, *FAST, "--max-steps", 1)
-    summary = run(*arguments, "--output", tmp_path / "a", "--eval-split", tmp_path / "held.jsonl")
-    assert (summary["pairs"], summary["held_out"]) == (20, 3)
-    summary = run(*arguments, "--output", tmp_path / "b", "--eval-split", 0)
-    assert (summary["pairs"], summary["held_out"], summary["before"]) == (20, 0, None)
 
 
 # --- stopped, and resumed ------------------------------------------------------------------------------------------
@@ -255,12 +241,6 @@ def test_a_folder_is_one_runs(model, data, tmp_path):
     assert "go on with it (--resume), or choose another --output" in run(*arguments, status=2)["error"]
     assert "has beta (default), but now it is 0.3" in run(*arguments, "--beta", 0.3, "--resume", status=2)["error"]
     assert run(*arguments, "--resume") == summary
-
-
-def test_a_folder_of_other_things_is_left_alone(model, data, tmp_path):
-    (tmp_path / "metrics.jsonl").write_text("precious")
-    assert "holds metrics.jsonl, but no run" in run("train", model, data, "--output", tmp_path, status=2)["error"]
-    assert (tmp_path / "metrics.jsonl").read_text() == "precious"
 
 
 def test_what_could_not_begin_is_not_in_the_way(model, data, tmp_path):
@@ -496,45 +476,6 @@ def test_help(command, capsys, monkeypatch):
         assert f"{flag} " in told, flag
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (("--batch-size", 0), "--batch-size is 0, but has to be at least 1"),
-        (("--beta", -1), "--beta is -1.0, but has to be at least 0"),
-        (("--beta", "nan"), "--beta is nan"),
-        (("--lr", 0), "--lr is 0.0, but has to be above 0"),
-        (("--merge",), "give --lora as well"),
-        (("--sparse-eps", 2), "between 0 and 1"),
-        (("--columns", "prompt"), "write it like prompt=question"),
-        (("--columns", "prompt=question"), "it has no question"),
-        (("--eval-split", 20), "cannot be held out of 20 pairs"),
-        (("--eval-split", "test"), "has no splits"),
-        (("--layout", "transcript"), "no usable pair"),
-        (("--max-length", 1), "--max-length is 1"),
-    ],
-)
-def test_bad_flags_are_a_sentence(flags, message, model, data, tmp_path):
-    assert message in run("train", model, data, "--output", tmp_path, *flags, status=2)["error"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("train", "./nowhere", "DATA"), "There is no folder ./nowhere"),
-        (("train", "MODEL", "nowhere.jsonl"), "There is no file nowhere.jsonl"),
-        (("train", "DATA_FOLDER", "DATA"), "holds no model: there is no config.json"),
-        (("evaluate", "MODEL", "DATA", "--eval-split", "test"), "give the share or number"),
-        (("sweep", "MODEL", "DATA", "--betas", "a,b"), "--betas is 'a,b'; write numbers"),
-        (("sweep", "MODEL", "DATA", "--eval-split", "0", "--max-steps", "1"), "--eval-split holds out none"),
-    ],
-)
-def test_bad_input_is_a_sentence(arguments, message, model, data, tmp_path):
-    names = {"MODEL": model, "DATA": data, "DATA_FOLDER": str(Path(data).parent)}
-    error = run(*(names.get(word, word) for word in arguments), "--output", tmp_path, status=2)["error"]
-    assert message in error
-    assert "\n" not in error
-
-
 def test_configuration_files_that_are_no_use(tmp_path, capsys):
     for content, message in (("model: [", "YAML"), ("- a", "holds no settings"), ("bata: 1", "sets bata")):
         (tmp_path / "c.yaml").write_text(content)
@@ -550,11 +491,6 @@ def test_people_are_shown_tables(model, data, tmp_path, capsys):
     assert "4 held-out pairs, before and after 1 steps" in told
     assert main(["evaluate", model, data, "--output", str(tmp_path / "e"), "--max-length", "64"]) == 0
     assert "prefers the chosen answer" in capsys.readouterr().out
-
-
-def test_a_loss_that_is_not_finite_is_told(model, data, tmp_path):
-    error = run("train", model, data, "--output", tmp_path, *FAST, "--lr", 1e30, "--max-steps", 5, status=2)["error"]
-    assert "give a smaller --lr" in error
 
 
 # --- the real model ------------------------------------------------------------------------------------------------

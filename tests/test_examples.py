@@ -24,14 +24,19 @@ NEEDS = {"trl_trainer": "trl", "lora": "peft"}
 EXAMPLES = ("trl_trainer", "transformers_trainer", "accelerate_loop", "pytorch_loop", "lora", "grpo_loop")
 
 
-def run(name: str, **constants: Any) -> dict[str, Any]:
-    """Execute the example with other values of its constants; what it has defined then."""
+def source_of(name: str, **constants: Any) -> str:
+    """The example with other values of its constants."""
     source = (ROOT / "examples" / f"{name}.py").read_text()
     for constant, value in constants.items():
         source, found = re.subn(rf"^{constant} = .*$", f"{constant} = {value!r}", source, flags=re.MULTILINE)
         assert found == 1, f"{name} has no constant {constant}"
+    return source
+
+
+def run(name: str, **constants: Any) -> dict[str, Any]:
+    """What the example has defined when it has run."""
     namespace: dict[str, Any] = {"__name__": name}
-    exec(compile(source, name, "exec"), namespace)
+    exec(compile(source_of(name, **constants), name, "exec"), namespace)
     return namespace
 
 
@@ -72,10 +77,7 @@ def test_a_stopped_run_of_the_trainer_goes_on(model, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_mesh_of_four_processes(model, tmp_path):
-    source = (ROOT / "examples" / "distributed" / "vocab_parallel.py").read_text()
-    for constant, value in {"MODEL": model, "FOLDER": str(tmp_path / "run"), "STEPS": 3}.items():
-        source, found = re.subn(rf"^{constant} = .*$", f"{constant} = {value!r}", source, flags=re.MULTILINE)
-        assert found == 1
+    source = source_of("distributed/vocab_parallel", MODEL=model, FOLDER=str(tmp_path / "run"), STEPS=3)
     (tmp_path / "script.py").write_text(source)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

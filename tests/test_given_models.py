@@ -76,12 +76,12 @@ def without(*names: str) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.
 # --- whole, or refused ---------------------------------------------------------------------------------------------
 
 
-def no_head(folder: Path) -> None:
-    rewrite(folder, without("lm_head"))
+def cut(path: Path, length: int) -> None:
+    path.write_bytes(path.read_bytes()[:length])
 
 
-def no_layer(folder: Path) -> None:
-    rewrite(folder, without("layers.1."))
+def filled(name: str, value: float) -> Callable[[Path], None]:
+    return lambda folder: rewrite(folder, lambda weights: weights[name][3, 4].fill_(value) and None)
 
 
 def a_layer_too_many(folder: Path) -> None:
@@ -89,71 +89,56 @@ def a_layer_too_many(folder: Path) -> None:
     edit(folder / "config.json", num_hidden_layers=2)
 
 
-def another_task(folder: Path) -> None:
-    AutoModelForSequenceClassification.from_config(tiny().config).save_pretrained(folder)
-
-
-def another_width(folder: Path) -> None:
-    edit(folder / "config.json", intermediate_size=64)
-
-
-def cut_off(folder: Path) -> None:
-    content = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
-
-
-def cut_in_the_header(folder: Path) -> None:
-    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:100])
-
-
-def a_pointer(folder: Path) -> None:
-    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 160984\n"
-    (folder / "model.safetensors").write_bytes(pointer)
-
-
-def a_pointer_for_a_tokenizer(folder: Path) -> None:
-    (folder / "tokenizer.json").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1\n")
-
-
-def not_a_number(folder: Path) -> None:
-    rewrite(folder, lambda weights: weights["model.layers.1.mlp.up_proj.weight"][3, 4].fill_(torch.nan) and None)
-
-
-def infinite(folder: Path) -> None:
-    rewrite(folder, lambda weights: weights["lm_head.weight"][3, 4].fill_(-torch.inf) and None)
-
-
-def no_config(folder: Path) -> None:
-    (folder / "config.json").write_text("{")
-
-
-def strange_config(folder: Path) -> None:
-    edit(folder / "config.json", num_attention_heads="two")
-
-
-FAULTS = [
-    (no_head, "is incomplete: of a LlamaForCausalLM it lacks lm_head.weight, which would be random"),
-    (no_layer, "it lacks model.layers.1.input_layernorm.weight and 8 more"),
-    (a_layer_too_many, "has weights of layers that its config.json leaves out, such as model.layers.2.input_layernorm"),
-    (another_task, "it lacks lm_head.weight, which would be random. It has score.weight instead"),
-    (
-        another_width,
+WEIGHTS = "model.safetensors"
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 160984\n"
+FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no head": (
+        lambda folder: rewrite(folder, without("lm_head")),
+        "is incomplete: of a LlamaForCausalLM it lacks lm_head.weight, which would be random",
+    ),
+    "no layer": (
+        lambda folder: rewrite(folder, without("layers.1.")),
+        "it lacks model.layers.1.input_layernorm.weight and 8 more",
+    ),
+    "a layer too many": (
+        a_layer_too_many,
+        "has weights of layers that its config.json leaves out, such as model.layers.2.input_layernorm",
+    ),
+    "another task": (
+        lambda folder: AutoModelForSequenceClassification.from_config(tiny().config).save_pretrained(folder),
+        "it lacks lm_head.weight, which would be random. It has score.weight instead",
+    ),
+    "another width": (
+        lambda folder: edit(folder / "config.json", intermediate_size=64),
         "do not fit its config.json: model.layers.0.mlp.down_proj.weight is 32 x 48, and by the config 32 x 64",
     ),
-    (cut_off, "model.safetensors is cut off: it has 80,492 bytes of 160,984"),
-    (cut_in_the_header, "model.safetensors is cut off: it has 100 bytes of"),
-    (a_pointer, "model.safetensors is a pointer of Git LFS"),
-    (a_pointer_for_a_tokenizer, "tokenizer.json is a pointer of Git LFS"),
-    (not_a_number, "not finite (NaN or infinite) in model.layers.1.mlp.up_proj.weight"),
-    (infinite, "not finite (NaN or infinite) in lm_head.weight"),
-    (no_config, "cannot be loaded as"),
-    (strange_config, "cannot be loaded as"),
-]
+    "cut off": (
+        lambda folder: cut(folder / WEIGHTS, 80_492),
+        "model.safetensors is cut off: it has 80,492 bytes of 160,984",
+    ),
+    "cut in the header": (
+        lambda folder: cut(folder / WEIGHTS, 100),
+        "model.safetensors is cut off: it has 100 bytes of",
+    ),
+    "a pointer": (lambda folder: (folder / WEIGHTS).write_text(POINTER), "model.safetensors is a pointer of Git LFS"),
+    "a pointer for a tokenizer": (
+        lambda folder: (folder / "tokenizer.json").write_text(POINTER),
+        "tokenizer.json is a pointer of Git LFS",
+    ),
+    "not a number": (
+        filled("model.layers.1.mlp.up_proj.weight", torch.nan),
+        "not finite (NaN or infinite) in model.layers.1.mlp.up_proj.weight",
+    ),
+    "infinite": (filled("lm_head.weight", -torch.inf), "not finite (NaN or infinite) in lm_head.weight"),
+    "no config": (lambda folder: (folder / "config.json").write_text("{"), "cannot be loaded as"),
+    "strange config": (lambda folder: edit(folder / "config.json", num_attention_heads="two"), "cannot be loaded as"),
+}
 
 
-@pytest.mark.parametrize(("harm", "named"), FAULTS, ids=lambda value: getattr(value, "__name__", ""))
+@pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("word", ["train", "evaluate"])
-def test_a_model_that_is_not_whole_is_refused_by_name(word, harm, named, model, data, tmp_path):
+def test_a_model_that_is_not_whole_is_refused_by_name(word, fault, model, data, tmp_path):
+    harm, named = FAULTS[fault]
     harm(model)
     status, said, _ = command(word, model, data, "--output", tmp_path / "out", *(STEPS if word == "train" else ()))
     assert status == 2
@@ -229,7 +214,7 @@ def test_adapters_that_are_not_whole(model, data, tmp_path):
     saved(model, num_hidden_layers=1)
     with pytest.raises(UserError, match=r"has adapters for what its base does not have, such as .*layers\.1\."):
         load_model(str(run), torch.float32)
-    no_head(model)
+    rewrite(model, without("lm_head"))
     with pytest.raises(UserError, match=f"{model} is incomplete: .* lacks lm_head"):
         load_model(str(run), torch.float32)
     edit(adapters / "adapter_config.json", base_model_name_or_path=None)

@@ -201,7 +201,9 @@ def test_a_held_out_side_of_which_nothing_is_left_is_refused(model, data, tmp_pa
     assert "give a larger one, or 0 to hold out none" in said["error"]
     assert not (tmp_path / "run").exists()
     for number, count in ((4, 2), (0, 0)):
-        assert run(*arguments[:-2], tmp_path / f"run{number}", "--eval-split", number)["held_out"] == count
+        summary = run(*arguments[:-2], tmp_path / f"run{number}", "--eval-split", number)
+        assert summary["held_out"] == count
+        assert (summary["before"] is None) == (count == 0)
 
 
 @pytest.mark.parametrize("numbers", [[0], [0, 0, 0], [0, 1]])

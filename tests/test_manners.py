@@ -57,6 +57,20 @@ def data(tmp_path_factory) -> str:
         ("train m d --packing tight", "'--packing'"),
         ("train m d --config nowhere.yaml", "nowhere.yaml cannot be read"),
         ("no-such-command", "No such command 'no-such-command'"),
+        ("train ./nowhere DATA", "There is no folder ./nowhere"),
+        ("train MODEL nowhere.jsonl", "There is no file nowhere.jsonl"),
+        ("train FOLDER DATA", "holds no model: there is no config.json"),
+        ("train MODEL DATA --columns prompt", "write it like prompt=question"),
+        ("train MODEL DATA --columns prompt=question", "it has no question"),
+        ("train MODEL DATA --layout transcript", "no usable pair"),
+        ("train MODEL DATA --eval-split test", "has no splits"),
+        ("evaluate MODEL DATA --eval-split test", "give the share or number"),
+        ("train m d --batch-size 0", "--batch-size is 0, but has to be at least 1"),
+        ("train m d --beta -1", "--beta is -1.0, but has to be at least 0"),
+        ("train m d --lr 0", "--lr is 0.0, but has to be above 0"),
+        ("train m d --sparse-eps 2", "between 0 and 1"),
+        ("train m d --max-length 1", "--max-length is 1"),
+        ("sweep m d --betas a,b", "--betas is 'a,b'; write numbers"),
         (
             "train m d --eval-split 1.5",
             "--eval-split is 1.5, but has to be a share, at least 0 and below 1, or a whole",
@@ -91,8 +105,12 @@ def data(tmp_path_factory) -> str:
         ("compare m d --eval-split 0.0", "--eval-split holds out none"),
     ],
 )
-def test_flags_that_make_no_sense(arguments, message, data):
-    assert message.lower() in run(*arguments.replace("DATA", data).split(), status=2)["error"].lower()
+def test_what_cannot_be_begun_is_a_sentence(arguments, message, model, data, tmp_path, monkeypatch):
+    names = {"MODEL": model, "DATA": data, "FOLDER": str(Path(data).parent)}
+    monkeypatch.chdir(tmp_path)
+    said = run(*(names.get(word, word) for word in arguments.split()), status=2)["error"]
+    assert message.lower() in said.lower()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("number", ["12", "999", "1e300"])

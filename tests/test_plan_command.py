@@ -78,7 +78,6 @@ def test_people_get_a_table_and_a_sentence(capsys):
         (["no-such-folder"], "no configuration of a causal language model"),
         (["4096x128256", "--gpu", "V100"], "neither one of A100 80GB"),
         (["4096x128256", "--share", "0"], "--share is 0"),
-        (["4096x128256", "--batch", "0"], "--batch is 0"),
     ],
 )
 def test_bad_input_is_a_sentence(arguments, message, capsys, monkeypatch):

@@ -304,8 +304,14 @@ def test_a_damaged_run_gives_the_same_result_or_a_word(which, choice, how, share
         assert_same_run(folder, runs.finished)
 
 
-@pytest.mark.parametrize("how", ["remove", "cut", "overwrite"])
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "trainer_state.json", "rng_state.pth", COMPLETE])
+@pytest.mark.parametrize(
+    ("file", "how"),
+    [
+        *(("model.safetensors", how) for how in ("remove", "cut", "overwrite")),
+        *[("optimizer.pt", "cut"), ("trainer_state.json", "remove"), ("rng_state.pth", "overwrite")],
+        *[(COMPLETE, "cut"), (COMPLETE, "remove")],
+    ],
+)
 def test_the_checkpoint_before_a_damaged_one_is_taken_and_it_is_said(file, how, inputs, runs, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(runs.stopped, folder)
@@ -359,11 +365,7 @@ def test_a_line_that_no_run_writes(tmp_path):
             log.read()
 
 
-@given(
-    content=st.binary(min_size=1, max_size=50),
-    other=st.binary(max_size=50),
-    more=st.binary(max_size=9),
-)
+@given(content=st.binary(min_size=1, max_size=50), other=st.binary(max_size=50), more=st.binary(max_size=9))
 def test_a_manifest_tells_every_change(content, other, more, tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
     file = folder / "file"
