@@ -86,11 +86,7 @@ LAYOUTS: dict[str, Any] = {
         chat([user(q)], c, r),
     ),
     "ShareGPT": lambda q, c, r: (
-        {
-            "conversations": [share_gpt("human", q)],
-            "chosen": share_gpt("gpt", c),
-            "rejected": share_gpt("gpt", r),
-        },
+        {"conversations": [share_gpt("human", q)], "chosen": share_gpt("gpt", c), "rejected": share_gpt("gpt", r)},
         chat([user(q)], c, r),
     ),
     "transcript": lambda q, c, r: (

@@ -80,9 +80,7 @@ ANSWERS = {"chosen": "A", "rejected": "B"}
         ({"instruction": "Say it", "input": "Say it", **ANSWERS}, chat([user("Say it")])),
         (
             {"instruction": "And 3?", "history": [["1?", "one"], ["2?", "two"]], "system": "Count.", **ANSWERS},
-            chat(
-                [system("Count."), user("1?"), assistant("one"), user("2?"), assistant("two"), user("And 3?")],
-            ),
+            chat([system("Count."), user("1?"), assistant("one"), user("2?"), assistant("two"), user("And 3?")]),
         ),
         ({"prompt": "Q", "history": [], **ANSWERS}, {"prompt": "Q", **ANSWERS}),
         ({"prompt": "Q", "history": [user("1?"), assistant("one")], **ANSWERS}, None),
@@ -291,13 +289,7 @@ KNOWN: dict[str, tuple[dict[str, Any], list[str]]] = {
             "better_response_id": 1,
             "response_0_sha256": "ab12",
         },
-        [
-            "better_response_id",
-            "is_response_0_safe",
-            "prompt_source",
-            "response_0_harm_category",
-            "response_0_sha256",
-        ],
+        ["better_response_id", "is_response_0_safe", "prompt_source", "response_0_harm_category", "response_0_sha256"],
     ),
     "LLaMA-Factory, ShareGPT": (
         {
@@ -476,13 +468,7 @@ def test_history_and_tools_as_text(tmp_path):
     assert loaded(tmp_path, row) == chat([user("1?"), assistant("one"), user("Q")], tools=[TOOL])
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        '[{"role": "user", "content": "Hi',
-        "[{'content': 'Hi', 'role': 'user'}, array([",
-    ],
-)
+@pytest.mark.parametrize("text", ['[{"role": "user", "content": "Hi', "[{'content': 'Hi', 'role': 'user'}, array(["])
 def test_a_chat_that_was_cut_off(text, tmp_path):
     assert "its prompt is written like a chat but cannot be parsed" in refusal(tmp_path, {"prompt": text, **ANSWERS})
     assert loaded(tmp_path, {"prompt": text, **ANSWERS}, layout="text")["prompt"] == text
