@@ -23,13 +23,11 @@ from torch import nn
 
 from orpo_kernels.app.machine import kind
 
+from .chats import assistant, user
+from .test_collator import CHATML
 from .training import chat_examples, tiny, tokenizer
 
 ROOT = Path(__file__).parents[1]
-CHATML = (
-    "{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n'}}{% endfor %}"
-    "{% if add_generation_prompt %}{{'<|im_start|>assistant\n'}}{% endif %}"
-)
 # What all have in common: the logs are kept, with what they took, and random weights (of adapters) are the same ones.
 PROGRAM = """
 import json, runpy, sys, time, torch, transformers
@@ -126,26 +124,13 @@ def write_model(folder: Path, model: nn.Module | None = None, pairs: list[dict[s
     write(
         "swift.jsonl",
         [
-            {
-                "messages": [
-                    {"role": "user", "content": pair["prompt"]},
-                    {"role": "assistant", "content": pair["chosen"]},
-                ],
-                "rejected_response": pair["rejected"],
-            }
+            {"messages": [user(pair["prompt"]), assistant(pair["chosen"])], "rejected_response": pair["rejected"]}
             for pair in texts
         ],
     )
-    write(
-        "argilla.jsonl",
-        [
-            {
-                side: [{"role": "user", "content": pair["prompt"]}, {"role": "assistant", "content": pair[side]}]
-                for side in ("chosen", "rejected")
-            }
-            for pair in texts
-        ],
-    )
+    sides = ("chosen", "rejected")
+    argilla = [{side: [user(pair["prompt"]), assistant(pair[side])] for side in sides} for pair in texts]
+    write("argilla.jsonl", argilla)
 
 
 def llamafactory(

@@ -24,6 +24,8 @@ from examples.smollm2 import is_available, load_smollm2
 from orpo_kernels.app.data import load_preferences
 from orpo_kernels.transformers import PreferenceCollator, UnusablePair, tokenize_pair, tokenize_pairs
 
+from .chats import assistant, chat, system, user
+
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -106,14 +108,6 @@ def split(pair: dict[str, list[int]], side: str) -> tuple[list[int], list[int]]:
     boundary = next(i for i, label in enumerate(labels) if label != -100)
     assert labels == [-100] * boundary + ids[boundary:]
     return ids[:boundary], ids[boundary:]
-
-
-def chat(prompt: str, chosen: str, rejected: str) -> dict[str, Any]:
-    return {
-        "prompt": [{"role": "user", "content": prompt}],
-        "chosen": [{"role": "assistant", "content": chosen}],
-        "rejected": [{"role": "assistant", "content": rejected}],
-    }
 
 
 def plain(prompt: str, chosen: str, rejected: str) -> dict[str, str]:
@@ -328,7 +322,7 @@ def test_truncation_keeps_the_bos():
 
 # --- refusals ------------------------------------------------------------------------------------------------------
 
-USER = [{"role": "user", "content": "The cat?"}]
+USER = [user("The cat?")]
 UNUSABLE = [
     ({"prompt": "a", "chosen": "b"}, "no rejected"),
     ({"prompt": None, "chosen": "b", "rejected": None}, "no prompt and no rejected"),
@@ -346,7 +340,7 @@ UNUSABLE = [
     ({"prompt": USER, "chosen": "b", "rejected": ""}, "its rejected response is empty"),
     ({"prompt": USER, "chosen": "b", "rejected": "b"}, "the same"),
     ({"prompt": [{"role": "user"}], "chosen": "b", "rejected": "c"}, "without a role and a content"),
-    ({"prompt": [{"role": "system", "content": "a"}], "chosen": "b", "rejected": "c"}, "by 'system'"),
+    ({"prompt": [system("a")], "chosen": "b", "rejected": "c"}, "by 'system'"),
 ]
 
 
@@ -368,9 +362,9 @@ OTHER_LAYOUTS = "`orpo_kernels.app.data.load_preferences` reads"
 @pytest.mark.parametrize(
     ("example", "reason"),
     [
-        (plain("a", [*USER, {"role": "assistant", "content": "b"}], [*USER]), OTHER_LAYOUTS),
-        ({"chosen": [*USER, {"role": "assistant", "content": "b"}], "rejected": [*USER]}, OTHER_LAYOUTS),
-        ({"prompt": USER, "chosen": [*USER, {"role": "assistant", "content": "b"}], "rejected": "c"}, OTHER_LAYOUTS),
+        (plain("a", [*USER, assistant("b")], [*USER]), OTHER_LAYOUTS),
+        ({"chosen": [*USER, assistant("b")], "rejected": [*USER]}, OTHER_LAYOUTS),
+        ({"prompt": USER, "chosen": [*USER, assistant("b")], "rejected": "c"}, OTHER_LAYOUTS),
         ({"messages": USER, "rejected_response": "c"}, OTHER_LAYOUTS),
         ({"question": "a", "chosen": "b", "rejected": "c"}, OTHER_LAYOUTS),
         (plain("a", "b", "c") | {"images": ["x"]}, "it has images, but only text is served"),
@@ -379,7 +373,7 @@ OTHER_LAYOUTS = "`orpo_kernels.app.data.load_preferences` reads"
         (plain("a", "b", "c") | {"enable_thinking": True}, "it has chat_template_kwargs, but its prompt is a string"),
         (chat("a", "b", "c") | {"enable_thinking": "so"}, "its enable_thinking is 'so'"),
         (plain("a", "b", "c") | {"sample_weight": -1}, "its weight is -1"),
-        (plain(USER, json.dumps([{"role": "assistant", "content": "b"}]), "c"), "the other is not"),
+        (plain(USER, json.dumps([assistant("b")]), "c"), "the other is not"),
         (plain('[{"role": "user", "content": "a', "b", "c"), "its prompt is written like a chat but cannot be parsed"),
         (plain('[{"speaker": "user", "text": "a"}]', "b", "c"), "its prompt is written like a chat but is none that"),
     ],

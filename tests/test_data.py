@@ -15,19 +15,9 @@ from hypothesis import strategies as st
 from orpo_kernels.app.data import Preferences, load_preferences
 from orpo_kernels.app.errors import UserError
 
+from .chats import assistant, chat, system, user
+
 # --- what a pair looks like, and what becomes of it ----------------------------------------------------------------
-
-
-def user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
-
-
-def assistant(text: str) -> dict[str, str]:
-    return {"role": "assistant", "content": text}
-
-
-def chat(prompt: list, chosen: str, rejected: str) -> dict[str, Any]:
-    return {"prompt": prompt, "chosen": [assistant(chosen)], "rejected": [assistant(rejected)]}
 
 
 def share_gpt(speaker: str, text: str) -> dict[str, str]:
@@ -71,7 +61,7 @@ LAYOUTS: dict[str, Any] = {
     ),
     "Intel Orca": lambda q, c, r: (
         {"system": "Be brief.", "question": q, "chosen": c, "rejected": r},
-        chat([{"role": "system", "content": "Be brief."}, user(q)], c, r),
+        chat([system("Be brief."), user(q)], c, r),
     ),
     "Intel Orca without a system message": lambda q, c, r: (
         {"system": "", "question": q, "chosen": c, "rejected": r},
@@ -79,7 +69,7 @@ LAYOUTS: dict[str, Any] = {
     ),
     "Argilla's Orca": lambda q, c, r: (
         {"system": "Be brief.", "input": q, "chosen": c, "rejected": r, "ratings": [9, 3], "status": "tie"},
-        chat([{"role": "system", "content": "Be brief."}, user(q)], c, r),
+        chat([system("Be brief."), user(q)], c, r),
     ),
     "Argilla": lambda q, c, r: (
         {"source": "x", "instruction": q, "chosen_response": c, "rejected_response": r, "chosen_rating": 5.0},

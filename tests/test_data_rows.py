@@ -14,29 +14,10 @@ from orpo_kernels.app.data import Preferences, load_preferences
 from orpo_kernels.app.errors import UserError
 from orpo_kernels.text.messages import strings
 
+from .chats import assistant, chat, message, system, user
+
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
-
-
-def message(role: str, content: str, **more: Any) -> dict[str, Any]:
-    return {"role": role, "content": content, **more}
-
-
-def user(content: str, **more: Any) -> dict[str, Any]:
-    return message("user", content, **more)
-
-
-def assistant(content: str, **more: Any) -> dict[str, Any]:
-    return message("assistant", content, **more)
-
-
-def system(content: str) -> dict[str, Any]:
-    return message("system", content)
-
-
-def chat(prompt: list, chosen: Any = "A", rejected: Any = "B", **options: Any) -> dict[str, Any]:
-    sides = ([assistant(side)] if isinstance(side, str) else side for side in (chosen, rejected))
-    return {"prompt": prompt, **dict(zip(("chosen", "rejected"), sides, strict=True)), **options}
 
 
 def load(folder: Path, *rows: Any, **options: Any) -> Preferences:

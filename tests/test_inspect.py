@@ -22,8 +22,9 @@ from orpo_kernels.app.cli.inspect import BINS, _histogram
 from orpo_kernels.transformers import PreferenceCollator, tokenize_pair
 from orpo_kernels.transformers.showing import STYLES, tokens_of
 
+from .chats import assistant
 from .commands import records, run, write_rows
-from .test_templates import CALL, EOT, RESULT, TOOLS, WITH_TOOLS, assistant, of_template, pair
+from .test_templates import CALL, EOT, RESULT, TOOLS, WITH_TOOLS, of_template, pair
 from .training import chat_examples, tokenizer
 
 

@@ -17,6 +17,7 @@ from orpo_kernels.text.messages import carries_text
 from orpo_kernels.transformers import PreferenceCollator, UnusablePair, tokenize_pair, tokenize_pairs
 from orpo_kernels.transformers.versions import version_of
 
+from .chats import assistant, message, system, user
 from .test_collator import CHATML, byte_level
 
 EOT, HEADER = "<|eot_id|>", "<|start_header_id|>assistant<|end_header_id|>\n\n"
@@ -37,14 +38,6 @@ def of_template(template: str, *special: str) -> Any:
     add_special_tokens(tokenizer, ["<|start_header_id|>", "<|end_header_id|>", EOT, *special])
     tokenizer.chat_template = template
     return tokenizer
-
-
-def user(content: Any) -> dict[str, Any]:
-    return {"role": "user", "content": content}
-
-
-def assistant(content: Any = "", **more: Any) -> dict[str, Any]:
-    return {"role": "assistant", "content": content, **more}
 
 
 def pair(chosen: Any, rejected: Any = "red", **more: Any) -> dict[str, Any]:
@@ -127,7 +120,7 @@ def test_a_template_that_changes_text(change, reason):
 
 def test_a_template_that_leaves_out_a_system_message():
     template = LLAMA.replace("in messages", "in messages if m['role'] != 'system'") + OPENS
-    example = {**pair("blue"), "prompt": [{"role": "system", "content": "Be brief."}, user("What is it?")]}
+    example = {**pair("blue"), "prompt": [system("Be brief."), user("What is it?")]}
     with pytest.raises(UnusablePair, match="leaves out the content of a message by 'system' in its prompt"):
         tokenize_pair(example, of_template(template))
     assert trained(example, of_template(LLAMA + OPENS)) == f"blue{EOT}"
@@ -215,7 +208,7 @@ TOOLS = [
     }
 ]
 CALL = assistant(tool_calls=[{"type": "function", "function": {"name": "look_up", "arguments": {"city": "Bern"}}}])
-RESULT = {"role": "tool", "name": "look_up", "content": "twenty below"}
+RESULT = message("tool", "twenty below", name="look_up")
 # What is asked of a template, and the texts that have to be trained.
 ASKED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "text": (pair("It is a cat. ", "No <b>idea</b>"), ["It is a cat."]),

@@ -14,7 +14,8 @@ from datasets import Dataset
 
 from orpo_kernels.trl import ORPOConfig, ORPOTrainer
 
-from .test_templates import EOT, LLAMA, OPENS, assistant, of_template, user
+from .chats import assistant, user
+from .test_templates import EOT, LLAMA, OPENS, of_template
 from .training import chat_examples, settings, tiny, tokenizer
 from .versions import leaves_answers_empty
 

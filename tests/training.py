@@ -15,6 +15,7 @@ from torch import nn
 from orpo_kernels.transformers import PreferenceCollator, PreferenceTrainer
 from orpo_kernels.transformers.versions import sampling, version_of
 
+from .chats import chat
 from .test_collator import byte_level
 
 if version_of("transformers") < (5,):  # it logs losses with four digits
@@ -54,13 +55,7 @@ def chat_examples(count: int = 24) -> list[dict[str, Any]]:
     examples = []
     for i in range(count):
         question, chosen = QUESTIONS[i % 4] * (1 + i % 3), ANSWERS[(i * 3 + 1) % 4] * (1 + i % 2)
-        examples.append(
-            {
-                "prompt": [{"role": "user", "content": question}],
-                "chosen": [{"role": "assistant", "content": chosen}],
-                "rejected": [{"role": "assistant", "content": ANSWERS[(i + i // 4 + 2) % 4] + f" {i}"}],
-            }
-        )
+        examples.append(chat(question, chosen, ANSWERS[(i + i // 4 + 2) % 4] + f" {i}"))
     return examples
 
 
