@@ -393,13 +393,8 @@ def test_the_collator_goes_to_other_processes_without_the_model():
 
 
 def trained(folder: Any, model: nn.Module, method: str = "orpo", **options: Any) -> PreferenceTrainer:
-    names = ("train_dataset", "eval_dataset", "data_collator")
     own = {"data_collator": PreferenceCollator(tokenizer(), max_length=96), "train_dataset": examples()}
-    own |= {"eval_dataset": examples(5)} | {name: options.pop(name) for name in names if name in options}
-    arguments = transformers.TrainingArguments(**training.settings(folder, **options))
-    trainer = PreferenceTrainer(model, arguments, method=method, **own)
-    trainer.train()
-    return trainer
+    return training.trained(folder, method, model, **{**own, "eval_dataset": examples(5), **options})
 
 
 @keeps_the_order

@@ -12,7 +12,7 @@ pytest.importorskip("transformers", minversion="5.23")
 pytest.importorskip("accelerate")
 pytest.importorskip("PIL")
 
-from transformers import AutoModelForImageTextToText, TrainingArguments
+from transformers import AutoModelForImageTextToText
 
 from examples.pictures import make_model, make_pairs, make_processor
 from examples.pictures import train as train_example
@@ -21,20 +21,17 @@ from orpo_kernels.transformers import PreferenceCollator, causal_lm_orpo_loss, f
 from orpo_kernels.transformers.media import vision_parts
 from orpo_kernels.transformers.trainer import PreferenceTrainer
 
+from . import training
 from .commands import records, run, write_rows
 from .models import build as build_text
 from .training import losses, settings
 from .vision_models import build
 
 
-def trainer_of(folder: Any, model: Any, packing: str = "auto", **options: Any) -> PreferenceTrainer:
-    return PreferenceTrainer(
-        model,
-        TrainingArguments(**settings(folder, max_steps=3, **options)),
-        data_collator=PreferenceCollator(make_processor(), packing=packing),
-        train_dataset=make_pairs(8, seed=1),
-        eval_dataset=make_pairs(5, seed=2),
-    )
+def trainer_of(folder: Any, packing: str = "auto", **options: Any) -> PreferenceTrainer:
+    own = {"data_collator": PreferenceCollator(make_processor(), packing=packing)}
+    own |= {"train_dataset": make_pairs(8, seed=1), "eval_dataset": make_pairs(5, seed=2)}
+    return training.trainer_of(folder, model=make_model(), **{"max_steps": 3, **own, **options})
 
 
 # --- the trainer -----------------------------------------------------------------------------------------------------
@@ -42,7 +39,7 @@ def trainer_of(folder: Any, model: Any, packing: str = "auto", **options: Any) -
 
 @pytest.mark.parametrize("packing", ["auto", "padded"])
 def test_the_trainer_is_a_plain_loop(packing, tmp_path):
-    trainer = trainer_of(tmp_path, make_model(), packing)
+    trainer = trainer_of(tmp_path, packing)
     assert trainer.data_collator.packing == ("shared" if packing == "auto" else "padded")
     trainer.train()
     model, expected = make_model(), []
@@ -59,10 +56,8 @@ def test_the_trainer_is_a_plain_loop(packing, tmp_path):
 
 
 def test_pictures_are_read_in_the_workers_and_accumulated_exactly(tmp_path):
-    whole = trainer_of(tmp_path, make_model(), per_device_train_batch_size=4)
-    parts = trainer_of(
-        tmp_path, make_model(), gradient_accumulation_steps=2, dataloader_num_workers=1, dataloader_pin_memory=False
-    )
+    whole = trainer_of(tmp_path, per_device_train_batch_size=4)
+    parts = trainer_of(tmp_path, gradient_accumulation_steps=2, dataloader_num_workers=1, dataloader_pin_memory=False)
     for trainer in (whole, parts):
         trainer.train()
     assert losses(whole) == pytest.approx(losses(parts), rel=1e-4)
@@ -70,12 +65,7 @@ def test_pictures_are_read_in_the_workers_and_accumulated_exactly(tmp_path):
 
 def test_an_unusable_pair_is_named_and_left_out(tmp_path):
     broken = [{**make_pairs(1, seed=3)[0], "images": ["gone.png"]}, *make_pairs(2, seed=4)]
-    trainer = PreferenceTrainer(
-        make_model(),
-        TrainingArguments(**settings(tmp_path, max_steps=1)),
-        data_collator=PreferenceCollator(make_processor()),
-        train_dataset=broken,
-    )
+    trainer = trainer_of(tmp_path, train_dataset=broken, max_steps=1)
     assert [(one.index, one.reason) for one in trainer.unusable_pairs["train"]] == [
         (0, "its picture 1 is missing: there is no file gone.png")
     ]
@@ -87,13 +77,7 @@ def test_references_of_pairs_that_differ_in_their_pictures_are_their_own(tmp_pat
     pairs = [row, {**row, "images": make_pairs(1, seed=9)[0]["images"]}]
 
     def logps(pairs: list[dict[str, Any]]) -> list[float]:
-        trainer = PreferenceTrainer(
-            make_model(),
-            TrainingArguments(**settings(tmp_path)),
-            data_collator=PreferenceCollator(make_processor()),
-            train_dataset=pairs,
-            method="dpo",
-        )
+        trainer = trainer_of(tmp_path, method="dpo", train_dataset=pairs)
         return [trainer.train_dataset[index]["ref_chosen_logps"] for index in range(len(pairs))]
 
     first, second = logps(pairs)
@@ -113,7 +97,7 @@ def test_the_drop_in_for_trl_takes_a_processor(packing, tmp_path):
     options = {"processing_class": make_processor(), "packing": packing, "end": "single"}
     trainer = trl.ORPOTrainer(make_model(), arguments, train_dataset=rows, eval_dataset=rows, **options)
     trainer.train()
-    expected = trainer_of(tmp_path, make_model())
+    expected = trainer_of(tmp_path)
     expected.train()
     assert losses(trainer) == pytest.approx(losses(expected), rel=1e-4)
     assert "eval_rewards/accuracies" in trainer.evaluate()

@@ -12,14 +12,12 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 import peft
-from transformers import TrainingArguments
 
 from orpo_kernels.transformers import PreferenceCollator, causal_lm_orpo_loss, resolve_lm_head
-from orpo_kernels.transformers.trainer import PreferenceTrainer
 
 from .models import assert_same, assert_sharing_is_exact, build, gradients, make_pairs
 from .test_causal_lm import by_logits, make_batch
-from .training import chat_examples, losses, settings, tiny, tokenizer
+from .training import chat_examples, losses, tiny, tokenizer, trained
 
 TOKENS = [3, 5, 11, 90]
 each_target = pytest.mark.parametrize(
@@ -101,13 +99,7 @@ def test_low_precision():
 def test_they_are_trained_and_saved(tmp_path):
     model = with_tokens(tiny(tie_word_embeddings=True))
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    trainer = PreferenceTrainer(
-        model,
-        TrainingArguments(**settings(tmp_path, learning_rate=1e-2, max_steps=8)),
-        data_collator=PreferenceCollator(tokenizer(), max_length=96),
-        train_dataset=chat_examples(4),
-    )
-    trainer.train()
+    trainer = trained(tmp_path, model=model, train_dataset=chat_examples(4), learning_rate=1e-2, max_steps=8)
     assert losses(trainer)[-1] < losses(trainer)[0]
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     assert any("trainable_tokens_delta" in name for name in changed)

@@ -162,7 +162,7 @@ def test_what_is_cut_is_said(tmp_path, caplog):
     assert f"{said} and are cut, by {sum(lost)} tokens in all." in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING, "orpo_kernels"):  # whoever has tokenised them knows
-        trainer_of(tmp_path, data_collator=collator(max_length=40), train_dataset=cut)
+        trainer_of(tmp_path, data_collator=collator(max_length=40), train_dataset=cut, eval_dataset=None)
     assert not caplog.text
 
 
@@ -179,7 +179,7 @@ def test_pairs_are_tokenised_once(tmp_path, monkeypatch):
         return tokenize(own, example)
 
     monkeypatch.setattr(PreferenceCollator, "tokenized", counted)
-    trained(tmp_path, train_dataset=chat_examples(8), max_steps=12)  # three epochs
+    trained(tmp_path, eval_dataset=None, max_steps=12)  # three epochs
     assert sum(calls) == 8
 
 
