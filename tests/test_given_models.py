@@ -34,7 +34,7 @@ from orpo_kernels.app.finetuning.pretrained import (
 from orpo_kernels.transformers import causal_lm_orpo_loss
 from orpo_kernels.transformers.fitting import positions_of
 
-from .commands import command, write_chats
+from .commands import command, run, write_chats
 from .test_collator import byte_level
 from .test_run_folder import contents
 from .training import tiny, tokenizer
@@ -140,11 +140,9 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
 def test_a_model_that_is_not_whole_is_refused_by_name(word, fault, model, data, tmp_path):
     harm, named = FAULTS[fault]
     harm(model)
-    status, said, _ = command(word, model, data, "--output", tmp_path / "out", *(STEPS if word == "train" else ()))
-    assert status == 2
+    said = run(word, model, data, "--output", tmp_path / "out", *(STEPS if word == "train" else ()), status=2)
     assert named in said["error"]
     assert str(model) in said["error"]
-    assert "\n" not in said["error"]
 
 
 @some
@@ -198,28 +196,28 @@ def test_more_than_a_causal_language_model_is_told(model, data, tmp_path):
 
 def test_adapters_that_are_not_whole(model, data, tmp_path):
     pytest.importorskip("peft")
-    run = tmp_path / "run"
-    assert command("train", model, data, *STEPS, "--lora", "--lora-rank", 2, "--output", run)[0] == 0
-    adapters = run / "model"
+    output = tmp_path / "run"
+    run("train", model, data, *STEPS, "--lora", "--lora-rank", 2, "--output", output)
+    adapters = output / "model"
     whole = (adapters / "adapter_model.safetensors").read_bytes()
-    assert load_model(str(run), torch.float32) is not None
+    assert load_model(str(output), torch.float32) is not None
 
     rewrite(adapters, without("layers.1.mlp.up_proj.lora_B"), "adapter_model.safetensors")
     with pytest.raises(UserError, match=r"incomplete: of its adapters it lacks .*layers\.1\.mlp\.up_proj\.lora_B"):
-        load_model(str(run), torch.float32)
+        load_model(str(output), torch.float32)
     (adapters / "adapter_model.safetensors").write_bytes(whole[:-8])
     with pytest.raises(UserError, match=r"adapter_model\.safetensors is cut off"):
-        load_model(str(run), torch.float32)
+        load_model(str(output), torch.float32)
     (adapters / "adapter_model.safetensors").write_bytes(whole)
     saved(model, num_hidden_layers=1)
     with pytest.raises(UserError, match=r"has adapters for what its base does not have, such as .*layers\.1\."):
-        load_model(str(run), torch.float32)
+        load_model(str(output), torch.float32)
     rewrite(model, without("lm_head"))
     with pytest.raises(UserError, match=f"{model} is incomplete: .* lacks lm_head"):
-        load_model(str(run), torch.float32)
+        load_model(str(output), torch.float32)
     edit(adapters / "adapter_config.json", base_model_name_or_path=None)
     with pytest.raises(UserError, match="names no base"):
-        load_model(str(run), torch.float32)
+        load_model(str(output), torch.float32)
 
 
 def test_the_loss_tells_a_model_that_is_not_finite_from_one_that_it_does_not_serve():
@@ -247,8 +245,7 @@ def test_ids_beyond_the_embedding(word, model, data, tmp_path):
     assert command("train", model, data, *STEPS, "--output", tmp_path / "unused")[0] == 0, "no pair has them"
     with data.open("a") as file:
         file.write(json.dumps({"prompt": "Which?", "chosen": "<1>", "rejected": "<0>"}) + "\n")
-    status, said, _ = command(word, model, data, "--output", tmp_path / "out", *(STEPS if word == "train" else ()))
-    assert status == 2
+    said = run(word, model, data, "--output", tmp_path / "out", *(STEPS if word == "train" else ()), status=2)
     assert f"has the token '<1>' with the id {rows + 1}, but the model's embedding has {rows} rows" in said["error"]
 
 
@@ -256,8 +253,7 @@ def test_a_padding_token_beyond_the_embedding(model, data, tmp_path):
     larger = byte_level()
     larger.add_special_tokens({"pad_token": "<padding>"})
     larger.save_pretrained(model)
-    status, said, _ = command("train", model, data, *STEPS, "--output", tmp_path / "out")
-    assert status == 2
+    said = run("train", model, data, *STEPS, "--output", tmp_path / "out", status=2)
     assert "has the token '<padding>' with the id" in said["error"]
 
 
@@ -306,8 +302,7 @@ def test_a_roberta_takes_as_many_positions_as_we_say():
 def test_a_run_that_diverges_says_where(steps, held_out, model, data, tmp_path):
     arguments = ("train", model, data, *STEPS, "--lr", 1e30, "--max-steps", steps, "--eval-split", held_out)
     arguments += ("--save-every", 100, *(("--eval-every", 100) if held_out else ()))
-    status, said, _ = command(*arguments, "--output", tmp_path / "run")
-    assert status == 2
+    said = run(*arguments, "--output", tmp_path / "run", status=2)
     assert "not finite" in said["error"]
     assert "give a smaller --lr" in said["error"]
     assert "step" in said["error"]
@@ -321,8 +316,7 @@ def test_what_the_last_step_made_useless_is_not_saved(model, data, tmp_path, mon
         return not_finite(lm)
 
     monkeypatch.setattr("orpo_kernels.app.finetuning.train.not_finite", spoil)
-    status, said, _ = command("train", model, data, *STEPS, "--output", tmp_path / "run")
-    assert status == 2
+    said = run("train", model, data, *STEPS, "--output", tmp_path / "run", status=2)
     assert said["error"] == "The weight lm_head.weight is not finite behind step 2: give a smaller --lr."
     assert not (tmp_path / "run" / "model").exists()
 
@@ -332,29 +326,29 @@ def test_what_the_last_step_made_useless_is_not_saved(model, data, tmp_path, mon
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_model_comes_back_in_its_dtype(dtype, data, tmp_path):
-    folder, run = saved(tmp_path / "given", dtype=dtype), tmp_path / "run"
-    assert command("train", folder, data, *STEPS, "--lr", 1e-2, "--output", run)[0] == 0
-    before, after = load_file(folder / "model.safetensors"), load_file(run / "model" / "model.safetensors")
+    folder, output = saved(tmp_path / "given", dtype=dtype), tmp_path / "run"
+    run("train", folder, data, *STEPS, "--lr", 1e-2, "--output", output)
+    before, after = load_file(folder / "model.safetensors"), load_file(output / "model" / "model.safetensors")
     assert {name: weight.dtype for name, weight in after.items()} == dict.fromkeys(before, dtype)
     assert any(not torch.equal(after[name], before[name]) for name in before)
-    assert AutoModelForCausalLM.from_pretrained(run / "model").dtype == dtype
+    assert AutoModelForCausalLM.from_pretrained(output / "model").dtype == dtype
 
 
 def test_each_weight_has_its_own_dtype(data, tmp_path):
-    folder, run = saved(tmp_path / "given", dtype=torch.bfloat16), tmp_path / "run"
+    folder, output = saved(tmp_path / "given", dtype=torch.bfloat16), tmp_path / "run"
     norm = "model.layers.0.input_layernorm.weight"
     rewrite(folder, lambda weights: {**weights, norm: weights[norm].float()})
-    assert command("train", folder, data, *STEPS, "--output", run)[0] == 0
-    assert stored_dtypes(str(run)) == stored_dtypes(str(folder))
-    assert stored_dtypes(str(run))[norm] == torch.float32
+    run("train", folder, data, *STEPS, "--output", output)
+    assert stored_dtypes(str(output)) == stored_dtypes(str(folder))
+    assert stored_dtypes(str(output))[norm] == torch.float32
 
 
 def test_the_dtype_of_weights_in_pytorchs_format(data, tmp_path):
-    folder, run = saved(tmp_path / "given", dtype=torch.bfloat16), tmp_path / "run"
+    folder, output = saved(tmp_path / "given", dtype=torch.bfloat16), tmp_path / "run"
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    assert command("train", folder, data, *STEPS, "--output", run)[0] == 0
-    assert set(stored_dtypes(str(run)).values()) == {torch.bfloat16}
+    run("train", folder, data, *STEPS, "--output", output)
+    assert set(stored_dtypes(str(output)).values()) == {torch.bfloat16}
 
 
 def test_training_is_in_float32_whatever_the_dtype(data, tmp_path):
@@ -373,16 +367,16 @@ def test_training_is_in_float32_whatever_the_dtype(data, tmp_path):
 
 def test_merged_adapters_come_back_in_the_dtype_of_their_base(data, tmp_path):
     pytest.importorskip("peft")
-    folder, run = saved(tmp_path / "given", dtype=torch.bfloat16), tmp_path / "run"
+    folder, output = saved(tmp_path / "given", dtype=torch.bfloat16), tmp_path / "run"
     (folder / "processor_config.json").write_text("{}")
-    assert command("train", folder, data, *STEPS, "--lora", "--merge", "--lora-rank", 2, "--output", run)[0] == 0
-    assert set(stored_dtypes(str(run / "merged")).values()) == {torch.bfloat16}
-    assert (run / "merged" / "processor_config.json").exists()
-    assert {weight.dtype for weight in load_file(run / "model" / "adapter_model.safetensors").values()} == {
+    run("train", folder, data, *STEPS, "--lora", "--merge", "--lora-rank", 2, "--output", output)
+    assert set(stored_dtypes(str(output / "merged")).values()) == {torch.bfloat16}
+    assert (output / "merged" / "processor_config.json").exists()
+    assert {weight.dtype for weight in load_file(output / "model" / "adapter_model.safetensors").values()} == {
         torch.float32
     }
     # Trained further, the adapters are merged into their base, whose dtype and files the result has.
-    assert command("train", run, data, *STEPS, "--output", tmp_path / "further")[0] == 0
+    run("train", output, data, *STEPS, "--output", tmp_path / "further")
     assert set(stored_dtypes(str(tmp_path / "further")).values()) == {torch.bfloat16}
     assert (tmp_path / "further" / "model" / "processor_config.json").exists()
 
@@ -400,7 +394,7 @@ def test_every_file_that_belongs_to_the_model_comes_along(model, data, tmp_path)
     foreign = dict.fromkeys(["README.md", "optimizer.pt", "trainer_state.json", "events.log", "data.csv"], "{}")
     for name, content in {**belonging, **foreign}.items():
         (model / name).write_text(content)
-    assert command("train", model, data, *STEPS, "--output", tmp_path / "run")[0] == 0
+    run("train", model, data, *STEPS, "--output", tmp_path / "run")
     result = contents(tmp_path / "run" / "model")
     assert {name: result[name].decode() for name in belonging} == belonging
     assert result.keys().isdisjoint(foreign)

@@ -29,7 +29,7 @@ from orpo_kernels.app.finetuning.folder import COMPLETE, MARK, RunFolder, claim,
 from orpo_kernels.app.finetuning.manifest import differing, manifest, sealed, unsealed
 from orpo_kernels.app.finetuning.progress import Recorder
 
-from .commands import assert_same_run, command, write_chats
+from .commands import assert_same_run, command, run, write_chats
 from .training import tiny
 
 STEPS = ("--max-steps", "4", "--save-every", "1", "--eval-every", "2", "--batch-size", "1", "--max-length", "48")
@@ -69,7 +69,7 @@ def runs(inputs, tmp_path_factory) -> SimpleNamespace:
             raise KeyboardInterrupt
         own(self, args, state, control, **options)
 
-    assert command("train", *inputs, *STEPS, "--output", folder / "finished")[0] == 0
+    run("train", *inputs, *STEPS, "--output", folder / "finished")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Recorder, "on_step_end", stop)
         with contextlib.suppress(KeyboardInterrupt), contextlib.redirect_stderr(io.StringIO()):
@@ -92,8 +92,7 @@ def test_the_checkpoints_of_somebody_else(inputs, tmp_path):
         (tmp_path / name).write_text("precious")
     before = contents(tmp_path)
     for more in ((), ("--resume",)):
-        status, said, _ = command("train", *inputs, *STEPS, "--output", tmp_path, *more)
-        assert status == 2
+        said = run("train", *inputs, *STEPS, "--output", tmp_path, *more, status=2)
         assert "holds checkpoints, curves.png, problems.jsonl, but no run of ours" in said["error"]
         assert contents(tmp_path) == before
 
@@ -119,8 +118,7 @@ def test_a_folder_that_holds_anything_is_left_as_it_is(files, word, inputs, tmp_
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     before = contents(folder)
-    status, said, _ = command(word, *inputs, "--output", folder)
-    assert status == 2
+    said = run(word, *inputs, "--output", folder, status=2)
     assert any(name.partition("/")[0] in said["error"] for name in files)
     assert contents(folder) == before
 
