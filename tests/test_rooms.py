@@ -1,4 +1,4 @@
-"""The library does not know the application, and what only several ranks need is apart."""
+"""The library does not know the application, what only several ranks need is apart, and all of it can be read."""
 
 from __future__ import annotations
 
@@ -61,3 +61,12 @@ def test_a_function_is_seen_whole() -> None:
                 first = node.body[1 if ast.get_docstring(node) and len(node.body) > 1 else 0]
                 lengths.append((path.name, node.name, (node.end_lineno or first.lineno) - first.lineno + 1))
     assert not [found for found in lengths if found[2] > LONGEST]
+
+
+# A day's reading, docstrings included, for whoever takes the library over. What would go beyond it takes the place of
+# something else, or is the application's.
+LINES = 13_750
+
+
+def test_the_library_can_be_read_in_a_day() -> None:
+    assert sum(len(path.read_text().splitlines()) for path in LIBRARY) <= LINES
