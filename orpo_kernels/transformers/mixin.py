@@ -184,11 +184,20 @@ class PreferenceLossMixin(_Trainer):
             _ROUTER_LOSS: Part(coef * router * tokens, tokens),
         }
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **options: Any) -> EvalLoopOutput:
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
         """The Trainer's, with the loss and the metrics of the whole set in place of means over its batches."""
         self._evaluation = Averages()
         try:
-            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **options)
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
             means = self._evaluation.means(self.accelerator)
         finally:
             self._evaluation = None
