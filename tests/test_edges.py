@@ -82,11 +82,12 @@ def test_vocabulary_of_one(backend):
     assert hidden.grad.abs().max() == 0
 
 
+@pytest.mark.parametrize("vocab", [13, 77], ids=["in a tile", "whole tiles"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_masked_vocabulary(schedule, backend):
+def test_masked_vocabulary(schedule, vocab, backend):
     """A bias of -inf takes tokens out of the vocabulary, as for padded lm-heads."""
-    hidden, weight, labels = inputs()
-    bias = torch.zeros(13)
+    hidden, weight, labels = inputs(vocab=vocab)
+    bias = torch.zeros(vocab)
     bias[10:] = -torch.inf
     weight.requires_grad_(schedule != "single_pass")
     out = orpo_loss(hidden, weight, labels % 10, bias=bias, schedule=schedule)

@@ -56,6 +56,8 @@ def tile_statistics(
     # One mask for the target and for columns beyond S: a second costs the registers that a large tile needs.
     others = tl.where(is_target if EVEN_S else is_target | (o_v >= S)[None, :], LOWEST, z)
     top = tl.max(others, 1)
+    if BIAS is not None:
+        top = tl.maximum(top, LOWEST)  # of -inf alone, by which a bias takes tokens out, it would be -inf: inf - inf
     return top, tl.sum(tl.exp(others - top[:, None]), 1), target_logit
 
 

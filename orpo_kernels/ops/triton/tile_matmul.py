@@ -55,8 +55,6 @@ def logits_tile(
             w = tl.load(W + o_v[:, None] * stride_w + (i_h + o_h)[None, :], mask=m_h, other=0.0)
         acc = tl.dot(x, w.T, acc, input_precision=PRECISION)
     if BIAS is not None:
-        o_bias = i_column * BLOCK_V + tl.arange(
-            0, BLOCK_V
-        )  # consecutive, unlike `o_v`: one address instead of one a column
+        o_bias = i_column * BLOCK_V + tl.arange(0, BLOCK_V)  # consecutive, unlike `o_v`: one address, not one a column
         acc += tl.load(BIAS + o_bias, mask=o_bias < S, other=0.0).to(tl.float32)[None, :]
     return acc
