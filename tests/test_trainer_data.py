@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import logging
 import math
 from typing import Any
@@ -518,6 +519,14 @@ def test_tools_reach_the_template_of_trls(tmp_path):
         own.chat_template = template
     assert trainer.train_dataset[0]["prompt"].startswith("look_up")
     assert not plain.train_dataset[0]["prompt"].startswith("look_up")
+
+
+def test_a_dictionary_of_sets_stays_of_its_class():
+    sets = collections.defaultdict(list, one=[1])
+    made = pairs_module.of_each_set(sets, "eval", lambda pairs, name: (pairs, name))
+    assert made == {"one": ([1], "eval_one")}
+    assert type(made) is collections.defaultdict
+    assert sets == {"one": [1]}
 
 
 def test_datasets_may_be_a_dictionary_of_sets(tmp_path):

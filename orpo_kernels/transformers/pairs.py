@@ -11,6 +11,7 @@ it is asked for. Should one have become unusable then, the next usable one stand
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -38,9 +39,11 @@ def is_stream(pairs: Any) -> bool:
 
 
 def of_each_set(pairs: Any, name: str, function: Callable[[Any, str], Any]) -> Any:
-    """`function(pairs, name)`; of a dictionary of sets for each by its own name; None for none."""
+    """`function(pairs, name)`; of a dictionary of sets, of any class, for each by its own name; None for none."""
     if isinstance(pairs, dict):
-        return type(pairs)({key: function(part, f"{name}_{key}") for key, part in pairs.items()})
+        made = copy.copy(pairs)
+        made.update({key: function(part, f"{name}_{key}") for key, part in pairs.items()})
+        return made
     return pairs if pairs is None else function(pairs, name)
 
 
