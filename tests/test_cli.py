@@ -10,7 +10,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -32,8 +32,10 @@ from orpo_kernels.app.finetuning import plots
 from orpo_kernels.app.finetuning.folder import COMPLETE, JsonLines, RunFolder, mark_complete, whole_folder, write_whole
 from orpo_kernels.app.finetuning.progress import Recorder
 from orpo_kernels.app.finetuning.scoring import SCORES, Scores, intervals
+from orpo_kernels.app.finetuning.settings import TrainSettings
 from orpo_kernels.app.finetuning.sweep import side_by_side, winner
 from orpo_kernels.transformers import PreferenceCollator
+from orpo_kernels.transformers.packing import Packing
 
 from .commands import assert_same_run, records, run, save_tiny, write_rows
 from .runs import forked
@@ -474,6 +476,10 @@ def test_help(command, capsys, monkeypatch):
     assert f"orpo-kernels {command} " in told
     for flag in FLAGS.split() if command == "train" else ("--config", "--json", "--output"):
         assert f"{flag} " in told, flag
+
+
+def test_packing_is_a_collators():
+    assert set(get_args(get_type_hints(TrainSettings)["packing"])) == set(get_args(Packing))
 
 
 def test_configuration_files_that_are_no_use(tmp_path, capsys):

@@ -168,7 +168,7 @@ class TrainSettings(DataSettings):
     gradient_checkpointing: bool = setting(
         False, "Take less memory and more time: keep few activations, compute the others again."
     )
-    packing: Literal["auto", "shared", "padded"] = setting(
+    packing: Literal["auto", "measure", "shared", "padded"] = setting(
         "auto",
         "Whether both answers share one prompt (shared) or each has its own (padded). auto: shared where that is exact "
         "and fast; measure: both are timed first.",
