@@ -303,7 +303,7 @@ def averaged_over_sequences(rows: Rows, groups: Groups) -> Rows:
 
 
 def checked_labels(labels: Tensor, nll_labels: Tensor | None, nll_reduction: str) -> tuple[Tensor, Tensor | None]:
-    """The labels, where rows of theirs are."""
+    """The labels, on the device where their rows are made. Raises `ValueError` or `TypeError` for bad ones."""
     check_reduction(nll_reduction)
     if labels.dim() != 2:
         raise ValueError(f"labels has shape {tuple(labels.shape)}, it must be (2B, T): chosen sequences, then rejected")

@@ -48,7 +48,7 @@ OF_A_CHECKPOINT = (
     *(COMPLETE, f".{COMPLETE}.unfinished"),
 )
 NAMED_TEMPLATES = "additional_chat_templates"  # of a tokenizer that has several, in a folder of their own
-OF_THE_REFERENCE = ("*.npy", "*.jsonl", "*.partial")
+OF_THE_REFERENCE = ("*.jsonl",)
 
 
 class RunFolder:

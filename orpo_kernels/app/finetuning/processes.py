@@ -39,7 +39,7 @@ def writes(folder: Path) -> bool:
     The first of all does, and the first on every node that does not see what that one writes.
     """
     state = processes()
-    if int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes)) == state.num_processes:  # all are on one node
+    if int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes)) >= state.num_processes:  # all are on one node
         return state.is_main_process
     (token,) = broadcast_object_list([secrets.token_hex(8)])
     probe = folder.absolute().with_name(f".{folder.name}.{token}")
