@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from benchmarks.contest.workloads import DPO_EN_DEMO, LLMBAR, data_folder
 from examples.smollm2 import cache_folder, is_available, load_smollm2
 from orpo_kernels.app.cli import main
-from orpo_kernels.app.finetuning import plots
+from orpo_kernels.app.finetuning import plots, train
 from orpo_kernels.app.finetuning.folder import COMPLETE, JsonLines, RunFolder, mark_complete, whole_folder, write_whole
 from orpo_kernels.app.finetuning.progress import Recorder
 from orpo_kernels.app.finetuning.scoring import SCORES, Scores, intervals
@@ -237,12 +237,16 @@ def test_a_run_that_is_interrupted_says_how_to_go_on(model, data, tmp_path):
     assert "Traceback" not in told
 
 
-def test_a_folder_is_one_runs(model, data, tmp_path):
+def test_a_folder_is_one_runs(model, data, tmp_path, monkeypatch):
     arguments = ("train", model, data, "--output", tmp_path / "run", *FAST, "--max-steps", 1)
     summary = run(*arguments)
     assert "go on with it (--resume), or choose another --output" in run(*arguments, status=2)["error"]
     assert "has beta (default), but now it is 0.3" in run(*arguments, "--beta", 0.3, "--resume", status=2)["error"]
+    began = train._settings_of(RunFolder(tmp_path / "run"))
+    del began["freeze_vision"]  # as of a run that is older than the setting
+    monkeypatch.setattr(train, "_settings_of", lambda folder: began)
     assert run(*arguments, "--resume") == summary
+    assert "has freeze_vision False" in run(*arguments, "--freeze-vision", "--resume", status=2)["error"]
 
 
 def test_what_could_not_begin_is_not_in_the_way(model, data, tmp_path):

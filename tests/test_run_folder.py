@@ -25,7 +25,15 @@ from hypothesis import strategies as st
 from orpo_kernels.app.cli import main
 from orpo_kernels.app.errors import UserError
 from orpo_kernels.app.finetuning import plots, train
-from orpo_kernels.app.finetuning.folder import COMPLETE, MARK, RunFolder, claim, mark_complete, whole_folder
+from orpo_kernels.app.finetuning.folder import (
+    COMPLETE,
+    MARK,
+    RunFolder,
+    claim,
+    mark_complete,
+    processes_of,
+    whole_folder,
+)
 from orpo_kernels.app.finetuning.manifest import differing, manifest, sealed, unsealed
 from orpo_kernels.app.finetuning.progress import Recorder
 
@@ -448,3 +456,13 @@ def test_a_full_disk_is_a_sentence_and_nothing_is_lost(where, inputs, runs, tmp_
     assert f"The disk that holds {folder} is full." in said["error"]
     assert resumed(inputs, folder)[0] == 0
     assert_same_run(folder, runs.finished)
+
+
+def test_a_checkpoint_to_go_on_from_that_is_damaged_is_named(tmp_path):
+    """On several nodes the latest one that all have may be older than those that each has looked at."""
+    checkpoint = tmp_path / "checkpoints" / "checkpoint-2"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / COMPLETE).write_text("{}")
+    for read in (RunFolder(tmp_path).rewind, processes_of):
+        with pytest.raises(UserError, match="checkpoint-2 is damaged: remove it"):
+            read(checkpoint)

@@ -144,7 +144,7 @@ class RunFolder:
 
     def rewind(self, checkpoint: Path | None) -> None:
         """Forget what was logged behind a checkpoint; without one, all of it. Raises `UserError` for damaged logs."""
-        logged = _completion(checkpoint)["logs"] if checkpoint else {}
+        logged = _known(checkpoint)["logs"] if checkpoint else {}
         if changed := differing(self.path, logged, appended=True):
             raise UserError(_damaged(self.path / changed[0]))
         for log in self.logs():
@@ -170,12 +170,19 @@ def mark_complete(checkpoint: Path, processes: int = 1, logs: Iterable[Path] = (
 
 def processes_of(checkpoint: Path) -> int:
     """By how many processes a complete checkpoint was written."""
-    return _completion(checkpoint)["processes"]
+    return _known(checkpoint)["processes"]
 
 
 def _completion(checkpoint: Path) -> dict[str, Any]:
     """What `mark_complete` wrote; nothing if it is damaged."""
     return unsealed((checkpoint / COMPLETE).read_text(encoding="utf-8", errors="replace")) or {}
+
+
+def _known(checkpoint: Path) -> dict[str, Any]:
+    """`_completion` of the checkpoint to go on from. Raises `UserError` if it is damaged."""
+    if record := _completion(checkpoint):
+        return record
+    raise UserError(f"{checkpoint} is damaged: remove it to go on from the one before, or choose another --output.")
 
 
 def _files(folder: Path, patterns: Iterable[str]) -> list[Path]:

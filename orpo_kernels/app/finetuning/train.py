@@ -146,9 +146,12 @@ def check_is_ours(settings: TrainSettings) -> None:
     if not settings.resume:
         raise UserError(f"{folder.path} holds a run already: go on with it (--resume), or choose another --output.")
     ours, theirs = _lasting(_plain(settings)), _settings_of(folder)
+    # The run may be older than a setting.
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainSettings)}
     for name in sorted(ours.keys() | theirs.keys()):
-        began, now = (values.get(name, "(default)") for values in (theirs, ours))
+        began, now = (values.get(name, defaults.get(name)) for values in (theirs, ours))
         if began != now:
+            began, now = ("(default)" if value is None else value for value in (began, now))
             raise UserError(
                 f"The run in {folder.path} has {name} {began}, but now it is {now}: go on with what it was started "
                 f"with (--config {folder.settings}), or choose another --output."

@@ -34,7 +34,9 @@ class MatmulTile:
     warps: int
     stages: int
     tma: bool = False  # operands through the tensor memory accelerator
-    persistent: bool = False  # a program a multiprocessor, which goes over several tiles
+    # A program a multiprocessor, which goes over several tiles. Statistics of each tile take memory, which is planned
+    # for in 16 bits on the targets of `engine.work.COLUMNS_PER_TILE` alone, whatever a measured file asks for.
+    persistent: bool = False
     group: int = 8  # row blocks that run side by side, and so share a tile of the weight while it is in the L2 cache
 
     def narrow(self, target: Target) -> MatmulTile:
