@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from orpo_kernels import PreferenceOutput, plan, preference_loss_from_rows, reference, rows_from_labels
+from orpo_kernels import PreferenceOutput, Rows, plan, preference_loss_from_rows, reference, rows_from_labels
 from orpo_kernels.methods import CPO, DPO, METHODS, ORPO, SFT, Method, SimPO, method_named
 
 from .ranks import Ranks, topology
@@ -202,6 +203,21 @@ def test_groups_of_pairs(name):
     options = {"schedule": "resident", "memory_budget": budget}
     in_groups = gradients(preference_loss_from_rows(*leaves, **rest, **options), leaves)
     assert_all_close(in_groups, gradients(preference_loss_from_rows(*leaves, **rest), leaves))
+
+
+@each_method
+@pytest.mark.parametrize("schedule", ["single_pass", "resident", "recompute"])
+def test_nothing_is_read_on_the_host_once_the_rows_are_known(name, schedule):
+    """Tensors without data raise on `.item()`, `bool(tensor)` and the like: the same code would wait for a GPU."""
+    with FakeTensorMode():
+        hidden = torch.empty(500, SIZE, requires_grad=True)
+        weight, bias = (torch.empty(*s, requires_grad=schedule != "single_pass") for s in ((VOCAB, SIZE), (VOCAB,)))
+        numbers, ref, weights = (torch.empty(n, dtype=torch.float64) for n in (300, 8, 4))
+        integers, scored = torch.empty(3, 300, dtype=torch.int64), torch.empty(300, dtype=torch.bool)
+        rows = Rows(*integers.unbind(), scored, numbers, 4, pair_weight=weights)
+        options = {"reference_logps": ref, "bias": bias, "logit_softcap": 5.0, "schedule": schedule}
+        preference_loss_from_rows(hidden, weight, rows, METHODS[name](), **options).loss.backward()
+        assert hidden.grad.shape == hidden.shape
 
 
 @each_method
