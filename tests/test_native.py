@@ -199,7 +199,8 @@ def results(dtype: torch.dtype = torch.float32, softcap: float | None = None) ->
     labels = torch.randint(3000, (4, 30), generator=generator)
     found = []
     for schedule in ("resident", "recompute"):
-        out = orpo_loss(hidden, weight, labels, logit_softcap=softcap, schedule=schedule, backend="native")
+        options = {"nll_labels": labels[:2].flip(1), "logit_softcap": softcap}  # positions of two rows
+        out = orpo_loss(hidden, weight, labels, **options, schedule=schedule, backend="native")
         found += [out.loss.detach(), *torch.autograd.grad(out.loss, (hidden, weight))]
     return found
 
