@@ -105,14 +105,16 @@ def test_what_a_sparse_backward_pass_leaves_out_is_logged(tmp_path):
 
 @keeps_the_order
 def test_accumulation_of_a_mixture_of_experts(tmp_path):
-    """All but the router's loss is exact; of that, the mean over the micro-batches is taken."""
-    model, batches = tiny("Mixtral", **MIXTURE), [chat_examples()[:1], chat_examples()[1:2]]
-    trainer = trained(tmp_path, model=model, per_device_train_batch_size=1, gradient_accumulation_steps=2, max_steps=1)
+    """All but the router's loss is exact; of that, the mean over the micro-batches that a step has is taken."""
+    pairs = chat_examples(3)
+    options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "learning_rate": 0.0, "max_steps": 2}
+    trainer = trained(tmp_path, model=tiny("Mixtral", **MIXTURE), train_dataset=pairs, **options)
     model = tiny("Mixtral", **MIXTURE)
-    router = [float(model(**_inputs(batch)).aux_loss) for batch in batches]
+    router = [float(model(**_inputs([pair])).aux_loss) for pair in pairs]
     model.config.output_router_logits = False
-    exact = causal_lm_orpo_loss(model, **collator()(chat_examples()[:2])).loss
-    assert losses(trainer)[0] == pytest.approx(float(exact) + 0.5 * sum(router) / 2, rel=1e-5)
+    exact = [float(causal_lm_orpo_loss(model, **collator()(batch)).loss) for batch in (pairs[:2], pairs[2:])]
+    expected = [exact[0] + 0.5 * (router[0] + router[1]) / 2, exact[1] + 0.5 * router[2]]
+    assert losses(trainer) == pytest.approx(expected, rel=1e-5)
 
 
 def _inputs(examples: list[dict[str, Any]]) -> dict[str, Any]:
