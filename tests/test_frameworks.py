@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import re
 import runpy
@@ -189,9 +190,11 @@ def without_logits(history: list[dict[str, float]]) -> list[dict[str, float]]:
 
 def test_every_field_of_trls_config_is_in_the_page():
     config = pytest.importorskip("trl.experimental.orpo").ORPOConfig
-    from transformers import TrainingArguments
-
-    page = (Path(__file__).parents[1] / "docs" / "frameworks.md").read_text()
+    root = Path(__file__).parents[1]
+    own = f"trl=={importlib.metadata.version('trl')}"
+    if own not in (root / "constraints.txt").read_text().split():
+        pytest.skip(f"the page is of the TRL that constraints.txt names, not of {own}")
+    page = (root / "docs" / "frameworks.md").read_text()
     table = re.findall(r"^\| `(\w+)` \|", page.partition("\n## TRL\n")[2].partition("\nAnd of those")[0], re.MULTILINE)
     assert set(table) == {field.name for field in fields(config)} - {field.name for field in fields(TrainingArguments)}
 
