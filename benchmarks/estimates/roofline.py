@@ -80,8 +80,11 @@ def _gemm(m: int, k: int, n: int, itemsize: int, out_itemsize: int, accumulates:
 
 
 def _project_log_odds(rows: int, hidden_size: int, columns: int, itemsize: int) -> tuple[int, int]:
-    """Rows and weight once, the partial statistics of each split written and read; no logits."""
-    partials = 2 * 12 * -(-columns // COLUMNS_PER_SPLIT) * rows  # in all a thousandth of the weight
+    """Rows and weight once, the partial statistics of each split written and read; no logits.
+
+    Persistent programs (sm_90) write and read 16 times the statistics, which is not in here.
+    """
+    partials = 2 * 12 * -(-columns // COLUMNS_PER_SPLIT) * rows
     return 2 * rows * hidden_size * columns, itemsize * (rows + columns) * hidden_size + partials + 24 * rows
 
 

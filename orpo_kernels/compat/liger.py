@@ -20,7 +20,6 @@ Two arguments say how Liger computes and have no effect here: `compiled` (there 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,7 +32,6 @@ from ..loss import orpo_loss_from_rows
 __all__ = ["LigerFusedLinearORPOLoss", "liger_fused_linear_orpo"]
 
 
-@dataclass(eq=False, repr=False)
 class LigerFusedLinearORPOLoss(nn.Module):
     """The ORPO loss of aligned hidden states and targets.
 
@@ -44,14 +42,20 @@ class LigerFusedLinearORPOLoss(nn.Module):
         compiled, chunk_size: Liger's; no effect.
     """
 
-    ignore_index: int = -100
-    beta: float = 0.1
-    compute_nll_loss: bool = True
-    compiled: bool = True
-    chunk_size: int = 1
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        ignore_index: int = -100,
+        beta: float = 0.1,
+        compute_nll_loss: bool = True,
+        compiled: bool = True,
+        chunk_size: int = 1,
+    ):
         super().__init__()
+        self.ignore_index = ignore_index
+        self.beta = beta
+        self.compute_nll_loss = compute_nll_loss
+        self.compiled = compiled
+        self.chunk_size = chunk_size
 
     def forward(
         self,

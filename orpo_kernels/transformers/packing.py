@@ -195,19 +195,20 @@ def pack_pairs(
     segments, position_ids = torch.full_like(input_ids, PADDING), torch.zeros_like(input_ids)
     answers, prompts = [], []
     lengths: list[int] = []  # of the sequences' queries
-    keys = []
+    keys: list[Tensor] = []
     for row, members in enumerate(bins):
         start = row * width
         for index in members:
             piece = pieces[index]
-            for side, places in enumerate(piece.places(start)):
+            both = piece.places(start)
+            for side, places in enumerate(both):
                 input_ids.view(-1)[places] = piece.ids[side]
                 position_ids.view(-1)[places] = torch.arange(len(places))
                 segments.view(-1)[places] = 3 * index + 1 + side
                 answers.append(piece.rows(side, True, places, index, len(pieces)))
-                keys.append(places)
-            segments.view(-1)[places[: piece.shared]] = 3 * index
-            prompts.append(piece.rows(0, False, keys[-2], index, len(pieces)))
+            segments.view(-1)[both[0][: piece.shared]] = 3 * index
+            prompts.append(piece.rows(0, False, both[0], index, len(pieces)))
+            keys += both
             lengths += [len(piece.ids[0]), len(piece.ids[1]) - piece.shared]
             start += len(piece)
         end = (row + 1) * width
